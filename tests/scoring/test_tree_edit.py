@@ -1,0 +1,88 @@
+import random
+import time
+
+import pytest
+from oracles import oracle_distance, random_object, random_pair, random_receipt
+
+from im2json.scoring.tree import tree_edit_accuracy, tree_edit_distance
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_equals_the_oracle_on_random_pairs(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(100):
+        prediction, target = random_pair(rng)
+        wanted = oracle_distance(prediction, target)
+        assert abs(tree_edit_distance(prediction, target) - wanted) < 1e-9, (prediction, target)
+        size = oracle_distance({}, target)
+        accuracy = max(0.0, 1 - wanted / size) if size else float(wanted == 0)
+        assert abs(tree_edit_accuracy(prediction, target) - accuracy) < 1e-9, (prediction, target)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [
+        ({}, {}, 0),
+        ({}, {"a": ""}, 0),
+        ({"a": "tea"}, {"a": "tea"}, 0),
+        ({"a": "tea"}, {"a": [{"b": "tea"}]}, 2),  # a row and a key come between
+        ({"a": "tea"}, {"a": "team"}, 1),
+        ({"a": "tea"}, {"b": "tea"}, 1),
+        ({"a": "tea"}, {}, 4),  # the key and three characters
+        ({}, {"a": {"b": "tea"}}, 6),  # a, its row, b and three characters
+        ({"a": {"b": "tea"}}, {"a": [{"b": "tea"}]}, 0),
+        ({"b": "1", "a": "2"}, {"a": "2", "b": "1"}, 0),
+        ({"a": ["x", "y"]}, {"a": ["y", "x"]}, 2),
+        ({"a": 0}, {"a": "0"}, 0),
+        ({"a": False}, {"a": "false"}, 0),
+        ({"a": None}, {}, 0),
+        ({"a": [1, {"b": 2}]}, {"a": [1]}, 3),
+        ({"a": [["x"], ["y"]]}, {"a": ["x", "y"]}, 0),
+        ({"a": " "}, {}, 1),  # a key with an empty leaf, as in Donut
+        ({"a": "<leaf>"}, {"a": "<leaf"}, 1),
+        ([{"a": "x"}], {"a": "x"}, 1),
+        ({"日": "抹茶"}, {"日": "抹茶ラテ"}, 2),
+    ],
+)
+def test_by_hand(a: object, b: object, distance: int) -> None:
+    assert tree_edit_distance(a, b) == distance
+    assert tree_edit_distance(b, a) == distance
+
+
+def test_accuracy_by_hand() -> None:
+    assert tree_edit_accuracy({"a": "tex"}, {"a": "tea"}) == 1 - 1 / 4
+    assert tree_edit_accuracy({}, {"a": "tea"}) == 0.0
+    assert tree_edit_accuracy({"q": "zzzzzzzz"}, {"a": "tea"}) == 0.0
+
+
+def test_accuracy_where_donut_divides_by_zero() -> None:
+    assert tree_edit_accuracy({}, {}) == 1.0
+    assert tree_edit_accuracy({"a": []}, {"b": None}) == 1.0
+    assert tree_edit_accuracy({"a": "x"}, {}) == 0.0
+    assert tree_edit_accuracy({"a": " "}, {}) == 0.0
+
+
+def test_symmetry_identity_and_triangle() -> None:
+    rng = random.Random(7)
+    for _ in range(100):
+        a, b, c = (random_object(rng, 3) for _ in range(3))
+        assert tree_edit_distance(a, a) == 0
+        assert tree_edit_distance(a, b) == tree_edit_distance(b, a)
+        assert tree_edit_distance(a, c) <= tree_edit_distance(a, b) + tree_edit_distance(b, c)
+
+
+def test_what_is_not_a_document_is_refused() -> None:
+    deep: dict[str, object] = {}
+    for _ in range(200):
+        deep = {"a": deep}
+    for bad in (deep, {"a": object()}, {1: "x"}, {"a": {1, 2}}):
+        with pytest.raises(ValueError, match=r"document"):
+            tree_edit_distance(bad, {})
+
+
+def test_a_runaway_prediction_is_cheap() -> None:
+    target = random_receipt(random.Random(0), 3)
+    runaway = {"menu": [{"nm": f"item {i}", "price": str(i)} for i in range(5000)]}
+    start = time.perf_counter()
+    assert tree_edit_accuracy(runaway, target) == 0.0
+    assert time.perf_counter() - start < 0.5  # tens of milliseconds, with room for a busy machine
