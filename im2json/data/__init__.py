@@ -1,0 +1,1 @@
+"""Pictures and targets in, batches out."""

@@ -1,0 +1,316 @@
+"""Where examples come from: the embedded receipts, a folder, or a data set on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from im2json.data.example import Split
+from im2json.data.stored import (
+    ALIASES,
+    ArrowRows,
+    FolderRows,
+    Line,
+    Rows,
+    StoredSplit,
+    bad_rows,
+    find_target,
+    read_metadata,
+)
+
+RECEIPTS = "receipts"
+METADATA_EXAMPLE = '{"file_name": "001.jpg", "ground_truth": "{\\"gt_parse\\": {\\"total\\": \\"9.30\\"}}"}'
+FOLDER_HELP = (
+    "a folder must hold train/metadata.jsonl (and validation/, test/ where there are such splits), "
+    f"a line a picture: {METADATA_EXAMPLE}; "
+    "or Parquet files named by split, such as data/train-00000-of-00001.parquet"
+)
+
+_log = logging.getLogger(__name__)
+
+
+def load_splits(
+    dataset: str,
+    *,
+    train_split: str = "train",
+    seed: int = 0,
+    config: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    target_column: str | None = None,
+    notes: list[str] | None = None,
+) -> dict[str, Split]:
+    """The splits train, validation and test of a data set, none of them empty.
+
+    `dataset` is one of
+    - receipts: the embedded synthetic ones, drawn from `seed` (./receipts is a folder of that name);
+    - a folder in imagefolder form: a metadata.jsonl in each split's folder, with file_name and the target;
+    - a folder of Parquet files as the hub lays them out;
+    - a hub id such as naver-clova-ix/cord-v2, with `config` and `revision` where it has several.
+
+    Pictures are in the column image (or the only picture column), targets in ground_truth, target or json,
+    unless `image_column` and `target_column` say otherwise. A target is a JSON object or the text of one;
+    gt_parse is unwrapped, and of gt_parses the first is taken. Nothing in it is changed, but for struct
+    columns (see ArrowRows).
+
+    A validation or test split that is missing is cut from train, a tenth each, by a hash of the picture's
+    bytes: the same rows whatever the seed and the order, and equal pictures on the same side.
+
+    What a reader of the results should know is appended to `notes`, a line each, or logged if that is None.
+
+    Rows are not checked here, `check_split` does that. Raises ValueError, in one line that says what would be
+    right, where the data set, a split or a column is not there, or a split is empty.
+    """
+    said: list[str] = [] if notes is None else notes
+    if dataset == RECEIPTS:
+        splits = _receipts(train_split, seed, said)
+    else:
+        columns = (image_column, target_column)
+        folder = Path(dataset).expanduser()
+        if folder.is_dir():
+            available = _open_folder(folder, config, columns, said)
+        elif folder.exists():
+            raise ValueError(f"--dataset {dataset}: is a file; {FOLDER_HELP}")
+        elif _looks_like_path(dataset):
+            raise ValueError(f"--dataset {dataset}: there is no such folder; {FOLDER_HELP}")
+        else:
+            available = _open_hub(dataset, config, revision, columns, said)
+        splits = _three_splits(available, dataset, train_split, said)
+    if notes is None:
+        for note in said:
+            _log.info(note)
+    return splits
+
+
+def check_split(*splits: Split, on_row: Callable[[], object] | None = None) -> None:
+    """Open every row of these splits: its target must be a JSON object, its picture must decode to the end.
+
+    Raises one ValueError that lists the bad rows, 20 at most and a count of the rest. `on_row` is called
+    after each row, for a progress bar. The embedded receipts are drawn by ourselves and passed over.
+    """
+    from im2json.data.receipts import Receipts
+
+    def problem(split: Split, i: int) -> str | None:
+        try:
+            split[i]
+        except ValueError as error:
+            return str(error)
+        return None
+
+    places = [(split, i) for split in splits if not isinstance(split, Receipts) for i in range(len(split))]
+    problems = []
+    # Pillow lets go of the interpreter while it decodes, so threads are enough.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for found in pool.map(problem, *zip(*places)) if places else ():
+            if found is not None:
+                problems.append(found)
+            if on_row is not None:
+                on_row()
+    if problems:
+        raise bad_rows(problems, len(places))
+
+
+def _receipts(train_split: str, seed: int, notes: list[str]) -> dict[str, Split]:
+    from im2json.data.receipts import DESCRIPTION, Receipts
+
+    if train_split != "train":
+        raise ValueError(f"--train-split {train_split}: {RECEIPTS} has the splits train, validation, test")
+    notes.append(DESCRIPTION)
+    return {name: Receipts(name, seed=seed) for name in ALIASES}
+
+
+def _looks_like_path(dataset: str) -> bool:
+    return not dataset or dataset.startswith(("/", ".", "~")) or "\\" in dataset or dataset.count("/") > 1
+
+
+# --- folders
+
+
+def _open_folder(
+    root: Path, config: str | None, columns: tuple[str | None, str | None], notes: list[str]
+) -> dict[str, Rows]:
+    found = sorted(path.parent for path in root.glob("*/metadata.jsonl"))
+    if not found and (root / "metadata.jsonl").is_file():
+        return _split_by_folder(root, read_metadata(root / "metadata.jsonl", columns[1]))
+    if found:
+        known = {name for names in ALIASES.values() for name in names}
+        for sub in sorted(root.iterdir()):
+            if sub.is_dir() and sub.name in known and sub not in found:
+                raise ValueError(f"{sub}: has no metadata.jsonl; {FOLDER_HELP}")
+        return {
+            sub.name: FolderRows(sub, root, read_metadata(sub / "metadata.jsonl", columns[1]))
+            for sub in found
+        }
+    if next(root.rglob("*.parquet"), None) is None:
+        raise ValueError(f"{root}: holds neither metadata.jsonl nor Parquet files; {FOLDER_HELP}")
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(str(root), name=config)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        raise ValueError(f"{root}: cannot be loaded ({_first_line(error)})") from error
+    return _arrow_splits(loaded, root.resolve().name, columns, [root.resolve()], notes)
+
+
+def _split_by_folder(root: Path, lines: Sequence[Line]) -> dict[str, Rows]:
+    """One metadata.jsonl above the splits' folders: test/001.jpg belongs to test, 001.jpg to train."""
+    known = {name for names in ALIASES.values() for name in names}
+    groups: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        parts = PurePosixPath(line.file_name).parts
+        groups[parts[0] if len(parts) > 1 and parts[0] in known else "train"].append(line)
+    return {name: FolderRows(root, root, group) for name, group in (groups or {"train": []}).items()}
+
+
+# --- the hub
+
+
+def _open_hub(
+    dataset: str,
+    config: str | None,
+    revision: str | None,
+    columns: tuple[str | None, str | None],
+    notes: list[str],
+) -> dict[str, Rows]:
+    import datasets
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        HTTPError,
+    )  # of the HTTP client that this version of the hub's library uses
+
+    nowhere = f"--dataset {dataset}: is neither a folder here nor"
+    try:
+        loaded = datasets.load_dataset(dataset, name=config, revision=revision)
+    except FileNotFoundError as error:
+        if "gated" in str(error):
+            raise ValueError(
+                f"--dataset {dataset}: is gated; accept its terms at "
+                f"https://huggingface.co/datasets/{dataset}, then log in with `hf auth login`"
+            ) from error
+        raise ValueError(
+            f"{nowhere} a data set on the Hugging Face Hub that can be read ({_first_line(error)}); "
+            f"check the name, and for a private one log in with `hf auth login`"
+        ) from error
+    except (OSError, HTTPError) as error:
+        raise ValueError(
+            f"{nowhere} in reach on the Hugging Face Hub ({_first_line(error)}); check the network, "
+            f"HF_HUB_OFFLINE and the name, or give a folder"
+        ) from error
+    except (datasets.exceptions.DatasetsError, ValueError) as error:
+        raise ValueError(f"--dataset {dataset}: cannot be loaded ({_first_line(error)})") from error
+    caches = [Path(datasets.config.HF_CACHE_HOME), Path(huggingface_hub.constants.HF_HUB_CACHE)]
+    caches += [Path(datasets.config.HF_DATASETS_CACHE), Path(datasets.config.DOWNLOADED_DATASETS_PATH)]
+    return _arrow_splits(loaded, dataset, columns, caches, notes)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = (str(error) or type(error).__name__).splitlines()
+    return " ".join(lines[:2]).rstrip(".") if lines else type(error).__name__
+
+
+def _arrow_splits(
+    loaded: Any, name: str, columns: tuple[str | None, str | None], folders: Sequence[Path], notes: list[str]
+) -> dict[str, Rows]:
+    import datasets
+
+    splits: dict[str, Rows] = {}
+    for split, rows in loaded.items():
+        where = f"split {split} of {name}"
+        image = _find_image(rows.features, columns[0], where)
+        target = find_target(rows.column_names, columns[1], where)
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+        splits[split] = ArrowRows(rows, name, split, image, target, folders)
+        if isinstance(rows.features[target], dict):
+            notes.append(
+                f"{where}: {target} is a struct: keys that are null are left out; JSON text keeps them"
+            )
+    return splits
+
+
+def _find_image(features: Mapping[str, Any], asked: str | None, where: str) -> str:
+    import datasets
+
+    if asked is not None and asked not in features:
+        raise ValueError(f"{where}: has no column {asked!r}; it has {', '.join(features)}")
+    pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if asked is not None or "image" in features:
+        return asked or "image"
+    if len(pictures) != 1:
+        raise ValueError(f"{where}: has no picture column (image); it has {', '.join(features)}")
+    return pictures[0]
+
+
+# --- three splits out of those that are there
+
+
+def _three_splits(
+    available: Mapping[str, Rows], dataset: str, train_split: str, notes: list[str]
+) -> dict[str, Split]:
+    wanted = ALIASES["train"] if train_split == "train" else (train_split,)
+    train = next((name for name in wanted if name in available), None)
+    if train is None:
+        raise ValueError(
+            f"--train-split {train_split}: {dataset} has no such split; it has {', '.join(available)}"
+        )
+    splits: dict[str, Split] = {}
+    for role in ("validation", "test"):
+        # what is trained on must not be what is tested on, whatever it is called
+        there = next((name for name in ALIASES[role] if name in available and name != train), None)
+        if there is not None:
+            splits[role] = StoredSplit(role, _not_empty(available[there], dataset, there))
+    missing = [role for role in ("validation", "test") if role not in splits]
+    splits |= _cut(_not_empty(available[train], dataset, train), missing, dataset, train, notes)
+    return {role: splits[role] for role in ALIASES}
+
+
+def _not_empty(rows: Rows, dataset: str, split: str) -> Rows:
+    if len(rows) == 0:
+        raise ValueError(f"--dataset {dataset}: its split {split} is empty; put rows into it or remove it")
+    return rows
+
+
+def _cut(rows: Rows, missing: Sequence[str], dataset: str, train: str, notes: list[str]) -> dict[str, Split]:
+    """Train, and the missing splits cut from it.
+
+    Of the pictures in the order of their hashes, test is the first tenth and validation the last, so that one
+    cut does not depend on the other, and a few new rows move few old ones.
+    """
+    if not missing:
+        return {"train": StoredSplit("train", rows)}
+    groups: dict[str, list[int]] = defaultdict(list)
+    for row in range(len(rows)):
+        groups[_content(rows, row)].append(row)
+    order = sorted(groups)
+    tenth = max(1, round(len(order) / 10))
+    if len(order) < len(missing) + 1:
+        raise ValueError(
+            f"--dataset {dataset}: has no {' and no '.join(missing)} split, and the {len(order)} different "
+            f"pictures of {train} are too few to cut it from; at least {len(missing) + 1} are needed"
+        )
+    cuts = {"test": order[:tenth], "validation": order[-tenth:]}
+    parts: dict[str, Split] = {}
+    taken: set[int] = set()
+    for role in missing:
+        chosen = sorted(row for key in cuts[role] for row in groups[key])
+        taken.update(chosen)
+        parts[role] = StoredSplit(role, rows, chosen)
+        notes.append(
+            f"{dataset} has no {role} split: {len(chosen)} of the {len(rows)} rows of {train} "
+            f"are kept for it, chosen by a hash of the picture"
+        )
+    parts["train"] = StoredSplit("train", rows, [row for row in range(len(rows)) if row not in taken])
+    return parts
+
+
+def _content(rows: Rows, row: int) -> str:
+    try:
+        data, _ = rows.picture(row)
+    except ValueError:
+        data = rows.id(row).encode()  # a bad row, which check_split will name
+    return hashlib.sha256(data).hexdigest()

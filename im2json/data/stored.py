@@ -1,0 +1,340 @@
+"""Splits whose rows lie on disk: metadata.jsonl beside picture files, or an Arrow table.
+
+Rows are counted from 0, as `datasets` does; lines of metadata.jsonl from 1, as editors do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from im2json.data.example import Example
+from im2json.data.pictures import decode_picture
+from im2json.scoring.text import canonical
+
+TARGET_COLUMNS = ("ground_truth", "target", "json")
+ALIASES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}  # the names that `datasets` takes for the same splits
+
+
+class Rows(Protocol):
+    """The rows of one split as they are stored; every method may raise ValueError naming the row."""
+
+    def __len__(self) -> int: ...
+
+    def id(self, row: int) -> str: ...
+
+    def target(self, row: int) -> dict[str, Any]: ...
+
+    def picture(self, row: int) -> tuple[bytes, str]:
+        """The undecoded picture file, and what to call it in an error."""
+
+
+class StoredSplit:
+    """Some rows of a stored split, in order. Targets are parsed once and held; pictures stay on disk."""
+
+    def __init__(self, name: str, rows: Rows, chosen: Sequence[int] | None = None) -> None:
+        self.name = name
+        self.rows = rows
+        self.chosen: Sequence[int] = range(len(rows)) if chosen is None else chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def ids(self) -> list[str]:
+        return [self.rows.id(row) for row in self.chosen]
+
+    @cached_property
+    def _parsed(self) -> list[dict[str, Any] | str]:
+        """Each row's target, or what is wrong with it."""
+        return [_or_problem(self.rows.target, row) for row in self.chosen]
+
+    @property
+    def targets(self) -> list[dict[str, Any]]:
+        """Raises ValueError listing the rows whose target is not a JSON object."""
+        targets = [target for target in self._parsed if isinstance(target, dict)]
+        if len(targets) < len(self):
+            raise bad_rows([problem for problem in self._parsed if isinstance(problem, str)], len(self))
+        return targets
+
+    def __getitem__(self, i: int) -> Example:
+        """Raises ValueError naming the row if its target or picture is bad, IndexError past the end."""
+        row = self.chosen[i]
+        target = self._parsed[i]
+        problems = [] if isinstance(target, dict) else [target]
+        try:
+            image = decode_picture(*self.rows.picture(row))
+        except ValueError as error:
+            problems.append(str(error))
+        if problems:
+            raise ValueError("; ".join(dict.fromkeys(problems)))
+        assert isinstance(target, dict)
+        return Example(self.rows.id(row), image, target)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+
+def _or_problem(read: Callable[[int], dict[str, Any]], row: int) -> dict[str, Any] | str:
+    try:
+        return read(row)
+    except ValueError as error:
+        return str(error)
+
+
+def bad_rows(problems: Sequence[str], total: int, shown: int = 20) -> ValueError:
+    """One error for all bad rows: how many of `total`, the first `shown` a line each, a count of the rest."""
+    lines = [
+        f"{len(problems)} of {total} rows cannot be used:",
+        *(f"  {problem}" for problem in problems[:shown]),
+    ]
+    if len(problems) > shown:
+        lines.append(f"  ... and {len(problems) - shown} more")
+    return ValueError("\n".join(lines))
+
+
+def parse_target(raw: Any, where: str) -> dict[str, Any]:
+    """A row's target as an object: JSON text or an object, CORD's and Donut's wrapping taken off.
+
+    {"gt_parse": {...}, ...} becomes the inner object. Of {"gt_parses": [...]}, several equally right answers,
+    the first is taken. Raises ValueError starting with `where`.
+    """
+    value = read_json(raw, where) if isinstance(raw, str) else raw
+    if isinstance(value, dict) and "gt_parse" in value:
+        value = value["gt_parse"]
+    elif isinstance(value, dict) and isinstance(value.get("gt_parses"), list):
+        if not value["gt_parses"]:
+            raise ValueError(f"{where}: gt_parses is an empty list; it must hold an object")
+        value = value["gt_parses"][0]
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: the target must be a JSON object, not {_kind(value)}")
+    try:
+        canonical(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: the target is {error}") from None
+    return value
+
+
+def read_json(text: str, where: str) -> Any:
+    """Parse JSON. A key that stands twice in one object, of which Python would drop one, is refused."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except _TwiceError as error:
+        raise ValueError(f"{where}: {error}") from None
+    except json.JSONDecodeError as error:
+        near = text[max(0, error.pos - 15) : error.pos + 15]
+        raise ValueError(f"{where}: does not parse as JSON ({error.msg} near {near!r})") from None
+    except (ValueError, RecursionError) as error:  # integers of thousands of digits, nesting without end
+        raise ValueError(f"{where}: does not parse as JSON ({error})") from None
+
+
+class _TwiceError(ValueError):
+    pass
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise _TwiceError(f"the key {key!r} stands twice in one object")
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {
+        list: "a list",
+        str: "text",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """`folder`/`name`. Raises ValueError where the name leads out of the folder (a link in it may)."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or Path(name).is_absolute():
+        raise ValueError(f"{where}: {name!r} leads out of the data set's folder; give a path within it")
+    return folder / path
+
+
+def read_file(path: Path, where: str) -> bytes:
+    """Raises ValueError where there is no file or it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{where}: there is no such picture file") from None
+    except OSError as error:
+        raise ValueError(f"{where}: cannot be read ({error.strerror or error})") from None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of metadata.jsonl; `problem` is set where it does not even name its picture."""
+
+    where: str  # FILE:LINE
+    file_name: str  # relative to the folder of metadata.jsonl
+    target: Any = None  # JSON text or a value
+    problem: str | None = None
+
+
+class FolderRows:
+    """Rows of `datasets`' imagefolder form, read without `datasets`: objects stay exactly as written."""
+
+    def __init__(self, folder: Path, root: Path, lines: Sequence[Line]) -> None:
+        self.folder = folder
+        self.lines = lines
+        prefix = folder.relative_to(root)
+        names = [(prefix / line.file_name).as_posix() for line in lines]
+        self._ids = _made_unique(names)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def id(self, row: int) -> str:
+        """The picture's path within the data set, such as test/059.jpg."""
+        return self._ids[row]
+
+    def target(self, row: int) -> dict[str, Any]:
+        line = self._line(row)
+        return parse_target(line.target, line.where)
+
+    def picture(self, row: int) -> tuple[bytes, str]:
+        line = self._line(row)
+        path = inside(self.folder, line.file_name, line.where)
+        return read_file(path, f"{path} ({line.where})"), str(path)
+
+    def _line(self, row: int) -> Line:
+        line = self.lines[row]
+        if line.problem is not None:
+            raise ValueError(line.problem)
+        return line
+
+
+def _made_unique(names: Sequence[str]) -> list[str]:
+    seen: Counter[str] = Counter()
+    ids = []
+    for name in names:
+        seen[name] += 1
+        ids.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return ids
+
+
+def read_metadata(path: Path, target_column: str | None) -> list[Line]:
+    """Every row of a metadata.jsonl; a bad one is kept with its problem, so that all are listed at once."""
+    lines = []
+    for number, data in enumerate(
+        path.read_bytes().split(b"\n"), start=1
+    ):  # text has other line ends inside strings
+        if number == 1:
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        if not data.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            lines.append(_read_line(data, where, target_column))
+        except ValueError as error:
+            lines.append(Line(where, f"{path.name}:{number}", problem=str(error)))
+    return lines
+
+
+def _read_line(data: bytes, where: str, target_column: str | None) -> Line:
+    try:
+        row = read_json(data.decode(), where)
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}: is not UTF-8 text") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a row must be a JSON object, not {_kind(row)}")
+    if not isinstance(row.get("file_name"), str) or not row["file_name"]:
+        raise ValueError(f"{where}: names no picture; file_name must be its path within the folder")
+    column = find_target(row, target_column, where)
+    return Line(where, row["file_name"], row[column])
+
+
+def find_target(columns: Any, asked: str | None, where: str) -> str:
+    """The column that holds the target: the one asked for, else the first of TARGET_COLUMNS that is there."""
+    if asked is not None and asked not in columns:
+        raise ValueError(f"{where}: has no column {asked!r}; it has {', '.join(columns)}")
+    found = asked or next((name for name in TARGET_COLUMNS if name in columns), None)
+    if found is None:
+        raise ValueError(f"{where}: has no target ({', '.join(TARGET_COLUMNS)}); it has {', '.join(columns)}")
+    return found
+
+
+class ArrowRows:
+    """Rows of a `datasets.Dataset`, read as they are stored: pictures undecoded, JSON columns as their text.
+
+    A target column that is a struct has had missing keys filled with null by `datasets`; nulls are dropped
+    there, as they cannot be told from the filling. Keep targets as JSON text to keep null.
+
+    `folders` are those that a row without bytes may point into with its path.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        name: str,
+        split: str,
+        image_column: str,
+        target_column: str,
+        folders: Sequence[Path],
+    ) -> None:
+        raw = dataset.with_format("arrow")
+        self._images = raw.select_columns([image_column])
+        self._targets = raw.select_columns([target_column])
+        self._where = f"of split {split} of {name}"
+        self._prefix = f"{name.rstrip('/').rsplit('/', 1)[-1]}-{split}"
+        self._folders = folders
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def id(self, row: int) -> str:
+        return f"{self._prefix}-{row}"
+
+    def target(self, row: int) -> dict[str, Any]:
+        value = self._targets[row].column(0)[0].as_py()
+        return parse_target(_without_nulls(value) if isinstance(value, dict) else value, self.where(row))
+
+    def where(self, row: int) -> str:
+        return f"row {row} {self._where}"
+
+    def picture(self, row: int) -> tuple[bytes, str]:
+        where = self.where(row)
+        value = self._images[row].column(0)[0].as_py()
+        if value is None or (value["bytes"] is None and not value["path"]):
+            raise ValueError(f"{where}: has no picture")
+        if value["bytes"] is not None:
+            return value["bytes"], where
+        path = self._file(value["path"], where)
+        return read_file(path, f"{where}: {path}"), f"{where}: {path}"
+
+    def _file(self, name: str, where: str) -> Path:
+        """The file a row points to. A data set from elsewhere must not read this machine's other files."""
+        if not Path(name).is_absolute():
+            return inside(self._folders[0], name, where)
+        for folder in self._folders:
+            if Path(name).is_relative_to(folder) and ".." not in Path(name).parts:
+                return Path(name)
+        raise ValueError(
+            f"{where}: {name!r} leads out of the data set's folder; store the pictures in the rows"
+        )
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value

@@ -1,0 +1,591 @@
+"""Data sets in the forms people have them: read right, or refused in a line that says what is wrong where."""
+
+import io
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from im2json.data.example import Split
+from im2json.data.pictures import MAX_PIXELS, decode_picture
+from im2json.data.sources import check_split, load_splits
+
+NotFound = datasets.exceptions.DatasetNotFoundError
+SCANS = Path(os.environ.get("IM2JSON_SCANS", Path(__file__).parents[2] / "shared" / "data" / "scans"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    datasets.disable_progress_bars()
+
+
+def picture_bytes(colour=(10, 20, 30), size=(8, 6), form="PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, colour).save(stream, form, **options)
+    return stream.getvalue()
+
+
+def file_bytes(picture: Image.Image, form="PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def write_split(folder: Path, rows: list[dict], start: int = 0) -> None:
+    """Rows of metadata.jsonl with a picture each, of a colour that tells them apart."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
+        for i, row in enumerate(rows):
+            (folder / f"{i:03}.png").write_bytes(picture_bytes((start + i, 0, 0)))
+            file.write(json.dumps({"file_name": f"{i:03}.png", **row}, ensure_ascii=False) + "\n")
+
+
+def cord_rows(count: int, split: str = "x") -> list[dict]:
+    return [
+        {"ground_truth": json.dumps({"gt_parse": {"total": f"{split}{i}"}, "meta": {"id": i}})}
+        for i in range(count)
+    ]
+
+
+def three_splits(root: Path) -> Path:
+    for start, (name, count) in enumerate([("train", 4), ("validation", 2), ("test", 3)]):
+        write_split(root / name, cord_rows(count, name), start=50 * start)
+    return root
+
+
+# --- imagefolder
+
+
+def test_imagefolder(tmp_path):
+    splits = load_splits(str(three_splits(tmp_path)))
+    assert list(splits) == ["train", "validation", "test"]
+    assert [len(split) for split in splits.values()] == [4, 2, 3]
+    test = splits["test"]
+    assert isinstance(test, Split)
+    assert test.name == "test"
+    assert test.ids == ["test/000.png", "test/001.png", "test/002.png"]
+    assert test.targets == [{"total": "test0"}, {"total": "test1"}, {"total": "test2"}]
+    example = test[1]
+    assert (example.id, example.target, example.image.mode, example.image.size) == (
+        "test/001.png", {"total": "test1"}, "RGB", (8, 6),
+    )  # fmt: skip
+    assert example.image.getpixel((0, 0)) == (101, 0, 0)
+    assert [e.id for e in test] == test.ids
+    with pytest.raises(IndexError):
+        test[3]
+    check_split(*splits.values())
+
+
+def test_targets_decode_no_picture(tmp_path, monkeypatch):
+    splits = load_splits(str(three_splits(tmp_path)))
+    monkeypatch.setattr("im2json.data.stored.decode_picture", lambda *_: pytest.fail("decoded a picture"))
+    assert len(splits["train"].targets) == len(splits["train"].ids) == 4
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_values_stay_what_they_are(tmp_path, as_text):
+    """Rows of unlike shapes: `datasets` itself would fill the keys that are missing and merge the types."""
+    targets = [
+        {"z": [[1, [2.5, "1.50"]], []], "a": None, "flag": True, "n": 0, "long": 12345678901234567890},
+        {"z": "text", "menu": [{"nm": "é \u2028 x"}, {"nm": "b", "sub": {"nm": None}}], "empty": {}},
+    ]
+    column = "target" if as_text else "json"
+    write_split(tmp_path / "train", [{column: json.dumps(t) if as_text else t} for t in targets] * 2)
+    write_split(tmp_path / "val", [{column: json.dumps(t) if as_text else t} for t in targets])
+    write_split(tmp_path / "test", [{column: json.dumps(t) if as_text else t} for t in targets])
+    for split in load_splits(str(tmp_path)).values():
+        assert [json.dumps(t) for t in split.targets[:2]] == [json.dumps(t) for t in targets]
+
+
+def test_gt_parses_and_key_order(tmp_path):
+    write_split(
+        tmp_path / "train",
+        [
+            {"ground_truth": {"gt_parses": [{"b": 1, "a": 2}, {"c": 3}]}},
+            {"ground_truth": {"gt_parse": {"b": {}}, "meta": 1}},
+            {"ground_truth": {"b": 1, "a": 2}},
+        ],
+    )
+    splits = load_splits(str(tmp_path))
+    texts = sorted(json.dumps(target) for split in splits.values() for target in split.targets)
+    assert texts == ['{"b": 1, "a": 2}', '{"b": 1, "a": 2}', '{"b": {}}']
+
+
+def test_metadata_above_the_split_folders(tmp_path):
+    three_splits(tmp_path)
+    lines = []
+    for name in ("train", "validation", "test"):
+        for line in (tmp_path / name / "metadata.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            lines.append(json.dumps({**row, "file_name": f"{name}/{row['file_name']}"}))
+        (tmp_path / name / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\n\n")
+    splits = load_splits(str(tmp_path))
+    assert [len(split) for split in splits.values()] == [4, 2, 3]
+    assert splits["test"][0].id == "test/000.png"
+
+
+def test_the_same_picture_twice_has_two_ids(tmp_path):
+    three_splits(tmp_path)
+    metadata = tmp_path / "test" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text() + metadata.read_text())
+    ids = load_splits(str(tmp_path))["test"].ids
+    assert ids[:3] == ["test/000.png", "test/001.png", "test/002.png"]
+    assert ids[3] == "test/000.png#2"
+    assert len(set(ids)) == 6
+
+
+def test_columns_by_name(tmp_path):
+    write_split(tmp_path / "train", [{"ground_truth": "no", "label": {"i": i}} for i in range(5)])
+    splits = load_splits(str(tmp_path), target_column="label")
+    assert sorted(t["i"] for s in splits.values() for t in s.targets) == list(range(5))
+
+
+# --- missing splits
+
+
+def test_missing_splits_are_cut_by_content(tmp_path):
+    write_split(tmp_path / "one" / "train", cord_rows(40))
+    notes: list[str] = []
+    splits = load_splits(str(tmp_path / "one"), notes=notes)
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [32, 4, 4]
+    assert len({i for split in splits.values() for i in split.ids}) == 40
+    assert len(notes) == 2
+    assert "no validation split: 4 of the 40 rows of train" in notes[0]
+
+    again = load_splits(str(tmp_path / "one"), seed=7)
+    assert {name: split.ids for name, split in again.items()} == {n: s.ids for n, s in splits.items()}
+
+    # other file names and another order: the same contents on the same side
+    rows = [json.loads(line) for line in (tmp_path / "one/train/metadata.jsonl").read_text().splitlines()]
+    other = tmp_path / "two" / "train"
+    other.mkdir(parents=True)
+    with (other / "metadata.jsonl").open("w") as file:
+        for i, row in enumerate(reversed(rows)):
+            (other / f"r{i}.png").write_bytes((tmp_path / "one/train" / row["file_name"]).read_bytes())
+            file.write(json.dumps({**row, "file_name": f"r{i}.png"}) + "\n")
+    moved = load_splits(str(tmp_path / "two"))
+    for name, split in splits.items():
+        assert sorted(t["total"] for t in moved[name].targets) == sorted(t["total"] for t in split.targets)
+
+
+def test_a_cut_does_not_depend_on_the_other(tmp_path):
+    write_split(tmp_path / "a" / "train", cord_rows(30))
+    write_split(tmp_path / "b" / "train", cord_rows(30))
+    write_split(tmp_path / "b" / "validation", cord_rows(2), start=200)
+    both, one = load_splits(str(tmp_path / "a")), load_splits(str(tmp_path / "b"))
+    assert both["test"].ids == one["test"].ids
+    assert len(one["train"]) == 27
+    assert len(one["validation"]) == 2
+
+
+def test_equal_pictures_stay_together(tmp_path):
+    write_split(tmp_path / "train", cord_rows(20))
+    metadata = tmp_path / "train" / "metadata.jsonl"
+    for i in range(20):
+        data = (tmp_path / "train" / f"{i:03}.png").read_bytes()
+        (tmp_path / "train" / f"copy{i}.png").write_bytes(data)
+        with metadata.open("a") as file:
+            file.write(json.dumps({"file_name": f"copy{i}.png", "ground_truth": {"copy": i}}) + "\n")
+    sides: dict[tuple, set] = {}
+    for name, split in load_splits(str(tmp_path)).items():
+        for example in split:
+            sides.setdefault(example.image.getpixel((0, 0)), set()).add(name)
+    assert len(sides) == 20
+    assert all(len(names) == 1 for names in sides.values())
+
+
+def test_too_few_to_cut(tmp_path):
+    write_split(tmp_path / "train", cord_rows(2))
+    with pytest.raises(ValueError, match=r"2 different pictures of train are too few.*at least 3"):
+        load_splits(str(tmp_path))
+
+
+def test_train_split_by_name(tmp_path):
+    three_splits(tmp_path)
+    write_split(tmp_path / "small", cord_rows(1, "small"))
+    splits = load_splits(str(tmp_path), train_split="small")
+    assert splits["train"].targets == [{"total": "small0"}]
+    assert len(splits["test"]) == 3
+    with pytest.raises(ValueError, match=r"big: .* has no such split; it has small, test, train"):
+        load_splits(str(tmp_path), train_split="big")
+
+
+def test_training_on_test_is_not_testing_on_it(tmp_path):
+    write_split(tmp_path / "test", cord_rows(20))
+    splits = load_splits(str(tmp_path), train_split="test")
+    assert [len(split) for split in splits.values()] == [16, 2, 2]
+
+
+# --- what is refused
+
+
+def test_all_bad_rows_in_one_error(tmp_path):
+    three_splits(tmp_path)
+    train = tmp_path / "train"
+    (train / "001.png").unlink()
+    (train / "002.png").write_bytes(picture_bytes(size=(99, 99), form="PNG")[:-60])
+    (train / "003.png").write_text("hello, I am text")
+    with (train / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "000.png", "ground_truth": "{\\"gt_parse\\": {"}\n')
+        file.write('{"file_name": "000.png", \n')
+        file.write('{"file_name": "000.png", "ground_truth": [1, 2]}\n')
+        file.write('{"file_name": "../test/000.png", "ground_truth": {}}\n')
+        file.write('{"file_name": "000.png", "text": {}}\n')
+        file.write('{"text": {}}\n')
+        file.write('{"file_name": "000.png", "ground_truth": {"a": 1, "a": 2}}\n')
+    splits = load_splits(str(tmp_path))
+    seen: list[int] = []
+    with pytest.raises(ValueError, match=r"^10 of 16 rows cannot be used:") as caught:
+        check_split(*splits.values(), on_row=lambda: seen.append(1))
+    assert len(seen) == 16
+    lines = str(caught.value).splitlines()[1:]
+    for line, expected in zip(
+        lines,
+        [
+            f"{train}/001.png ({train}/metadata.jsonl:2): there is no such picture file",
+            f"{train}/002.png: the picture is damaged or cut short",
+            f"{train}/003.png: is not a picture that can be read",
+            f"{train}/metadata.jsonl:5: does not parse as JSON",
+            f"{train}/metadata.jsonl:6: does not parse as JSON",
+            f"{train}/metadata.jsonl:7: the target must be a JSON object, not a list",
+            f"{train}/metadata.jsonl:8: '../test/000.png' leads out of the data set's folder",
+            f"{train}/metadata.jsonl:9: has no target (ground_truth, target, json); it has file_name, text",
+            f"{train}/metadata.jsonl:10: names no picture",
+            f"{train}/metadata.jsonl:11: the key 'a' stands twice in one object",
+        ],
+        strict=True,
+    ):
+        assert line.strip().startswith(expected)
+    with pytest.raises(ValueError, match=r"metadata\.jsonl:5: does not parse"):
+        splits["train"][4]
+    with pytest.raises(ValueError, match=r"5 of 11|6 of 11"):
+        _ = splits["train"].targets
+    check_split(splits["test"])
+
+
+def test_a_row_that_is_bad_twice_says_both(tmp_path):
+    three_splits(tmp_path)
+    (tmp_path / "test" / "metadata.jsonl").write_text('{"file_name": "gone.png", "ground_truth": "{"}\n')
+    with pytest.raises(ValueError, match=r"does not parse as JSON.*; .*gone\.png.*no such picture"):
+        check_split(load_splits(str(tmp_path))["test"])
+
+
+def test_at_most_twenty_are_shown(tmp_path):
+    three_splits(tmp_path)
+    write_split(tmp_path / "train", [{"ground_truth": "{"} for _ in range(33)])
+    with pytest.raises(ValueError, match="33 of 33") as caught:
+        check_split(load_splits(str(tmp_path))["train"])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 22
+    assert lines[-1] == "  ... and 13 more"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"a": NaN}', '{"a": 1e999}', "[" * 5000, '{"a":' * 200 + "1" + "}" * 200, "null", "3", '"x"', ""],
+)
+def test_targets_that_are_no_objects(tmp_path, text):
+    three_splits(tmp_path)
+    write_split(tmp_path / "test", [{"ground_truth": text}])
+    with pytest.raises(ValueError, match=r"metadata\.jsonl:1: "):
+        _ = load_splits(str(tmp_path))["test"].targets
+
+
+def test_folders_that_are_no_data_set(tmp_path):
+    with pytest.raises(ValueError, match=r"holds neither metadata\.jsonl nor Parquet files; .*\"file_name\""):
+        load_splits(str(tmp_path))
+    with pytest.raises(ValueError, match="there is no such folder"):
+        load_splits(str(tmp_path / "nowhere"))
+    (tmp_path / "file.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a file"):
+        load_splits(str(tmp_path / "file.json"))
+    three_splits(tmp_path)
+    (tmp_path / "test" / "metadata.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="its split test is empty"):
+        load_splits(str(tmp_path))
+    (tmp_path / "test" / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"test: has no metadata\.jsonl"):
+        load_splits(str(tmp_path))
+
+
+# --- Parquet and the hub
+
+
+def cord_dataset(count: int, split: str) -> datasets.Dataset:
+    rows = cord_rows(count, split)
+    colours = {"train": 0, "validation": 80, "test": 160}
+    return datasets.Dataset.from_dict(
+        {
+            "image": [
+                {"bytes": picture_bytes((colours[split] + i, 0, 0)), "path": None} for i in range(count)
+            ],
+            "ground_truth": [row["ground_truth"] for row in rows],
+        },
+        features=datasets.Features({"image": datasets.Image(), "ground_truth": datasets.Value("string")}),
+    )
+
+
+def hub_layout(root: Path) -> Path:
+    (root / "data").mkdir(parents=True)
+    for split, count in (("train", 6), ("validation", 2), ("test", 3)):
+        cord_dataset(count, split).to_parquet(str(root / "data" / f"{split}-00000-of-00001-0a1b2c.parquet"))
+    return root
+
+
+def test_parquet_folder(tmp_path):
+    splits = load_splits(str(hub_layout(tmp_path / "cord-v2")))
+    assert [len(split) for split in splits.values()] == [6, 2, 3]
+    example = splits["test"][2]
+    assert (example.id, example.target) == ("cord-v2-test-2", {"total": "test2"})
+    assert example.image.getpixel((0, 0)) == (162, 0, 0)
+    assert splits["train"].targets[5] == {"total": "train5"}
+    check_split(*splits.values())
+
+
+def test_hub_id(monkeypatch):
+    def load_dataset(path, name=None, revision=None):
+        assert (path, name, revision) == ("naver-clova-ix/cord-v2", None, "main")
+        return datasets.DatasetDict({split: cord_dataset(20, split) for split in ("train", "test")})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    notes: list[str] = []
+    splits = load_splits("naver-clova-ix/cord-v2", revision="main", notes=notes)
+    assert [len(split) for split in splits.values()] == [18, 2, 20]
+    assert splits["test"].ids[17] == "cord-v2-test-17"
+    assert all(i.startswith("cord-v2-train-") for i in splits["validation"].ids)
+    assert len(notes) == 1
+    chosen = splits["validation"][0]
+    assert chosen.target == {"total": "train" + chosen.id.rsplit("-", 1)[1]}
+
+
+def test_bad_rows_of_a_table(tmp_path, monkeypatch):
+    (tmp_path / "secret.png").write_bytes(picture_bytes())
+    table = datasets.Dataset.from_dict(
+        {
+            "image": [
+                {"bytes": picture_bytes(form="JPEG", size=(90, 90))[:-100], "path": "a.jpg"},
+                {"bytes": None, "path": str(tmp_path / "secret.png")},
+                None,
+                {"bytes": picture_bytes(), "path": None},
+            ],
+            "ground_truth": ["{}", "{}", "{}", None],
+        },
+        features=datasets.Features({"image": datasets.Image(), "ground_truth": datasets.Value("string")}),
+    )
+    monkeypatch.setattr(
+        datasets, "load_dataset",
+        lambda *_, **__: datasets.DatasetDict({"train": table, "validation": table, "test": table}),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="4 of 4 rows") as caught:
+        check_split(load_splits("some/set")["test"])
+    lines = [line.strip() for line in str(caught.value).splitlines()[1:]]
+    assert lines[0].startswith("row 0 of split test of some/set: the picture is damaged or cut short")
+    assert "leads out of the data set's folder" in lines[1]
+    assert lines[2] == "row 2 of split test of some/set: has no picture"
+    assert lines[3] == "row 3 of split test of some/set: the target must be a JSON object, not null"
+
+
+def test_columns_of_a_table(monkeypatch):
+    def of(**columns):
+        table = datasets.Dataset.from_dict(columns)
+        splits = datasets.DatasetDict({"train": table, "validation": table, "test": table})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
+        notes: list[str] = []
+        return load_splits("some/set", notes=notes), notes
+
+    picture = Image.new("RGB", (3, 3))
+    splits, notes = of(scan=[picture, picture], target=[{"a": 1, "b": [{"x": "1"}]}, {"c": None}])
+    assert splits["test"].targets == [{"a": 1, "b": [{"x": "1"}]}, {}]
+    assert "target is a struct: keys that are null are left out" in notes[0]
+    assert splits["test"][0].image.size == (3, 3)
+    with pytest.raises(ValueError, match=r"split train of some/set: has no picture column .*it has text"):
+        of(text=["x"], target=["{}"])
+    with pytest.raises(ValueError, match=r"has no target .*it has image, label"):
+        of(image=[picture], label=[1])
+
+
+def test_json_columns_keep_everything(monkeypatch):
+    if not hasattr(datasets, "Json"):
+        pytest.skip("this version of datasets has no JSON columns")
+    values = [{"a": None, "b": [1, "x", [True]]}, {"c": 1.5}]
+    table = datasets.Dataset.from_dict(
+        {"image": [Image.new("L", (2, 2))] * 2, "json": values},
+        features=datasets.Features({"image": datasets.Image(), "json": datasets.Json()}),
+    )
+    both = datasets.DatasetDict({"train": table, "validation": table, "test": table})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: both)
+    notes: list[str] = []
+    assert load_splits("some/set", notes=notes)["test"].targets == values
+    assert not notes
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (NotFound("Dataset 'o/x' is a gated dataset on the Hub."), "is gated; accept .*hf auth login"),
+        (NotFound("Dataset 'o/x' doesn't exist"), "neither a folder here nor a data set on the"),
+        (ConnectionError("Couldn't reach 'o/x' on the Hub"), "neither a folder here nor in reach"),
+        (ValueError("Config name is missing.\nPlease pick among: ['a']"), r"Please pick among: \['a'\]"),
+        (datasets.exceptions.DatasetGenerationError("An error occurred"), "cannot be loaded"),
+    ],
+)  # fmt: skip
+def test_hub_errors(monkeypatch, error, expected):
+    def load_dataset(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=f"^--dataset o/x: .*{expected}") as caught:
+        load_splits("o/x")
+    assert "\n" not in str(caught.value)
+
+
+def test_offline_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="--dataset recipts: is neither a folder here nor in reach"):
+        load_splits("recipts")
+
+
+def test_receipts():
+    notes: list[str] = []
+    splits = load_splits("receipts", seed=1, notes=notes)
+    assert list(splits) == ["train", "validation", "test"]
+    assert all(isinstance(split, Split) for split in splits.values())
+    assert "synthetic" in notes[0]
+    example = splits["test"][0]
+    assert example.image.mode == "RGB"
+    assert example.target == splits["test"].targets[0]
+    check_split(*splits.values())
+    with pytest.raises(ValueError, match="receipts has the splits train, validation, test"):
+        load_splits("receipts", train_split="all")
+
+
+# --- pictures as they come
+
+
+@pytest.mark.parametrize(("orientation", "corner"), [(1, (0, 0)), (3, (3, 1)), (6, (1, 0)), (8, (0, 3))])
+def test_exif_orientation(orientation, corner):
+    stored = Image.new("RGB", (4, 2))
+    stored.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = decode_picture(file_bytes(stored, "PNG", exif=exif), "x")
+    assert image.size == ((4, 2) if orientation in (1, 3) else (2, 4))
+    assert image.getpixel(corner) == (255, 255, 255)
+
+
+def test_transparency_is_white():
+    half = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    half.putpixel((1, 0), (200, 0, 0, 255))
+    for picture in (half, half.quantize(4)):
+        image = decode_picture(file_bytes(picture), "x")
+        assert [image.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (200, 0, 0)]
+    image = decode_picture(file_bytes(Image.new("LA", (1, 1), (0, 0))), "x")
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    image = decode_picture(file_bytes(Image.new("L", (1, 1), 7), transparency=7), "x")
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(("form", "options"), [("PNG", {}), ("TIFF", {})])
+def test_sixteen_bits_are_scaled(form, options):
+    grey = np.array([[0, 32768, 65535]], np.uint16)
+    image = decode_picture(file_bytes(Image.fromarray(grey), form, **options), "x")
+    assert [image.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [
+        (np.array([[0, 70000, 140000]], np.int32), [0, 128, 255]),
+        (np.array([[0, 128, 255]], np.int32), [0, 128, 255]),
+        (np.array([[0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+    ],
+)
+def test_wide_greys(pixels, expected):
+    image = decode_picture(file_bytes(Image.fromarray(pixels), "TIFF"), "x")
+    assert [image.getpixel((x, 0))[0] for x in range(3)] == expected
+
+
+def test_other_modes():
+    cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    red, green, blue = decode_picture(file_bytes(cmyk, "JPEG", quality=95), "x").getpixel((8, 8))
+    assert red > 200
+    assert max(green, blue) < 60
+    palette = Image.new("RGB", (4, 4), (9, 99, 199)).quantize(2)
+    assert decode_picture(file_bytes(palette), "x").getpixel((0, 0)) == (9, 99, 199)
+    assert decode_picture(file_bytes(Image.new("1", (1, 1), 1)), "x").getpixel((0, 0)) == (255, 255, 255)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that says it is large; its pixels never need to be there."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", "is empty"),
+        (b"%PDF-1.7 ...", "is a PDF, not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture"),
+        (b"<html>not found</html>", "is not a picture"),
+        (bomb(100_000, 100_000), "too many pixels .at most 90 million"),
+        (bomb(MAX_PIXELS // 8000, 8001), "11250 x 8001 are too many pixels"),
+        (picture_bytes(form="JPEG", size=(64, 64))[:-200], "damaged or cut short"),
+        (picture_bytes(form="PNG", size=(64, 64))[:40], "damaged or cut short"),
+        (picture_bytes(form="GIF", size=(64, 64))[:30], "damaged or cut short"),
+        (picture_bytes(form="TIFF", size=(64, 64))[:300], "damaged or cut short|is not a picture"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_pictures_that_are_refused(data, expected):
+    with pytest.raises(ValueError, match=f"^some/file.jpg: .*({expected})"):
+        decode_picture(data, "some/file.jpg")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_any_damage_is_a_value_error():
+    """A byte changed or an end cut off anywhere: a picture or one ValueError, never another exception."""
+    outcomes = set()
+    random = np.random.default_rng(0)
+    noise = Image.fromarray(random.integers(0, 255, (24, 24, 3), np.uint8))
+    for form in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000"):
+        whole = file_bytes(noise, form)
+        for turn in range(60):
+            data = bytearray(whole if turn % 2 else whole[: random.integers(1, len(whole))])
+            data[random.integers(0, min(len(data), 200))] = random.integers(0, 256)
+            try:
+                outcome = decode_picture(bytes(data), "x").mode
+            except ValueError as error:
+                outcome = str(error)[:3]
+            outcomes.add(outcome)
+    assert outcomes == {"RGB", "x: "}
+
+
+# --- real scans
+
+
+@pytest.mark.skipif(not SCANS.is_dir(), reason="the folder of real scans is not here")
+def test_real_scans():
+    notes: list[str] = []
+    splits = load_splits(str(SCANS), notes=notes)
+    assert [len(split) for split in splits.values()] == [30, 10, 10]
+    assert not notes
+    assert all(set(t) <= {"company", "date", "address", "total"} for s in splits.values() for t in s.targets)
+    check_split(splits["test"])
+    assert splits["test"][0].id == "test/002.jpg"
+    assert min(splits["test"][0].image.size) > 224
