@@ -1,0 +1,92 @@
+"""Plain text tables: aligned, without colour, and right in a log file as in a terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from im2json.scoring import METRICS
+
+
+def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
+    """Rows under headers and a rule, columns two spaces apart, no newline at the end.
+
+    A column of numbers (None, shown as -, among them) is aligned to the right, any other to the left. Floats
+    have three decimals. Raises ValueError for a row that is not as long as the headers.
+    """
+    body = [list(row) for row in rows]
+    for row in body:
+        if len(row) != len(headers):
+            raise ValueError(f"a row of {len(row)} cells under {len(headers)} headers: {row!r}")
+    cells = [[_cell(value) for value in row] for row in body]
+    columns = range(len(headers))
+    widths = [max(_width(text) for text in (headers[c], *(row[c] for row in cells))) for c in columns]
+    right = [_is_numeric([row[c] for row in body]) for c in columns]
+
+    def line(texts: Sequence[str]) -> str:
+        padded = [
+            " " * (widths[c] - _width(texts[c])) + texts[c]
+            if right[c]
+            else texts[c] + " " * (widths[c] - _width(texts[c]))
+            for c in columns
+        ]
+        return "  ".join(padded).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(headers), rule, *(line(row) for row in cells)])
+
+
+def before_after_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """A line a metric: before, after, the change, and whether it is for the better.
+
+    Metrics come in the order of scoring.METRICS, which says which way is better; a name that is not there (a
+    count, a loss) follows in the order given, without a verdict. A change that rounds to 0.000 is "same".
+    """
+    given = list(dict.fromkeys([*before, *after]))
+    names = [name for name in METRICS if name in given] + [name for name in given if name not in METRICS]
+    rows = [_comparison(name, before.get(name), after.get(name)) for name in names]
+    return table(rows, ["metric", "before", "after", "change", ""])
+
+
+def _comparison(name: str, before: float | None, after: float | None) -> list[Any]:
+    metric = METRICS.get(name)
+    shown = name if metric is None or metric.higher_is_better else f"{name} (lower is better)"
+    if before is None or after is None or metric is None:
+        change = None if before is None or after is None else _Signed(after - before)
+        return [shown, before, after, change, ""]
+    gain = round(after - before if metric.higher_is_better else before - after, 3)
+    # not a number is none of these
+    verdict = "better" if gain > 0 else "worse" if gain < 0 else "same" if gain == 0 else ""
+    return [shown, before, after, _Signed(after - before), verdict]
+
+
+class _Signed(float):
+    """A difference, shown with its sign."""
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        text = f"{value:+.3f}" if isinstance(value, _Signed) else f"{value:.3f}"
+        return text[1:] if text in ("-0.000", "+0.000") else text
+    # a line break or an escape sequence out of somebody's data must not break the table
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(value))
+
+
+def _is_numeric(values: Sequence[Any]) -> bool:
+    kinds = [value for value in values if value is not None]
+    return bool(kinds) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in kinds)
+
+
+def _width(text: str) -> int:
+    """Columns in a terminal: wide East Asian characters take two, combining ones none."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        for char in text
+    )
