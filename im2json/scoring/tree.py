@@ -6,22 +6,18 @@ delete a leaf costs its length, an inner node 1; to turn a leaf into another cos
 distance, an inner node into another 0 or 1 by label, a leaf into an inner node (or back) 1 + the leaf's
 length. All costs are whole numbers.
 
-The algorithm is that of Zhang and Shasha, "Simple fast algorithms for the editing distance between trees and
-related problems", SIAM J. Comput. 18(6), 1989.
+What two documents share is trimmed (`_trimmed` says why that is exact), the rest goes to
+`im2json.scoring.forest`.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from rapidfuzz.distance import Levenshtein
-from rapidfuzz.process import cdist
 
+from im2json.scoring.forest import Forest, Node, forest_distance
 from im2json.scoring.normal import Normal, normal_items
-
-Node = str | tuple[str, tuple[Any, ...]]
-"""A leaf (its text) or an inner node (label, children)."""
 
 ROOT, ROW = "<root>", "<subtree>"
 
@@ -71,86 +67,40 @@ def tree_weight(node: Node) -> int:
     return len(node) if isinstance(node, str) else 1 + sum(map(tree_weight, node[1]))
 
 
-class _PostOrder(NamedTuple):
-    """A tree's nodes in post-order, numbered from 1: entry 0 of each list is unused."""
-
-    labels: list[str]
-    leaf: list[bool]
-    weight: list[int]  # what inserting or deleting the node alone costs
-    first: list[int]  # the node's leftmost descendant
-    keyroots: list[int]  # nodes with a left sibling, and the root
-
-
-def _post_order(root: Node) -> _PostOrder:
-    tree = _PostOrder([""], [False], [0], [0], [])
-
-    def visit(node: Node) -> int:
-        first = len(tree.labels)
-        if isinstance(node, tuple):
-            for position, child in enumerate(node[1]):
-                number = visit(child)
-                if position:
-                    tree.keyroots.append(number)
-        is_leaf = isinstance(node, str)
-        tree.labels.append(node if isinstance(node, str) else node[0])
-        tree.leaf.append(is_leaf)
-        tree.weight.append(len(node) if is_leaf else 1)
-        tree.first.append(first)
-        return len(tree.labels) - 1
-
-    tree.keyroots.append(visit(root))
-    tree.keyroots.sort()
-    return tree
-
-
 def _distance(a: Node, b: Node) -> int:
-    if a == b:
-        return 0
-    tree_a, tree_b = _post_order(a), _post_order(b)
-    rename = _rename_costs(tree_a, tree_b)
-    distances = [[0] * len(tree_b.labels) for _ in tree_a.labels]
-    for i in tree_a.keyroots:
-        for j in tree_b.keyroots:
-            _fill(tree_a, tree_b, i, j, rename, distances)
-    return distances[-1][-1]
+    """The distance of two trees with the same root: what agrees is trimmed, the rest is computed."""
+    assert isinstance(a, tuple)
+    assert isinstance(b, tuple)
+    forest_a, forest_b = _trimmed(a[1], b[1])
+    while len(forest_a) == 1 == len(forest_b):
+        (a,), (b,) = forest_a, forest_b
+        if isinstance(a, str) or isinstance(b, str) or a[0] != b[0]:
+            break
+        forest_a, forest_b = _trimmed(a[1], b[1])
+    if not forest_a or not forest_b:
+        return sum(map(tree_weight, forest_a or forest_b))
+    if len(forest_a) == 1 == len(forest_b) and isinstance(forest_a[0], str) and isinstance(forest_b[0], str):
+        return Levenshtein.distance(forest_a[0], forest_b[0])
+    return forest_distance(forest_a, forest_b)
 
 
-def _rename_costs(a: _PostOrder, b: _PostOrder) -> list[list[int]]:
-    weight_a, weight_b = np.array(a.weight)[:, None], np.array(b.weight)[None, :]
-    leaf_a, leaf_b = np.array(a.leaf)[:, None], np.array(b.leaf)[None, :]
-    labels: dict[str, int] = {}
-    label_a, label_b = (np.array([labels.setdefault(x, len(labels)) for x in t.labels]) for t in (a, b))
-    costs = np.where(leaf_a != leaf_b, 1 + np.where(leaf_a, weight_a, weight_b), label_a[:, None] != label_b)
-    leaves_a, leaves_b = np.flatnonzero(leaf_a), np.flatnonzero(leaf_b)
-    if len(leaves_a) and len(leaves_b):
-        texts_a, texts_b = [a.labels[i] for i in leaves_a], [b.labels[j] for j in leaves_b]
-        costs[np.ix_(leaves_a, leaves_b)] = cdist(
-            texts_a, texts_b, scorer=Levenshtein.distance, dtype=np.int64
-        )
-    rows: list[list[int]] = costs.tolist()
-    return rows
+def _trimmed(a: Forest, b: Forest) -> tuple[Forest, Forest]:
+    """Two forests without the trees that they share at the start and at the end.
 
-
-def _fill(
-    a: _PostOrder, b: _PostOrder, i: int, j: int, rename: list[list[int]], distances: list[list[int]]
-) -> None:
-    """Distances between the trees on the leftmost paths of i and j, by way of their prefixes' forests."""
-    first_i, first_j = a.first[i], b.first[j]
-    columns = range(first_j, j + 1)
-    row = [0]
-    for y in columns:
-        row.append(row[-1] + b.weight[y])
-    forest = [row]  # forest[x - first_i + 1][y - first_j + 1]: nodes first_i..x against nodes first_j..y
-    for x in range(first_i, i + 1):
-        above, delete, spine = forest[-1], a.weight[x], a.first[x] == first_i
-        before_x = forest[a.first[x] - first_i]
-        row = [above[0] + delete]
-        for column, y in enumerate(columns, start=1):
-            cost = min(above[column] + delete, row[-1] + b.weight[y])
-            if spine and b.first[y] == first_j:
-                cost = min(cost, above[column - 1] + rename[x][y])
-                distances[x][y] = cost
-            else:
-                cost = min(cost, before_x[b.first[y] - first_j] + distances[x][y])
-            row.append(cost)
-        forest.append(row)
+    The distance stays the same, for costs that obey the triangle inequality, as these do. Let A be a first
+    tree that both forests start with, and M a cheapest mapping between A F and A G. A node f of F that M
+    maps into the second A has all of the first A to its left, so M maps those nodes to the left of f's
+    image, within the second A. Follow f to its image, to the same node in the first A, to the image of
+    that, and so on: each step leads further left and the chain ends with a deletion, without ever reaching
+    G. By the triangle inequality deleting f costs no more than the chain, and no two chains share a step.
+    With the nodes of G treated alike, M without the pairs that touch an A maps F to G at no higher cost.
+    The last tree is the mirror image, and roots that agree can be taken off a pair of trees by the same
+    argument.
+    """
+    start, end_a, end_b = 0, len(a), len(b)
+    shorter = min(end_a, end_b)
+    while start < shorter and a[start] == b[start]:
+        start += 1
+    while end_a > start and end_b > start and a[end_a - 1] == b[end_b - 1]:
+        end_a, end_b = end_a - 1, end_b - 1
+    return a[start:end_a], b[start:end_b]

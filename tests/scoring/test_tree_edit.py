@@ -2,9 +2,11 @@ import random
 import time
 
 import pytest
-from oracles import oracle_distance, random_object, random_pair, random_receipt
+from oracles import edited, oracle_distance, random_object, random_pair, random_receipt
 
-from im2json.scoring.tree import tree_edit_accuracy, tree_edit_distance
+from im2json.scoring import forest
+from im2json.scoring.forest import forest_distance
+from im2json.scoring.tree import _trimmed, document_tree, tree_edit_accuracy, tree_edit_distance
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -60,6 +62,53 @@ def test_accuracy_where_donut_divides_by_zero() -> None:
     assert tree_edit_accuracy({"a": []}, {"b": None}) == 1.0
     assert tree_edit_accuracy({"a": "x"}, {}) == 0.0
     assert tree_edit_accuracy({"a": " "}, {}) == 0.0
+
+
+@pytest.mark.parametrize("cells", [1, 300, 1 << 22])
+def test_trimming_and_batches_change_nothing(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forest, "_BATCH_CELLS", cells)
+    rng = random.Random(cells)
+    trimmed_away = 0
+    for _ in range(300):
+        prediction, target = random_pair(rng)
+        a, b = document_tree(prediction)[1], document_tree(target)[1]
+        whole = forest_distance(a, b)
+        assert whole == tree_edit_distance(prediction, target)
+        less_a, less_b = _trimmed(a, b)
+        assert forest_distance(less_a, less_b) == whole
+        trimmed_away += len(a) - len(less_a)
+    assert trimmed_away > 100
+
+
+def test_equal_ends_of_a_forest_add_nothing() -> None:
+    rng = random.Random(13)
+    for _ in range(300):
+        a, b, start, end = (document_tree(random_object(rng, 2))[1] for _ in range(4))
+        assert forest_distance(start + a + end, start + b + end) == forest_distance(a, b)
+        copies = rng.randrange(4)  # the same tree many times over, so that which copy is trimmed is a choice
+        assert forest_distance(start * copies + a, start * copies + b) == forest_distance(a, b)
+
+
+def test_weights_beyond_32_bits() -> None:
+    long = "x" * 3_000_000
+    a = {"menu": [{"nm": long + str(i), "price": str(i)} for i in range(12)]}
+    b = {"menu": [{"nm": "tea", "price": str(i)} for i in range(12)], "total": "1"}
+    distance = sum(len(row["nm"]) for row in a["menu"]) + 1 + 1
+    assert tree_edit_distance(a, b) == tree_edit_distance(b, a) == distance
+
+
+def test_a_long_document_against_a_near_copy() -> None:
+    rng = random.Random(17)
+    target = random_receipt(rng, 60)
+    rows = list(target["menu"])
+    rows[0], rows[30], rows[59] = ({**rows[i], "nm": "changed"} for i in (0, 30, 59))
+    distance = sum(tree_edit_distance(rows[i], target["menu"][i]) for i in (0, 30, 59))
+    assert tree_edit_distance({**target, "menu": rows}, target) == distance
+    del rows[45]
+    size = tree_edit_distance({}, {"a": target["menu"][45]}) - 1
+    assert tree_edit_distance({**target, "menu": rows}, target) == distance + size
+    shuffled = edited(target, rng, 0.2)
+    assert tree_edit_distance(shuffled, target) == tree_edit_distance(target, shuffled)
 
 
 def test_symmetry_identity_and_triangle() -> None:
