@@ -1,0 +1,302 @@
+"""Every option of every script, declared once.
+
+The command-line flags, a run folder's config.json, the axes of a sweep and the checks of all three are derived
+from the dataclasses below. A flag is the field's name with dashes. To add an option, add a field to the room that
+uses it; to add a recipe, add an entry to PRESETS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SEED_TARGET_MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+METRIC_NAMES = (
+    "field_f1",
+    "field_precision",
+    "field_recall",
+    "ted_accuracy",
+    "json_validity",
+    "exact_match",
+    "key_f1",
+    "structure_similarity",
+    "value_accuracy",
+    "value_similarity",
+    "edit_distance",
+)
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    choices: tuple[str, ...] = (),
+    free: bool = False,
+) -> Any:
+    """A dataclass field that knows how to explain and check itself.
+
+    `free` marks an option that changes how a run is carried out but not what it computes: it may differ on --resume
+    and takes no part in a sweep point's identity.
+    """
+    metadata = dict(help=help, unit=unit, at_least=at_least, above=above, at_most=at_most, choices=choices, free=free)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    dataset: str = option("receipts", "receipts (embedded, synthetic), a folder, or a data set on the hub")
+    train_split: str = option("train", "the split to train on")
+    prompt: str = option("extract JSON.", "what the model is asked; kept with the adapter")
+    max_target_tokens: int | None = option(
+        None,
+        "refuse targets longer than this instead of learning them; none is ever cut",
+        unit="tokens",
+        at_least=1,
+    )
+    workers: int | None = option(
+        None, "processes that decode pictures; 4 on a GPU, else 0", unit="processes", at_least=0, free=True
+    )
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    model: str = option("tiny", "tiny (embedded), a folder, or a PaliGemma on the hub")
+    adapter: str | None = option(None, "an adapter folder or run to start from, with its own r and target modules")
+    r: int = option(16, "rank of the LoRA matrices", at_least=1)
+    alpha: float | None = option(None, "LoRA's alpha: its output is scaled by alpha / r; 2r unless given", above=0)
+    dropout: float = option(0.0, "dropout before the LoRA matrices", at_least=0, at_most=0.999)
+    target_modules: str = option(
+        SEED_TARGET_MODULES,
+        "which linear layers get LoRA: names joined by commas (in both towers where they match), `language` for "
+        "the same in the language model alone, or a regular expression over full module names",
+    )
+    rslora: bool = option(False, "scale by alpha / sqrt(r) (rank-stabilised LoRA)")
+    dora: bool = option(False, "learn magnitude and direction apart (DoRA)")
+    quant: str = option(
+        "nf4", "the frozen weights: 4-bit NF4 with double quantisation, or none", choices=("nf4", "none")
+    )
+    precision: str = option(
+        "auto",
+        "of the computation: auto is bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU",
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, a quarter slower", free=True
+    )
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    max_new_tokens: int | None = option(
+        None,
+        "longest answer that is generated; the longest target and an eighth unless given",
+        unit="tokens",
+        at_least=1,
+    )
+    eval_batch_size: int = option(
+        32, "answers generated at a time, per process", unit="examples", at_least=1, free=True
+    )
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    lr: float = option(3e-3, "peak learning rate", above=0)
+    schedule: str = option("cosine", "of the learning rate after warmup", choices=("cosine", "linear", "constant"))
+    warmup: float = option(0.03, "share of the steps that raise the learning rate from 0", at_least=0, at_most=1)
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", at_least=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
+    epochs: float = option(4.0, "passes over the training split, unless --steps says otherwise", unit="epochs", above=0)
+    steps: int | None = option(None, "optimizer updates; wins over --epochs", unit="steps", at_least=1)
+    batch_size: int = option(
+        8, "examples per step, all processes and microbatches together", unit="examples", at_least=1
+    )
+    microbatch: int | None = option(
+        None,
+        "examples per forward and backward pass, per process; all of a process's share unless given",
+        unit="examples",
+        at_least=1,
+        free=True,
+    )
+    optimizer: str = option(
+        "paged_adamw_8bit",
+        "AdamW with its state in 8 bits and paged, in 8 bits, or plain",
+        choices=("paged_adamw_8bit", "adamw_8bit", "adamw"),
+    )
+    eval_every: int = option(50, "validate generated text every N steps; 0: never", unit="steps", at_least=0)
+    eval_examples: int | None = option(
+        None, "validation examples used each time; all unless given", unit="examples", at_least=1
+    )
+    metric: str = option("field_f1", "what the best adapter and --patience go by", choices=METRIC_NAMES)
+    patience: int | None = option(
+        None, "stop after this many evaluations without a gain", unit="evaluations", at_least=1
+    )
+    save_every: int | None = option(
+        None,
+        "write a checkpoint every N steps; at every evaluation unless given; 0: never",
+        unit="steps",
+        at_least=0,
+        free=True,
+    )
+    keep: int = option(2, "checkpoints kept", unit="checkpoints", at_least=1, free=True)
+    seed: int = option(0, "of LoRA's first values, the order of the examples and dropout", at_least=0)
+    test: bool = option(True, "score the test split before and after training")
+    output: str | None = option(None, "run folder; a fresh one under runs/ unless given", free=True)
+    track: str | None = option(
+        None,
+        "send the scalars to these trackers too, joined by commas: wandb and others that accelerate knows",
+        free=True,
+    )
+    threads: int | None = option(
+        None,
+        "CPU threads per process; the cores over the processes unless given",
+        unit="threads",
+        at_least=1,
+        free=True,
+    )
+
+
+ROOMS: dict[str, type] = {
+    "data": DataOptions,
+    "model": ModelOptions,
+    "decode": DecodeOptions,
+    "train": TrainOptions,
+}
+FIELDS: dict[str, dataclasses.Field] = {f.name: f for room in ROOMS.values() for f in dataclasses.fields(room)}
+_TYPES: dict[str, Any] = {name: hint for room in ROOMS.values() for name, hint in typing.get_type_hints(room).items()}
+
+# The seed's best settings for PaliGemma-3B on receipts, as published with its ablations.
+_PALIGEMMA_RECIPE: dict[str, Any] = dict(
+    r=32,
+    alpha=64.0,
+    dropout=0.05,
+    lr=2e-4,
+    epochs=3.0,
+    batch_size=16,
+    microbatch=4,
+    max_grad_norm=0.3,
+    warmup=0.03,
+    gradient_checkpointing=True,
+    eval_batch_size=8,
+    eval_every=25,
+)
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "cord": dict(model="google/paligemma-3b-pt-224", dataset="naver-clova-ix/cord-v2", **_PALIGEMMA_RECIPE),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All options of a run, by room; every value has passed its checks and alpha is resolved."""
+
+    data: DataOptions
+    model: ModelOptions
+    decode: DecodeOptions
+    train: TrainOptions
+
+    @classmethod
+    def resolve(cls, given: Mapping[str, Any], preset: str | None = None) -> TrainConfig:
+        """The config for the values a user gave, over a preset's, over the defaults.
+
+        A model other than the embedded one takes PaliGemma's recipe where neither preset nor value says otherwise.
+
+        Raises:
+            ValueError: naming every unknown option and every wrong value at once.
+        """
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
+        if preset is None:
+            preset_values = _PALIGEMMA_RECIPE if given.get("model", "tiny") != "tiny" else PRESETS["tiny"]
+        else:
+            preset_values = PRESETS[preset]
+        values = {**preset_values, **given}
+        if "r" in given and "alpha" not in given:
+            values.pop("alpha", None)  # a preset's alpha belongs to the preset's r
+        problems = [problem for name, value in values.items() if (problem := check(name, value))]
+        if problems:
+            raise ValueError("\n".join(problems))
+        values = {name: coerce(name, value) for name, value in values.items()}
+        if values.get("alpha") is None:
+            values["alpha"] = 2.0 * values.get("r", FIELDS["r"].default)
+        rooms = {
+            room: options(**{f.name: values[f.name] for f in dataclasses.fields(options) if f.name in values})
+            for room, options in ROOMS.items()
+        }
+        return cls(**rooms)
+
+    def flat(self) -> dict[str, Any]:
+        """Option name to value, the form of config.json, of the flags and of a sweep's axes."""
+        return {name: value for room in ROOMS for name, value in dataclasses.asdict(getattr(self, room)).items()}
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with some options changed (and checked)."""
+        return TrainConfig.resolve({**self.flat(), **changes}, preset="tiny")
+
+
+def scalar_type(name: str) -> tuple[type, bool]:
+    """An option's type without None, and whether None is allowed."""
+    hint = _TYPES[name]
+    if isinstance(hint, types.UnionType):
+        (kind,) = (t for t in hint.__args__ if t is not types.NoneType)
+        return kind, True
+    return hint, False
+
+
+def coerce(name: str, value: Any) -> Any:
+    """The value in its option's type, where JSON or a preset wrote an int for a float."""
+    return float(value) if scalar_type(name)[0] is float and value is not None else value
+
+
+def check(name: str, value: Any) -> str | None:
+    """What is wrong with this value for this option, in one line, or None."""
+    if name not in FIELDS:
+        return f"unknown option {name!r}: {suggestion(name, FIELDS)}"
+    kind, optional = scalar_type(name)
+    flag = flag_name(name)
+    if value is None:
+        return None if optional else f"{flag}: a value is needed"
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    fits = {
+        bool: isinstance(value, bool),
+        int: whole,
+        float: (whole or isinstance(value, float)) and math.isfinite(value),
+        str: isinstance(value, str),
+    }[kind]
+    if not fits:
+        return f"{flag}: {value!r} is not {_KIND_WORDS[kind]}"
+    meta = FIELDS[name].metadata
+    if meta["choices"] and value not in meta["choices"]:
+        return f"{flag}: {value!r} is not one of {', '.join(meta['choices'])}"
+    if kind in (int, float):
+        if meta["at_least"] is not None and value < meta["at_least"]:
+            return f"{flag}: {value} is too small: at least {meta['at_least']}"
+        if meta["above"] is not None and value <= meta["above"]:
+            return f"{flag}: {value} is too small: more than {meta['above']}"
+        if meta["at_most"] is not None and value > meta["at_most"]:
+            return f"{flag}: {value} is too large: at most {meta['at_most']}"
+    return None
+
+
+_KIND_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def flag_name(name: str) -> str:
+    """The command-line flag of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def suggestion(name: str, known: typing.Iterable[str]) -> str:
+    """`did you mean ...?` for a mistyped name, or where the names are listed."""
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else "train.py --help lists the options"

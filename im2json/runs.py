@@ -1,0 +1,281 @@
+"""A run folder: where everything that a run leaves lies, and writing it so that a crash leaves it whole.
+
+runs/NAME/config.json        every resolved option, versions, git revision
+          metrics.jsonl      a line per log or evaluation
+          predictions.jsonl  a line per evaluated example
+          checkpoints/step-N/
+          adapter/           the best adapter, in PEFT's format, with the processor
+          tb/                TensorBoard events
+          result.json        written last: its presence means that the run is done
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from im2json.options import FIELDS, PRESETS, TrainConfig, flag_name
+
+VERSIONED = (
+    "im2json",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "rapidfuzz",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def predictions(self) -> Path:
+        return self.path / "predictions.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tb"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def done(self) -> bool:
+        return self.result.exists()
+
+    def read_config(self) -> TrainConfig:
+        """The options of this run.
+
+        Raises:
+            ValueError: if the folder holds no run, or its config.json is not one of ours.
+        """
+        if not self.config.is_file():
+            raise ValueError(f"{self.path} is not a run folder: it has no config.json")
+        try:
+            return TrainConfig.resolve(json.loads(self.config.read_text("utf-8"))["options"], preset="tiny")
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{self.config} does not hold a run's options: {error}") from error
+
+    def write_config(self, config: TrainConfig) -> None:
+        versions = {name: _version(name) for name in VERSIONED} | {"python": sys.version.split()[0]}
+        write_json(self.config, {"options": config.flat(), "versions": versions, "git": _git_revision()})
+
+    def latest_checkpoint(self) -> Path | None:
+        """The complete checkpoint with the most steps."""
+        steps = complete_checkpoints(self.checkpoints)
+        return steps[-1] if steps else None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in the order of their steps; one that was being written has another name until it is whole."""
+    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Updates done when a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def check_output(output: str | None) -> None:
+    """Refuse an --output that holds a run already.
+
+    Raises:
+        ValueError: saying what to do instead.
+    """
+    if output is None:
+        return
+    run = RunFolder(Path(output))
+    if run.path.exists() and not run.path.is_dir():
+        raise ValueError(f"--output {output} is a file: name a folder")
+    if run.done:
+        raise ValueError(f"--output {output} holds a finished run: choose another folder, or see evaluate.py {output}")
+    if run.config.exists():
+        raise ValueError(f"--output {output} holds an unfinished run: go on with --resume {output}, or choose another")
+
+
+def new_run(config: TrainConfig) -> RunFolder:
+    """Make the folder of a fresh run, at --output or under a new name in runs/, and write its config.json."""
+    if config.train.output is not None:
+        check_output(config.train.output)
+        path = Path(config.train.output)
+        path.mkdir(parents=True, exist_ok=True)
+    else:
+        name = f"{Path(config.model.model).name}-r{config.model.r}-{time.strftime('%Y%m%d-%H%M%S')}"
+        Path("runs").mkdir(exist_ok=True)
+        for attempt in itertools.count(1):
+            path = Path("runs") / (name if attempt == 1 else f"{name}-{attempt}")
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                break
+    run = RunFolder(path)
+    run.write_config(config)
+    return run
+
+
+@contextlib.contextmanager
+def locked(run: RunFolder, main_process: bool) -> Iterator[None]:
+    """Keep other runs from writing to this folder; the system lets go of it however this process ends. Of a run on
+    several processes the main one holds it.
+
+    Raises:
+        ValueError: if another process holds it.
+    """
+    if not main_process:
+        yield
+        return
+    with (run.path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is working on {run.path}: wait for it or stop it first") from None
+        yield
+
+
+def rewind(run: RunFolder, step: int) -> None:
+    """Make a stopped run's folder what it was at `step`: drop later lines, and what was being written at the end."""
+    for path in run.checkpoints.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in run.path.rglob(".*.tmp-*"):
+        path.unlink()
+    for file in (run.metrics, run.predictions):
+        keep_lines(file, lambda row: row["step"] <= step and row.get("stage") != "after")
+
+
+def resumed_config(run: RunFolder, given: dict[str, Any], preset: str | None = None) -> TrainConfig:
+    """A stopped run's options, with those that do not change its result replaced by what was given now.
+
+    Raises:
+        ValueError: if the run is finished, or an option that does change the result differs.
+    """
+    config = run.read_config()
+    if run.done:
+        raise ValueError(f"--resume {run.path}: this run is finished; nothing is left to resume")
+    if preset is not None:
+        given = {**PRESETS[preset], **given}
+    stored = config.flat()
+    differing = [name for name, value in given.items() if value != stored[name] and not FIELDS[name].metadata["free"]]
+    if differing:
+        said = ", ".join(f"{flag_name(name)} was {stored[name]}, not {given[name]}" for name in differing)
+        raise ValueError(f"--resume {run.path} goes on with the options it began with: {said}; start a new run instead")
+    return config.replace(**given)
+
+
+@contextlib.contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A path to write aside; it takes `path`'s place, whole and on disk, when the block ends without an error."""
+    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield aside
+        _sync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def folder_atomically(path: Path) -> Iterator[Path]:
+    """The same for a folder, which must not exist yet."""
+    aside = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed here
+    aside.mkdir(parents=True)
+    yield aside
+    for file in aside.rglob("*"):
+        _sync(file)
+    os.rename(aside, path)
+    _sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomically(path) as aside:
+        aside.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
+
+
+def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add rows to a JSON-lines file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole rows of a JSON-lines file; a last line that a crash cut short is passed over."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a JSON-lines file with the rows for which `keep` holds."""
+    if path.exists():
+        with atomically(path) as aside:
+            append_lines(aside, filter(keep, read_lines(path)))
+
+
+def _sync(path: Path) -> None:
+    """Have the system put a file or a folder's entries on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The revision of the code that runs, with a + if it was changed since; None outside a repository."""
+    here = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
