@@ -1,0 +1,90 @@
+"""Examples in, batches out: where the prefix ends and what is learned is decided here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from transformers import PaliGemmaProcessor
+
+from im2json.data.example import Example
+from im2json.scoring.text import canonical
+
+# B examples, S positions, P prefix positions (image tokens, BOS, prompt and newline), T target tokens with EOS.
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A microbatch, padded on the right."""
+
+    ids: list[str]
+    inputs: dict[str, torch.Tensor]  # input_ids, attention_mask, token_type_ids: B x S; pixel_values: B x 3 x H x W
+    labels: torch.Tensor  # B x S
+
+    def to(self, device: torch.device) -> Batch:
+        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        return Batch(self.ids, inputs, self.labels.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return Batch(self.ids, {k: v.pin_memory() for k, v in self.inputs.items()}, self.labels.pin_memory())
+
+
+class Collator:
+    """Turns examples into PaliGemma's layout, the same tokens as PaliGemmaProcessor with a suffix makes:
+
+        <image> x 256, BOS, prompt, newline | target JSON, EOS | padding
+        token_type_ids 0 (both directions)  | 1 (causal)       | 1
+        labels -100                         | the tokens       | -100
+
+    A target is never cut, and what it holds is text: a literal `<eos>` in it is spelled out, not a special token.
+    """
+
+    def __init__(self, processor: PaliGemmaProcessor, prompt: str) -> None:
+        self.processor = processor
+        self.prompt = prompt
+        tokenizer = processor.tokenizer
+        image_tokens = processor.image_token * processor.image_seq_length
+        prefix = tokenizer(f"{image_tokens}{tokenizer.bos_token}{prompt}\n", add_special_tokens=False)
+        self.prefix_ids: list[int] = prefix["input_ids"]  # P
+
+    def target_ids(self, target: dict) -> list[int]:
+        """The tokens to learn: canonical JSON, then EOS; T of them."""
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer(canonical(target), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [*ids, tokenizer.eos_token_id]
+
+    def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Pictures squashed to the square that the tower sees; B x 3 x H x W."""
+        return self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        """A training batch."""
+        suffixes = [self.target_ids(example.target) for example in examples]
+        start = len(self.prefix_ids)
+        shape = (len(examples), start + max(map(len, suffixes)))
+        input_ids = torch.full(shape, self.processor.tokenizer.pad_token_id)  # B x S
+        labels = torch.full(shape, IGNORE)  # B x S
+        attention_mask = torch.zeros(shape, dtype=torch.long)  # B x S
+        token_type_ids = torch.ones(shape, dtype=torch.long)  # B x S
+        input_ids[:, :start] = torch.tensor(self.prefix_ids)
+        token_type_ids[:, :start] = 0
+        for row, suffix in enumerate(suffixes):
+            end = start + len(suffix)
+            input_ids[row, start:end] = labels[row, start:end] = torch.tensor(suffix)
+            attention_mask[row, :end] = 1
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        inputs["pixel_values"] = self.pixels([example.image for example in examples])
+        return Batch([example.id for example in examples], inputs, labels)
+
+    def prefixes(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """What generation starts from. All prefixes are equally long, so nothing is padded."""
+        input_ids = torch.tensor(self.prefix_ids).repeat(len(images), 1)  # B x P
+        return {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "token_type_ids": torch.zeros_like(input_ids),
+            "pixel_values": self.pixels(images),
+        }

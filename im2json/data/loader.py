@@ -1,0 +1,52 @@
+"""Feed the loop: the batches of each step, decoded in worker processes where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from im2json.data.collate import Batch, Collator
+from im2json.data.example import Split
+from im2json.data.order import Order
+
+
+class StepLoader:
+    """One process's microbatches, step by step, from any step on."""
+
+    def __init__(
+        self,
+        split: Split,
+        collator: Collator,
+        order: Order,
+        *,
+        microbatch: int | None,
+        rank: int,
+        processes: int,
+        workers: int,
+        pin_memory: bool,
+    ) -> None:
+        self.split: Any = split
+        self.collator = collator
+        self.order = order
+        self.shares = {"microbatch": microbatch, "rank": rank, "processes": processes}
+        self.workers = workers
+        self.pin_memory = pin_memory
+
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """The microbatches of steps start to stop - 1; an empty list where a short step leaves this process nothing."""
+        plan = [self.order.microbatches(step, **self.shares) for step in range(start, stop)]  # type: ignore[arg-type]
+        batches = iter(
+            DataLoader(
+                self.split,
+                batch_sampler=[indices for step in plan for indices in step],
+                collate_fn=self.collator,
+                num_workers=self.workers,
+                pin_memory=self.pin_memory,
+                generator=torch.Generator(),  # or the loader would draw from the one that dropout uses
+            )
+        )
+        for step in plan:
+            yield [next(batches) for _ in step]

@@ -1,0 +1,45 @@
+"""Which examples make up which step: a pure function of (seed, step), so that a resumed run needs no sampler state."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+
+
+class Order:
+    """The order in which a training split is seen.
+
+    Every epoch is its own permutation, seeded by (seed, epoch) and cut into steps of `batch_size` examples; the last
+    step of an epoch holds what is left. Nothing depends on the number of processes or the size of a microbatch.
+    """
+
+    def __init__(self, num_examples: int, batch_size: int, seed: int) -> None:
+        assert num_examples > 0 and batch_size > 0
+        self.num_examples = num_examples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps_per_epoch = math.ceil(num_examples / batch_size)
+        self._permutation = functools.lru_cache(maxsize=2)(self._permute)
+
+    def _permute(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
+
+    def steps(self, epochs: float) -> int:
+        """Optimizer updates in this many epochs, at least one."""
+        return max(1, round(epochs * self.steps_per_epoch))
+
+    def step(self, step: int) -> list[int]:
+        """Indices of the examples of the update after `step` updates."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        start = place * self.batch_size
+        return self._permutation(epoch)[start : start + self.batch_size].tolist()
+
+    def microbatches(self, step: int, microbatch: int | None, rank: int, processes: int) -> list[list[int]]:
+        """This process's share of a step, in microbatches; empty where a short step leaves nothing for it."""
+        indices = self.step(step)
+        bounds = [len(indices) * r // processes for r in range(processes + 1)]
+        share = indices[bounds[rank] : bounds[rank + 1]]
+        size = microbatch or max(len(share), 1)
+        return [share[i : i + size] for i in range(0, len(share), size)]
