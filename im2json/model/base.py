@@ -1,0 +1,114 @@
+"""Load a PaliGemma and its processor: the embedded one, one from a folder, or one from the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from transformers import BitsAndBytesConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
+from transformers.utils.logging import disable_progress_bar
+
+TINY = Path(__file__).parent / "tiny"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def locate(model: str) -> str:
+    """Where from_pretrained finds a model: the embedded base's folder for `tiny`, else the name itself."""
+    return str(TINY) if model == "tiny" else model
+
+
+def load_processor(model: str) -> PaliGemmaProcessor:
+    """The processor of a model or of an adapter folder.
+
+    Raises:
+        ValueError: if there is no such model, access to it was not granted, or it is not a PaliGemma.
+    """
+    return _from_pretrained(PaliGemmaProcessor, model)
+
+
+def load_base(model: str, precision: str, quant: str, device: torch.device) -> PaliGemmaForConditionalGeneration:
+    """The frozen base on one device, its weights in `precision`; with `nf4`, its linear layers in 4 bits.
+
+    NF4 with double quantisation is QLoRA's storage (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314): 4.127
+    bits a weight. Products are computed in `precision`. lm_head and the embedding, which it is tied to, stay whole.
+
+    Raises:
+        ValueError: if there is no such model, access to it was not granted, or it is not a PaliGemma.
+    """
+    dtype = DTYPES[precision]
+    settings: dict[str, Any] = dict(dtype=dtype, device_map={"": device}, attn_implementation="sdpa")
+    if quant == "nf4":
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    disable_progress_bar()
+    base = _from_pretrained(PaliGemmaForConditionalGeneration, model, **settings)
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    return base
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """What `auto` is on this device.
+
+    Raises:
+        ValueError: for fp16 on a CPU, which has no loss scaling there and would overflow in silence.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16 needs a GPU: on a CPU use --precision fp32, or bf16 where it is fast")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16: use --precision fp16")
+    if precision != "auto":
+        return precision
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def _from_pretrained(kind: Any, model: str, **settings: Any) -> Any:
+    path = locate(model)
+    if Path(path).is_dir():
+        try:
+            return kind.from_pretrained(path, **settings)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"--model {model}: the folder does not load as a PaliGemma with its processor: {reason}"
+            ) from error
+    if Path(path).exists():
+        raise ValueError(f"--model {model}: this is a file; name the folder that holds the model")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
+        raise ValueError(f"--model {model}: no such folder, and not a name on the hub (owner/name); `tiny` is embedded")
+    _reach_hub(model)
+    return kind.from_pretrained(path, **settings)
+
+
+def _reach_hub(model: str) -> None:
+    """Fetch a model's config, or say why that cannot be done; transformers would try many files, and wrap the reason.
+
+    Raises:
+        ValueError: if there is no such model, access to it was not granted, or the hub cannot be reached.
+    """
+    try:
+        hf_hub_download(model, "config.json")
+    except GatedRepoError as error:
+        raise ValueError(
+            f"--model {model}: access to it was not granted: accept its licence at https://huggingface.co/{model}, "
+            "then run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"--model {model}: no such folder, and the hub has no model of this name (or it is private: "
+            "run `hf auth login`)"
+        ) from error
+    except (HfHubHTTPError, OSError, EntryNotFoundError) as error:
+        raise ValueError(
+            f"--model {model}: no such folder, and the hub could not be reached: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,191 @@
+"""LoRA on the frozen base: what is trained, how an adapter is read and written, and plain weights with it merged in."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.utils.integrations import dequantize_bnb_weight
+from safetensors.torch import load_file, save_file
+from transformers import PaliGemmaForConditionalGeneration
+
+from im2json.options import SEED_TARGET_MODULES, ModelOptions
+
+WEIGHTS = "adapter_model.safetensors"  # PEFT's name
+
+
+def add_lora(base: PaliGemmaForConditionalGeneration, options: ModelOptions, seed: int) -> PeftModel:
+    """The base with LoRA matrices (Hu et al. 2021, https://arxiv.org/abs/2106.09685) in fp32, the only trained weights.
+
+    Raises:
+        ValueError: if --target-modules matches no linear layer, or --adapter is not an adapter of this base.
+    """
+    torch.manual_seed(seed)
+    if options.adapter is not None:
+        model = _warm_start(base, options.adapter)
+    else:
+        config = LoraConfig(
+            r=options.r,
+            lora_alpha=options.alpha,  # type: ignore[arg-type]
+            lora_dropout=options.dropout,
+            target_modules=target_modules(base, options.target_modules),
+            use_rslora=options.rslora,
+            use_dora=options.dora,
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(base, config)
+    model.peft_config["default"].base_model_name_or_path = options.model
+    for parameter in trained(model):
+        parameter.data = parameter.data.float()
+    if options.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def target_modules(base: torch.nn.Module, wanted: str) -> list[str] | str:
+    """--target-modules in PEFT's terms: a list of name endings, or a regular expression over full names.
+
+    Raises:
+        ValueError: if nothing matches, with names that would.
+    """
+    linear = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
+    endings = sorted({name.rsplit(".", 1)[-1] for name in linear} - {"lm_head"})
+    if wanted == "language":
+        return rf".*language_model.*\.({SEED_TARGET_MODULES.replace(',', '|')})"
+    if re.fullmatch(r"[\w.]+(,\s*[\w.]+)*", wanted):
+        names = [name.strip() for name in wanted.split(",")]
+        missing = [name for name in names if not any(f".{full}".endswith(f".{name}") for full in linear)]
+        if missing:
+            raise ValueError(
+                f"--target-modules: no linear layer is named {', '.join(missing)}: there are {', '.join(endings)}"
+            )
+        return names
+    try:
+        pattern = re.compile(wanted)
+    except re.error as error:
+        raise ValueError(f"--target-modules {wanted!r} is not a regular expression: {error}") from error
+    if not any(pattern.fullmatch(name) for name in linear):
+        raise ValueError(f"--target-modules {wanted!r} matches no linear layer: they are named like {linear[-1]}")
+    return wanted
+
+
+def _warm_start(base: PaliGemmaForConditionalGeneration, adapter: str) -> PeftModel:
+    folder = adapter_folder(Path(adapter))
+    try:
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"--adapter {adapter} does not fit this model: {str(error).splitlines()[0]}") from error
+
+
+def adapter_folder(path: Path) -> Path:
+    """The adapter in a run folder, or the adapter folder itself.
+
+    Raises:
+        ValueError: if there is no adapter.
+    """
+    for folder in (path / "adapter", path):
+        if (folder / WEIGHTS).is_file() and (folder / "adapter_config.json").is_file():
+            return folder
+    raise ValueError(f"{path} holds no adapter: expected {WEIGHTS} and adapter_config.json in it or in its adapter/")
+
+
+def adapter_options(model: PeftModel) -> dict[str, Any]:
+    """The options that an adapter has settled, its own where training started from one (--adapter)."""
+    config: Any = model.peft_config["default"]
+    return {
+        "r": config.r,
+        "alpha": float(config.lora_alpha),
+        "dropout": float(config.lora_dropout),
+        "rslora": config.use_rslora,
+        "dora": config.use_dora,
+    }
+
+
+def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The weights that the optimizer updates, in a fixed order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Trained and all weights; a 4-bit parameter packs two weights into a byte."""
+    total = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
+    return sum(p.numel() for p in trained(model)), total
+
+
+def write_adapter_weights(model: PeftModel, path: Path) -> None:
+    """The adapter's weights as PEFT writes them."""
+    save_file({name: value.contiguous() for name, value in get_peft_model_state_dict(model).items()}, path)
+
+
+def read_adapter_weights(model: PeftModel, path: Path) -> None:
+    """Overwrite the adapter's weights with those of a file.
+
+    Raises:
+        ValueError: if the file belongs to an adapter of another shape.
+    """
+    try:
+        set_peft_model_state_dict(model, load_file(path, device=str(next(iter(trained(model))).device)))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit this adapter: {str(error).splitlines()[0]}") from error
+
+
+@torch.no_grad()
+def merged_copy(model: PeftModel, dtype: torch.dtype, *, adapter: bool = True) -> PaliGemmaForConditionalGeneration:
+    """A plain PaliGemma with the weights that the 4-bit layers stand for, and the adapter's added unless told not to.
+
+    Text is generated on such copies: they decode several times faster than 4-bit layers, and `model` is not touched.
+    That matters: bitsandbytes on a CPU with AVX512-BF16 repacks a 4-bit layer for good in its first forward pass
+    without gradients, and later gradients through it are lost. Weights that LoRA does not change are shared.
+    """
+    base: Any = model.get_base_model()
+    with torch.device("meta"):
+        copy = type(base)._from_config(_plain_config(base), dtype=dtype)
+    weights = {name: _plain_weight(module, parameter, dtype) for name, module, parameter in _base_parameters(base)}
+    weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
+    copy.load_state_dict(weights, strict=True, assign=True)
+    copy.tie_weights()
+    for name, buffer in base.named_buffers():  # rotary frequencies and position ids are in no state dict
+        owner, _, leaf = name.rpartition(".")
+        setattr(copy.get_submodule(owner), leaf, buffer)
+    copy.requires_grad_(False).eval()
+    copy.config.use_cache = True
+    if not adapter:
+        return copy
+    merging = get_peft_model(copy, model.peft_config["default"])
+    set_peft_model_state_dict(merging, get_peft_model_state_dict(model))
+    merged: Any = merging.merge_and_unload()
+    return merged.requires_grad_(False).eval()
+
+
+def _plain_config(base: PaliGemmaForConditionalGeneration) -> Any:
+    config = type(base.config).from_dict(base.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def _base_parameters(base: torch.nn.Module) -> list[tuple[str, torch.nn.Module, torch.nn.Parameter]]:
+    """Name (as in a base without LoRA), module and parameter of every frozen weight."""
+    return [
+        (f"{name}.{leaf}".replace(".base_layer.", "."), module, parameter)
+        for name, module in base.named_modules()
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if "lora_" not in name
+    ]
+
+
+def _plain_weight(module: torch.nn.Module, parameter: torch.nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
+    if parameter.dtype == torch.uint8:
+        return dequantize_bnb_weight(parameter, state=parameter.quant_state).to(dtype)  # type: ignore[attr-defined]
+    # Merging adds to a weight in place, so what LoRA may change is copied.
+    return parameter.detach().to(dtype, copy=isinstance(module, torch.nn.Linear))
