@@ -1,0 +1,114 @@
+"""What train.py and evaluate.py both need before they begin: device, data, processor, model, and limits that fit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft import PeftModel
+
+from im2json.data.collate import Collator
+from im2json.data.example import Split
+from im2json.data.lengths import TargetLengths
+from im2json.data.loader import StepLoader
+from im2json.data.order import Order
+from im2json.data.sources import check_split, load_splits
+from im2json.inference.evaluate import Evaluation, Sink
+from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
+from im2json.model.lora import adapter_options, add_lora
+from im2json.options import TrainConfig
+from im2json.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A run's ingredients, each checked."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    precision: str  # resolved: bf16, fp16 or fp32
+    splits: dict[str, Split]  # train, validation, test
+    collator: Collator
+    lengths: TargetLengths
+    model: PeftModel
+
+    def evaluation(self, run: RunFolder, sink: Sink) -> Evaluation:
+        """What evaluates the model into this run folder."""
+        room = positions(self.model) - len(self.collator.prefix_ids)
+        return Evaluation(
+            self.model,
+            self.collator,
+            self.splits,
+            self.accelerator,
+            run,
+            sink,
+            dtype=DTYPES[self.precision],
+            max_new_tokens=self.lengths.new_token_limit(self.config.decode.max_new_tokens, room),
+            batch_size=self.config.decode.eval_batch_size,
+            count=self.config.train.eval_examples,
+        )
+
+    def step_loader(self) -> StepLoader:
+        """What feeds the training loop on this process."""
+        options, gpu = self.config.train, self.accelerator.device.type == "cuda"
+        workers = self.config.data.workers
+        return StepLoader(
+            self.splits["train"],
+            self.collator,
+            Order(len(self.splits["train"]), options.batch_size, options.seed),
+            microbatch=options.microbatch,
+            rank=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+            workers=(4 if gpu else 0) if workers is None else workers,
+            pin_memory=gpu,
+        )
+
+
+def start_accelerator(config: TrainConfig) -> tuple[Accelerator, str]:
+    """Accelerate on the GPU, or else on the CPU with all its cores; and the precision that was settled on.
+
+    Raises:
+        ValueError: if --precision is not possible here.
+    """
+    cpu = not torch.cuda.is_available()
+    precision = resolve_precision(config.model.precision, torch.device("cpu" if cpu else "cuda"))
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if configured not in ("no", precision):
+        print(f"--precision {precision} wins over accelerate's mixed_precision {configured}")
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # `accelerate launch` sets OMP_NUM_THREADS to 1 unless told otherwise, which would leave cores idle.
+    threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
+    torch.set_num_threads(config.train.threads or (threads if cpu else min(threads, 4)))
+    set_seed(config.train.seed)
+    return accelerator, precision
+
+
+def set_up(config: TrainConfig, accelerator: Accelerator, precision: str) -> Workbench:
+    """Load and check everything.
+
+    Raises:
+        ValueError: naming the option, file or row that is wrong.
+    """
+    notes: list[str] = []
+    splits = load_splits(config.data.dataset, train_split=config.data.train_split, notes=notes)
+    for note in notes:
+        accelerator.print(note)
+    check_split(*splits.values())
+    collator = Collator(load_processor(config.model.model), config.data.prompt)
+    lengths = TargetLengths.count(splits, collator)
+    accelerator.print(lengths.summary())
+    base = load_base(config.model.model, precision, config.model.quant, accelerator.device)
+    lengths.check(config.data.max_target_tokens, len(collator.prefix_ids), positions(base))
+    model = add_lora(base, config.model, config.train.seed)
+    config = config.replace(**adapter_options(model))
+    return Workbench(config, accelerator, precision, splits, collator, lengths, model)
+
+
+def positions(model: Any) -> int:
+    """How many tokens, the prefix included, the model can hold."""
+    return model.config.get_text_config().max_position_embeddings
