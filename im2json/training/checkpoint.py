@@ -1,0 +1,105 @@
+"""Checkpoints: complete or absent, and enough to go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import PaliGemmaProcessor
+
+from im2json.model.lora import WEIGHTS, read_adapter_weights, write_adapter_weights
+from im2json.runs import (
+    RunFolder,
+    atomically,
+    complete_checkpoints,
+    folder_atomically,
+    rewind,
+    step_of,
+    write_json,
+)
+from im2json.training.state import TrainState
+
+BEST = "best.safetensors"
+
+
+def begin(
+    run: RunFolder, model: PeftModel, processor: PaliGemmaProcessor, prompt: str, accelerator: Accelerator
+) -> Path | None:
+    """Make the run folder ready for its next step; the checkpoint to go on from, if there is one.
+
+    adapter/ gets what stays the same for the whole run: PEFT's config, the processor and the prompt.
+    """
+    checkpoint = run.latest_checkpoint()
+    if accelerator.is_main_process:
+        rewind(run, step_of(checkpoint) if checkpoint else 0)
+        run.adapter.mkdir(exist_ok=True)
+        processor.save_pretrained(run.adapter)
+        model.peft_config["default"].save_pretrained(str(run.adapter))
+        write_json(run.adapter / "im2json.json", {"prompt": prompt})
+    accelerator.wait_for_everyone()
+    return checkpoint
+
+
+def write_adapter(model: PeftModel, run: RunFolder) -> None:
+    """Make the present adapter the run's best: one file, replaced atomically."""
+    with atomically(run.adapter / WEIGHTS) as aside:
+        write_adapter_weights(model, aside)
+
+
+def save_checkpoint(
+    run: RunFolder, model: PeftModel, optimizer: Any, scaler: Any, state: TrainState, keep: int
+) -> None:
+    """Write checkpoints/step-N and drop all but the last `keep`.
+
+    It holds the best adapter so far as well: the run may have found a better one between this checkpoint and the
+    moment it was stopped, which the resumed run has yet to find.
+    """
+    path = run.checkpoints / f"step-{state.step}"
+    if path.exists():
+        return
+    with folder_atomically(path) as aside:
+        write_adapter_weights(model, aside / WEIGHTS)
+        model.peft_config["default"].save_pretrained(str(aside))
+        torch.save(
+            {
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            },
+            aside / "optimizer.pt",
+        )
+        if state.best_step is not None:
+            shutil.copyfile(run.adapter / WEIGHTS, aside / BEST)
+        write_json(aside / "state.json", dataclasses.asdict(state))
+    for old in complete_checkpoints(run.checkpoints)[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(
+    path: Path, run: RunFolder, model: PeftModel, optimizer: Any, accelerator: Accelerator
+) -> TrainState:
+    """Put weights, optimizer and the best adapter back to what they were when this checkpoint was written.
+
+    Raises:
+        ValueError: if a file of the checkpoint is missing or damaged.
+    """
+    try:
+        state = TrainState(**json.loads((path / "state.json").read_text("utf-8")))
+        read_adapter_weights(model, path / WEIGHTS)
+        stored = torch.load(path / "optimizer.pt", map_location=accelerator.device, weights_only=True)
+    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): remove it to resume from the checkpoint before") from error
+    optimizer.load_state_dict(stored["optimizer"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(stored["scaler"])
+    if accelerator.is_main_process and state.best_step is not None:
+        with atomically(run.adapter / WEIGHTS) as aside:
+            shutil.copyfile(path / BEST, aside)
+    accelerator.wait_for_everyone()
+    return state

@@ -1,0 +1,262 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from tqdm.auto import tqdm
+
+from im2json.data.collate import Batch
+from im2json.data.loader import StepLoader
+from im2json.model.lora import trained
+from im2json.model.loss import summed_loss
+from im2json.options import TrainConfig, TrainOptions
+from im2json.runs import RunFolder
+from im2json.scoring import METRICS
+from im2json.training.checkpoint import load_checkpoint, save_checkpoint, write_adapter
+from im2json.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from im2json.training.state import TrainState
+from im2json.training.tracking import Tracker
+
+MAX_SKIPPED_RUNNING = 10  # fp16 overflows in a row after which the scale is not the problem
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient is NaN or infinite; the optimizer has not been touched."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    loss: float  # nats per target token, over all processes
+    grad_norm: float  # of all LoRA gradients together, before clipping
+    skipped: bool  # fp16 only: a gradient overflowed, the loss scale was halved and the update left out
+
+
+def fit(
+    model: PeftModel,
+    loader: StepLoader,
+    target_lengths: Sequence[int],
+    evaluate: Callable[[int], dict[str, float]],
+    *,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    run: RunFolder,
+    tracker: Tracker,
+    checkpoint: Path | None = None,
+) -> TrainState:
+    """Train the adapter and leave the best one in the run folder.
+
+    Args:
+        target_lengths: target tokens of each training example, EOS included.
+        evaluate: metrics of the present adapter on the validation split, given the step; called every
+            --eval-every steps and after the last one, on every process.
+        checkpoint: where to go on from.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not finite.
+        ValueError: the checkpoint cannot be read.
+    """
+    options = config.train
+    parameters = trained(model)
+    optimizer = accelerator.prepare(make_optimizer(parameters, options))
+    state = load_checkpoint(checkpoint, run, model, optimizer, accelerator) if checkpoint else TrainState()
+    total = options.steps or loader.order.steps(options.epochs)
+
+    with progress_bar(state.step, total, accelerator) as bar:
+        for batches in loader.steps(state.step, total):
+            start = time.perf_counter()
+            indices = loader.order.step(state.step)
+            target_tokens = sum(target_lengths[i] for i in indices)
+            rate = learning_rate(state.step, total, options)
+            set_learning_rate(optimizer, rate)
+            seed_dropout(options.seed, state.step, accelerator.process_index)
+
+            outcome = train_step(
+                model, batches, target_tokens, parameters, optimizer, accelerator, options.max_grad_norm
+            )
+            advance(state, outcome, len(indices), target_tokens, time.perf_counter() - start)
+            if outcome.skipped and state.skipped_running >= MAX_SKIPPED_RUNNING:
+                raise NonFiniteError(_overflow_message(state.step))
+            report(tracker, bar, state, outcome, rate, target_tokens, time.perf_counter() - start)
+
+            last = state.step == total
+            if options.eval_every and (state.step % options.eval_every == 0 or last):
+                keep_if_best(state, evaluate(state.step), options, model, accelerator, run)
+                last = last or out_of_patience(state, options)
+            if save_due(state.step, last, options) and accelerator.is_main_process:
+                save_checkpoint(run, model, optimizer, accelerator.scaler, state, options.keep)
+            if last:
+                break
+    if state.best_step is None and accelerator.is_main_process:
+        write_adapter(model, run)
+    accelerator.wait_for_everyone()
+    return state
+
+
+def train_step(
+    model: PeftModel,
+    batches: list[Batch],
+    target_tokens: int,
+    parameters: list[torch.nn.Parameter],
+    optimizer: Any,
+    accelerator: Accelerator,
+    max_grad_norm: float,
+) -> StepOutcome:
+    """One optimizer update from this process's microbatches.
+
+    Each microbatch's loss is a sum, divided by the target tokens of the whole step: gradients add up to those of the
+    mean over all target tokens, however the step was split.
+    """
+    loss = torch.zeros((), device=accelerator.device)
+    for batch in batches:
+        batch = batch.to(accelerator.device)
+        with accelerator.autocast():
+            part = summed_loss(model, batch.inputs, batch.labels) / target_tokens
+        accelerator.backward(part)
+        loss += part.detach()
+    loss = sum_over_processes(loss, parameters, accelerator)
+    grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
+    assert grad_norm is not None
+    loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the step's one wait for the device
+    scaled = accelerator.scaler is not None
+    if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or scaled):
+        optimizer.zero_grad()
+        raise NonFiniteError(_non_finite_message(loss_value, norm_value, batches))
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepOutcome(loss_value, norm_value, scaled and optimizer.step_was_skipped)
+
+
+def sum_over_processes(
+    loss: torch.Tensor, parameters: list[torch.nn.Parameter], accelerator: Accelerator
+) -> torch.Tensor:
+    """Add up the gradients, in place, and the loss of all processes, in one all-reduce.
+
+    Nothing but LoRA's gradients goes over the wire, once a step, so a process that a short last step left without
+    examples takes part with zeros.
+    """
+    if accelerator.num_processes == 1:
+        return loss
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = accelerator.reduce(torch.cat([loss.view(1), *(grad.flatten() for grad in grads)]), "sum")
+    for grad, summed in zip(grads, flat[1:].split([grad.numel() for grad in grads])):
+        grad.copy_(summed.view_as(grad))
+    return flat[0]
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Make the step's dropout a function of (seed, step, process): nothing that happens between two steps, such as an
+    evaluation or a resume, can change it."""
+    torch.manual_seed(hash((seed, step, rank)) & (2**63 - 1))
+
+
+def advance(state: TrainState, outcome: StepOutcome, examples: int, target_tokens: int, seconds: float) -> None:
+    state.step += 1
+    state.examples += examples
+    state.target_tokens += target_tokens
+    state.seconds += seconds
+    state.skipped += outcome.skipped
+    state.skipped_running = state.skipped_running + 1 if outcome.skipped else 0
+
+
+def keep_if_best(
+    state: TrainState,
+    metrics: dict[str, float],
+    options: TrainOptions,
+    model: PeftModel,
+    accelerator: Accelerator,
+    run: RunFolder,
+) -> None:
+    """Note an evaluation's result, and keep the adapter if none was better."""
+    value = metrics[options.metric]
+    sign = 1 if METRICS[options.metric].higher_is_better else -1
+    if state.best is not None and sign * value <= sign * state.best:
+        state.without_gain += 1
+        return
+    state.best, state.best_step, state.without_gain = value, state.step, 0
+    state.validation = metrics
+    if accelerator.is_main_process:
+        write_adapter(model, run)
+
+
+def out_of_patience(state: TrainState, options: TrainOptions) -> bool:
+    return options.patience is not None and state.without_gain >= options.patience
+
+
+def save_due(step: int, last: bool, options: TrainOptions) -> bool:
+    every = options.eval_every if options.save_every is None else options.save_every
+    if options.save_every == 0:
+        return False
+    return last or (every > 0 and step % every == 0)
+
+
+def report(
+    tracker: Tracker,
+    bar: tqdm,
+    state: TrainState,
+    outcome: StepOutcome,
+    rate: float,
+    tokens: int,
+    seconds: float,
+) -> None:
+    """The step's numbers, to the trackers and the progress bar."""
+    values = {
+        "loss": outcome.loss,
+        "lr": rate,
+        "grad_norm": outcome.grad_norm,
+        "target_tokens_per_second": tokens / seconds,
+        "memory_gib": peak_memory_bytes() / 2**30,
+    }
+    if state.skipped:
+        values["skipped_updates"] = state.skipped
+    tracker.scalars("train", state.step, values)
+    shown = {"loss": f"{outcome.loss:.4f}", "tok/s": f"{values['target_tokens_per_second']:.0f}"}
+    if state.skipped:
+        shown["skipped"] = str(state.skipped)
+    bar.set_postfix(shown, refresh=False)
+    bar.update()
+
+
+def progress_bar(done: int, total: int, accelerator: Accelerator) -> tqdm:
+    return tqdm(
+        total=total, initial=done, desc="training", unit="step", disable=not accelerator.is_main_process,
+        dynamic_ncols=True, smoothing=0.1,
+    )  # fmt: skip
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process took: of the GPU where there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _non_finite_message(loss: float, norm: float, batches: list[Batch]) -> str:
+    ids = ", ".join(id for batch in batches for id in batch.ids)
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm} at a loss of {loss:.4g}"
+    return (
+        f"{what}, with the examples {ids}. The adapter was not updated. "
+        "Try a lower --lr, a longer --warmup, --precision fp32 or bf16, or look at these examples"
+    )
+
+
+def _overflow_message(step: int) -> str:
+    return (
+        f"step {step}: {MAX_SKIPPED_RUNNING} updates in a row overflowed in fp16, though the loss scale was halved each "
+        "time. Use --precision bf16 or fp32, or a lower --lr"
+    )

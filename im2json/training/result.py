@@ -1,0 +1,50 @@
+"""The end of a run: result.json, written last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from im2json.model.lora import count_parameters
+from im2json.runs import RunFolder, read_lines, write_json
+from im2json.training.loop import peak_memory_bytes
+from im2json.training.state import TrainState
+from im2json.training.tracking import Tracker
+
+
+def known_before(run: RunFolder) -> dict[str, float] | None:
+    """The base's test metrics, where this run had measured them when it was stopped."""
+    rows = (row for row in read_lines(run.metrics) if row["split"] == "test" and row.get("stage") == "before")
+    return next((row["values"] for row in rows), None)
+
+
+def finish(
+    run: RunFolder,
+    model: Any,
+    state: TrainState,
+    before: dict[str, float] | None,
+    after: dict[str, float] | None,
+    tracker: Tracker,
+) -> dict[str, Any]:
+    """Write the HParams row and then result.json, whose presence says that the run is done."""
+    trainable, total = count_parameters(model)
+    result = {
+        "step": state.step,
+        "best_step": state.best_step,
+        "validation": state.validation,
+        "test": None if after is None else {"before": before, "after": after},
+        "trainable": trainable,
+        "total": total,
+        "examples": state.examples,
+        "target_tokens": state.target_tokens,
+        "skipped_updates": state.skipped,
+        "seconds": round(state.seconds, 3),
+        "examples_per_second": round(state.examples / state.seconds, 3) if state.seconds else None,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    final = {f"best/{name}": value for name, value in state.validation.items()}
+    final |= {f"final/test_{name}": value for name, value in (after or {}).items()}
+    tracker.hyperparameters(final, state.step)
+    tracker.close()
+    if tracker.accelerator.is_main_process:
+        write_json(run.result, result)
+    return result

@@ -1,0 +1,83 @@
+"""Where numbers and pictures go: metrics.jsonl, TensorBoard, and accelerate's other trackers."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from im2json.data.lengths import TargetLengths
+from im2json.options import TrainConfig
+from im2json.runs import RunFolder, append_lines, step_of
+
+Scalars = dict[str, float]
+
+
+class Tracker:
+    """Writes what a run reports, on the main process; on the others it does nothing.
+
+    One TensorBoard run a folder: hyperparameters go into the same event file as the curves, once, at the end, with
+    the metrics they led to. `torch.utils.tensorboard`'s add_hparams and accelerate's own tracker would each open a
+    second run for them.
+    """
+
+    def __init__(self, run: RunFolder, config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> None:
+        self.run = run
+        self.config = config
+        self.accelerator = accelerator
+        self.writer: SummaryWriter | None = None
+        if accelerator.is_main_process:
+            purge = None if checkpoint is None else step_of(checkpoint) + 1  # what came after it is not shown
+            self.writer = SummaryWriter(str(run.tensorboard), purge_step=purge, flush_secs=5)
+        if config.train.track:
+            accelerator.init_trackers("im2json", config={k: _plain(v) for k, v in config.flat().items()})
+
+    def scalars(self, split: str, step: int, values: Scalars, **more: Any) -> None:
+        """Log values as `split/name`. `more` goes into metrics.jsonl only."""
+        if self.writer is None:
+            return
+        append_lines(self.run.metrics, [{"step": step, "split": split, **more, "values": values, "time": time.time()}])
+        for name, value in values.items():
+            self.writer.add_scalar(f"{split}/{name}", value, step)
+        if self.config.train.track:
+            self.accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+
+    def describe(self, lengths: TargetLengths) -> None:
+        """What is known before the first step: the options, and how long the targets are."""
+        if self.writer is None:
+            return
+        options = "\n".join(f"    {name}: {_plain(value)}" for name, value in self.config.flat().items())
+        self.writer.add_text("config", options, 0)
+        self.writer.add_text("target_lengths", "\n".join(f"    {line}" for line in lengths.summary().splitlines()), 0)
+        for split, counts in lengths.by_split.items():
+            self.writer.add_histogram(f"target_tokens/{split}", np.asarray(counts), 0)
+
+    def picture(self, tag: str, picture: Image.Image, step: int) -> None:
+        if self.writer is not None:
+            self.writer.add_image(tag, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def hyperparameters(self, metrics: Scalars, step: int) -> None:
+        """The row of the HParams view: every option, and the final metrics, logged as scalars of these names."""
+        if self.writer is None:
+            return
+        values = {name: _plain(value) for name, value in self.config.flat().items()}
+        file_writer = self.writer._get_file_writer()
+        for summary in hparams(values, metrics):
+            file_writer.add_summary(summary)
+        for tag, value in metrics.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _plain(value: Any) -> bool | int | float | str:
+    """HParams know no None."""
+    return "unset" if value is None else value

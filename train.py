@@ -1,0 +1,95 @@
+"""Fine-tune PaliGemma with QLoRA to turn pictures of documents into JSON.
+
+accelerate launch train.py --r 16          the embedded base and receipts, no network and no GPU needed
+accelerate launch train.py --preset cord   PaliGemma-3B on CORD v2, one 16 GB GPU
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from im2json.cli import option_flags, preset_flag, quiet_libraries, user_errors
+from im2json.options import TrainConfig
+from im2json.runs import RunFolder, check_output, locked, new_run, resumed_config
+
+
+@click.command()
+@preset_flag
+@option_flags
+@click.option("--resume", metavar="RUN", help="go on with a stopped run, from its last checkpoint")
+@click.pass_context
+def main(context: click.Context, preset: str | None, resume: str | None) -> None:
+    """Fine-tune PaliGemma with QLoRA to turn pictures of documents into JSON."""
+    given: dict[str, Any] = context.obj or {}
+    with user_errors():
+        if resume is not None:
+            stopped = RunFolder(Path(resume))
+            train(resumed_config(stopped, given, preset), stopped)
+        else:
+            config = TrainConfig.resolve(given, preset)
+            check_output(config.train.output)
+            train(config)
+
+
+def train(config: TrainConfig, stopped: RunFolder | None = None) -> dict[str, Any]:
+    """A whole run: the base before, training with evaluations, the best adapter after.
+
+    Returns what result.json holds.
+    """
+    quiet_libraries()
+    from accelerate.utils import broadcast_object_list
+
+    from im2json.inference.workbench import set_up, start_accelerator
+    from im2json.model.lora import WEIGHTS, read_adapter_weights
+    from im2json.training.checkpoint import begin
+    from im2json.training.loop import fit
+    from im2json.training.result import finish, known_before
+    from im2json.training.tracking import Tracker
+
+    accelerator, precision = start_accelerator(config)
+    bench = set_up(config, accelerator, precision)
+    config, model = bench.config, bench.model
+    (run,) = broadcast_object_list([stopped or (new_run(config) if accelerator.is_main_process else None)])
+    with locked(run, accelerator.is_main_process):
+        accelerator.print(f"run folder: {run.path}   watch it: tensorboard --logdir {run.path.parent}")
+        checkpoint = begin(run, model, bench.collator.processor, config.data.prompt, accelerator)
+        tracker = Tracker(run, config, accelerator, checkpoint)
+        tracker.describe(bench.lengths)
+        evaluation = bench.evaluation(run, tracker)
+
+        before = known_before(run)
+        if before is None and config.train.test:
+            before = evaluation("test", 0, "before", adapter=False)
+        state = fit(
+            model, bench.step_loader(), bench.lengths.by_split["train"], evaluation.validate,
+            config=config, accelerator=accelerator, run=run, tracker=tracker, checkpoint=checkpoint,
+        )  # fmt: skip
+        read_adapter_weights(model, run.adapter / WEIGHTS)
+        after = evaluation("test", state.best_step or state.step, "after") if config.train.test else None
+        result = finish(run, model, state, before, after, tracker)
+    accelerator.print(summary(run, result))
+    accelerator.end_training()
+    return result
+
+
+def summary(run: RunFolder, result: dict[str, Any]) -> str:
+    """The closing words of a run: before and after, and where to look."""
+    from im2json.report.table import before_after_table
+
+    lines = [f"{result['step']} steps in {result['seconds']:.0f} s, best adapter from step {result['best_step']}"]
+    if result["test"] is not None:
+        lines += [
+            "",
+            "test split, generated text:",
+            before_after_table(result["test"]["before"], result["test"]["after"]),
+        ]
+    lines += ["", f"run folder  {run.path}", f"evaluate    python evaluate.py {run.path}",
+              f"curves      tensorboard --logdir {run.path.parent}"]  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
