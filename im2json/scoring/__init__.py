@@ -1,4 +1,4 @@
-"""What a prediction is worth: JSON text, tree edit, metrics.
+"""What a prediction is worth: JSON text, tree edit, metrics, intervals.
 
 `METRICS` costs nothing to import; the other public names load numpy and rapidfuzz when first asked for.
 """
@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 from im2json.scoring.catalogue import METRICS, Metric
 
 if TYPE_CHECKING:
-    from im2json.scoring.evaluator import StreamingEvaluator
-    from im2json.scoring.metrics import score
+    from im2json.scoring.evaluator import Difference, StreamingEvaluator, compare, compare_predictions
 
-__all__ = ["METRICS", "Metric", "StreamingEvaluator", "score"]
+__all__ = ["METRICS", "Difference", "Metric", "StreamingEvaluator", "compare", "compare_predictions"]
 
-_HOMES = {"StreamingEvaluator": "im2json.scoring.evaluator", "score": "im2json.scoring.metrics"}
+_LAZY = {"Difference", "StreamingEvaluator", "compare", "compare_predictions"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module("im2json.scoring.evaluator"), name)

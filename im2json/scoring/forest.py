@@ -43,9 +43,7 @@ class _Tree(NamedTuple):
     leaf: list[bool]
     weight: list[int]  # what inserting or deleting the node alone costs
     first: list[int]  # the first node of its subtree
-    levels: list[
-        list[int]
-    ]  # keyroots by the levels of keyroots within their subtrees; the last is the root's
+    levels: list[list[int]]  # keyroots by how many levels of them their subtrees hold; the root comes last
 
 
 class _Columns(NamedTuple):
@@ -198,9 +196,7 @@ class _Tables:
         rows[0] = 0 - self.apart
         return rows
 
-    def _other_rows(
-        self, rows: Array, step: int, batch: Any, nodes: Array, first: Array, start: int = 0
-    ) -> None:
+    def _other_rows(self, rows: Array, step: int, batch: Any, nodes: Array, first: Array, start: int = 0) -> None:
         """Rows whose node is not on its keyroot's spine: all distances between subtrees are known."""
         members = np.arange(rows.shape[1])[batch]
         before = rows[self.first_a[nodes] - first, members]  # B, C
@@ -237,8 +233,6 @@ def _rename_costs(a: _Tree, b: _Tree, dtype: Any) -> Array:
     leaves_a, leaves_b = np.flatnonzero(leaf_a), np.flatnonzero(leaf_b)
     texts_a, texts_b = [a.labels[i] for i in leaves_a], [b.labels[j] for j in leaves_b]
     if texts_a and texts_b:
-        costs[np.ix_(leaves_a, leaves_b)] = cdist(
-            texts_a, texts_b, scorer=Levenshtein.distance, dtype=np.int32
-        )
+        costs[np.ix_(leaves_a, leaves_b)] = cdist(texts_a, texts_b, scorer=Levenshtein.distance, dtype=np.int32)
     costs -= weight_b
     return costs

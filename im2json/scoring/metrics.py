@@ -9,63 +9,63 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 
+from im2json.scoring.catalogue import METRICS
 from im2json.scoring.normal import fields, normal_items
 from im2json.scoring.text import canonical, parse, scoring_text
 from im2json.scoring.tree import tree_edit_accuracy
 
-
-class Counts(NamedTuple):
-    """What precision, recall and F1 are ratios of; counts of several examples add up (micro-average)."""
-
-    matched: int
-    predicted: int
-    wanted: int
-
-    def precision(self) -> float:
-        """matched / predicted; with nothing predicted 1.0 where nothing was wanted, else 0.0."""
-        return _share(self.matched, self.predicted, not self.wanted)
-
-    def recall(self) -> float:
-        """matched / wanted; with nothing wanted 1.0 where nothing was predicted, else 0.0."""
-        return _share(self.matched, self.wanted, not self.predicted)
-
-    def f1(self) -> float:
-        """tp / (tp + (fp + fn) / 2) as in Donut; 1.0 where nothing was predicted or wanted."""
-        return _share(2 * self.matched, self.predicted + self.wanted, True)
+Array = NDArray[Any]
 
 
-def _share(part: float, whole: int, otherwise: bool) -> float:
-    return part / whole if whole else float(otherwise)
+SUMS = (
+    "num",
+    "fields_matched",
+    "fields_predicted",
+    "fields_wanted",
+    "keys_matched",
+    "json_validity",
+    "exact_match",
+    "ted_accuracy",
+    "structure_similarity",
+    "value_accuracy",
+    "value_similarity",
+    "edit_distance",
+)
+"""What an example adds up to: the number of examples, counts of (path, leaf) pairs, and the metrics that
+are means over examples. There are as many keys predicted and wanted as fields."""
 
 
-class Score(NamedTuple):
-    """One example's scores: counts for the micro-averaged metrics, values for the means over examples."""
+def from_sums(sums: Array) -> dict[str, Array]:
+    """The metrics of METRICS from sums over examples: SUMS down the first axis, any columns behind it.
 
-    fields: Counts
-    keys: Counts
-    means: dict[str, float]
-
-    def named(self) -> dict[str, float]:
-        """The scores under the names of METRICS, as if the example were the only one."""
-        return ratios(self.fields, self.keys) | self.means
-
-
-def ratios(field_counts: Counts, key_counts: Counts) -> dict[str, float]:
-    """The metrics that are ratios of summed counts."""
-    return {
-        "field_f1": field_counts.f1(),
-        "field_precision": field_counts.precision(),
-        "field_recall": field_counts.recall(),
-        "key_f1": key_counts.f1(),
-    }
+    field_precision, field_recall, field_f1 and key_f1 are ratios of the sums (micro-averages): matched /
+    predicted, matched / wanted and 2 matched / (predicted + wanted), which is Donut's tp / (tp + (fp + fn)
+    / 2). Where that is 0 / 0 they are 1.0 if neither side holds a field and else 0.0. Without examples the
+    means are NaN.
+    """
+    num, matched, predicted, wanted, keys_matched = sums[: SUMS.index("json_validity")]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = dict(zip(SUMS[SUMS.index("json_validity") :], sums[SUMS.index("json_validity") :] / num))
+    either = predicted + wanted
+    values["field_f1"] = _share(2 * matched, either, either)
+    values["field_precision"] = _share(matched, predicted, either)
+    values["field_recall"] = _share(matched, wanted, either)
+    values["key_f1"] = _share(2 * keys_matched, either, either)
+    return {name: values[name] for name in METRICS}
 
 
-def score(prediction: str, target: dict[str, Any]) -> Score:
-    """Scores a prediction's text; text that is not strict JSON scores as {}.
+def _share(part: Array, whole: Array, either: Array) -> Array:
+    return np.divide(part, whole, out=np.where(either == 0, 1.0, 0.0), where=whole != 0)
+
+
+def score(prediction: str, target: dict[str, Any]) -> Array:
+    """One example's sums, in the order of SUMS; a prediction that is not strict JSON scores as {}.
 
     Raises ValueError where the target is not a JSON object; never on account of the prediction's content.
     """
@@ -75,27 +75,28 @@ def score(prediction: str, target: dict[str, Any]) -> Score:
         raise ValueError(f"a target is a JSON object, not {type(target).__name__}")
     parsed = parse(prediction)
     document = {} if parsed is None else parsed
-    wanted_fields, predicted_fields = fields(normal_items(target)), fields(normal_items(document))
-    predicted_places, wanted_places = places(document), places(target)
-    accuracy, similarity = value_scores(predicted_places, wanted_places)
-    means = {
-        "json_validity": float(parsed is not None),
-        "exact_match": float(parsed is not None and same_value(parsed, target)),
-        "ted_accuracy": tree_edit_accuracy(document, target),
-        "structure_similarity": jaccard(key_paths(document), key_paths(target)),
-        "value_accuracy": accuracy,
-        "value_similarity": similarity,
-        "edit_distance": Levenshtein.normalized_distance(scoring_text(document), scoring_text(target)),
-    }
-    keys = field_counts((path for path, _ in predicted_fields), (path for path, _ in wanted_fields))
-    return Score(field_counts(predicted_fields, wanted_fields), keys, means)
+    predicted_fields, wanted_fields = fields(normal_items(document)), fields(normal_items(target))
+    accuracy, similarity = value_scores(places(document), places(target))
+    return np.array([
+        1,
+        matches(predicted_fields, wanted_fields),
+        len(predicted_fields),
+        len(wanted_fields),
+        matches((path for path, _ in predicted_fields), (path for path, _ in wanted_fields)),
+        parsed is not None,
+        parsed is not None and same_value(parsed, target),
+        tree_edit_accuracy(document, target),
+        jaccard(key_paths(document), key_paths(target)),
+        accuracy,
+        similarity,
+        Levenshtein.normalized_distance(scoring_text(document), scoring_text(target)),
+    ])  # fmt: skip
 
 
-def field_counts(predicted: Iterable[Any], wanted: Iterable[Any]) -> Counts:
-    """How many of two multisets' members match."""
-    predicted_count, wanted_count = Counter(predicted), Counter(wanted)
-    matched = sum(min(count, wanted_count[field]) for field, count in predicted_count.items())
-    return Counts(matched, predicted_count.total(), wanted_count.total())
+def matches(predicted: Iterable[Any], wanted: Iterable[Any]) -> int:
+    """How many members two multisets share."""
+    left = Counter(wanted)
+    return sum(min(count, left[field]) for field, count in Counter(predicted).items())
 
 
 def key_paths(document: dict[str, Any]) -> set[str]:

@@ -33,9 +33,7 @@ def scoring_text(obj: Any) -> str:
 
 def _dump(obj: Any, sort_keys: bool) -> str:
     try:
-        text = json.dumps(
-            obj, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=sort_keys
-        )
+        text = json.dumps(obj, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=sort_keys)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"not a JSON value: {error}") from error
     if _may_be_too_deep(text) and _too_deep(obj):
@@ -92,7 +90,5 @@ def _too_deep(value: Any) -> bool:
         containers = [item for item in level if isinstance(item, dict | list | tuple)]
         if not containers:
             return False
-        level = [
-            child for item in containers for child in (item.values() if isinstance(item, dict) else item)
-        ]
+        level = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
     return True

@@ -21,9 +21,7 @@ def test_lone_surrogates_become_escapes_and_come_back() -> None:
     assert parse(text) == {"a": "x\ud800y", "😀": "\udc00"}
 
 
-@pytest.mark.parametrize(
-    "bad", [{"a": float("nan")}, {"a": float("inf")}, {"a": object()}, {("a",): 1}, {"a": {1}}]
-)
+@pytest.mark.parametrize("bad", [{"a": float("nan")}, {"a": float("inf")}, {"a": object()}, {("a",): 1}, {"a": {1}}])
 def test_canonical_refuses_what_is_not_json(bad: object) -> None:
     with pytest.raises(ValueError, match="not a JSON value"):
         canonical(bad)
