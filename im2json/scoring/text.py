@@ -11,9 +11,6 @@ MAX_DEPTH = 100
 """Levels of objects and lists that a document may nest. Deeper ones are refused, so that every walk over a
 document can recurse without reaching the interpreter's limit, wherever it is called from."""
 
-MAX_DIGITS = 4000
-"""Digits that an integer may have, below the interpreter's own limit of 4,300."""
-
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -44,17 +41,16 @@ def _dump(obj: Any, sort_keys: bool) -> str:
 
 
 def parse(text: str) -> dict[str, Any] | None:
-    """The object that a prediction is, or None where it is not strict JSON or no object. Never raises on a
-    str.
+    """The object that a prediction is, or None where it is no object in strict JSON. Never raises on a str.
 
     White space around the object is allowed. None for: anything but an object at the top (a list of objects
-    too, since a target is an object), NaN, Infinity and numbers that overflow to it, integers of over
-    MAX_DIGITS digits, nesting beyond MAX_DEPTH, raw control characters within strings, text before or
-    behind. Of a key that occurs twice the last value holds, as in most JSON readers. Lone surrogates from
-    escapes are kept.
+    too, since a target is an object), NaN, Infinity and numbers that overflow to it, integers beyond the
+    interpreter's limit (4,300 digits), nesting beyond MAX_DEPTH, raw control characters within strings, text
+    before or behind. Of a key that occurs twice the last value holds, as in most JSON readers. Lone
+    surrogates from escapes are kept.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_bounded)
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or (_may_be_too_deep(text) and _too_deep(value)):
@@ -71,12 +67,6 @@ def _finite(digits: str) -> float:
     if math.isinf(value):
         raise ValueError("a number too large for a float")
     return value
-
-
-def _bounded(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"an integer of over {MAX_DIGITS} digits")
-    return int(digits)
 
 
 def _may_be_too_deep(text: str) -> bool:
