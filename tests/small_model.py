@@ -1,4 +1,4 @@
-"""A PaliGemma of the real classes with a small random config, saved locally: what the tests load instead of 3 B weights."""
+"""A PaliGemma of the real classes with a small random config, saved locally: what tests load instead of 3 B weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Score generated text on a split: the streaming evaluation that train.py calls every N steps and evaluate.py repeats."""
+"""Score generated text on a split: train.py calls this every N steps, evaluate.py repeats it."""
 
 from __future__ import annotations
 

@@ -30,13 +30,14 @@ MAX_SKIPPED_RUNNING = 10  # fp16 overflows in a row after which the scale is not
 
 
 class NonFiniteError(ValueError):
-    """A loss or gradient is NaN or infinite; the optimizer has not been touched."""
+    """A loss or gradient is NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class StepOutcome:
     loss: float  # nats per target token, over all processes
     grad_norm: float  # of all LoRA gradients together, before clipping
+    non_finite: bool  # the loss or a gradient; the optimizer was not touched
     skipped: bool  # fp16 only: a gradient overflowed, the loss scale was halved and the update left out
 
 
@@ -69,10 +70,12 @@ def fit(
     optimizer = accelerator.prepare(make_optimizer(parameters, options))
     state = load_checkpoint(checkpoint, run, model, optimizer, accelerator) if checkpoint else TrainState()
     total = options.steps or loader.order.steps(options.epochs)
+    if out_of_patience(state, options):  # resumed after its last step
+        total = state.step
 
     with progress_bar(state.step, total, accelerator) as bar:
+        clock = time.perf_counter()
         for batches in loader.steps(state.step, total):
-            start = time.perf_counter()
             indices = loader.order.step(state.step)
             target_tokens = sum(target_lengths[i] for i in indices)
             rate = learning_rate(state.step, total, options)
@@ -82,10 +85,13 @@ def fit(
             outcome = train_step(
                 model, batches, target_tokens, parameters, optimizer, accelerator, options.max_grad_norm
             )
-            advance(state, outcome, len(indices), target_tokens, time.perf_counter() - start)
+            if outcome.non_finite:
+                raise NonFiniteError(_non_finite_message(outcome, state.step, batches))
+            seconds = time.perf_counter() - clock  # waiting for data included
+            advance(state, outcome, len(indices), target_tokens, seconds)
             if outcome.skipped and state.skipped_running >= MAX_SKIPPED_RUNNING:
                 raise NonFiniteError(_overflow_message(state.step))
-            report(tracker, bar, state, outcome, rate, target_tokens, time.perf_counter() - start)
+            report(tracker, bar, state, outcome, rate, target_tokens, seconds)
 
             last = state.step == total
             if options.eval_every and (state.step % options.eval_every == 0 or last):
@@ -95,6 +101,7 @@ def fit(
                 save_checkpoint(run, model, optimizer, accelerator.scaler, state, options.keep)
             if last:
                 break
+            clock = time.perf_counter()
     if state.best_step is None and accelerator.is_main_process:
         write_adapter(model, run)
     accelerator.wait_for_everyone()
@@ -126,13 +133,12 @@ def train_step(
     grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
     assert grad_norm is not None
     loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the step's one wait for the device
-    scaled = accelerator.scaler is not None
-    if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or scaled):
-        optimizer.zero_grad()
-        raise NonFiniteError(_non_finite_message(loss_value, norm_value, batches))
-    optimizer.step()
+    scaled = accelerator.scaler is not None  # then an overflow of the scaled gradients is the scaler's to handle
+    non_finite = not math.isfinite(loss_value) or not (math.isfinite(norm_value) or scaled)
+    if not non_finite:
+        optimizer.step()
     optimizer.zero_grad()
-    return StepOutcome(loss_value, norm_value, scaled and optimizer.step_was_skipped)
+    return StepOutcome(loss_value, norm_value, non_finite, scaled and optimizer.step_was_skipped)
 
 
 def sum_over_processes(
@@ -220,6 +226,8 @@ def report(
     }
     if state.skipped:
         values["skipped_updates"] = state.skipped
+    if outcome.skipped:
+        del values["grad_norm"]  # infinite
     tracker.scalars("train", state.step, values)
     shown = {"loss": f"{outcome.loss:.4f}", "tok/s": f"{values['target_tokens_per_second']:.0f}"}
     if state.skipped:
@@ -246,17 +254,19 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _non_finite_message(loss: float, norm: float, batches: list[Batch]) -> str:
+def _non_finite_message(outcome: StepOutcome, step: int, batches: list[Batch]) -> str:
     ids = ", ".join(id for batch in batches for id in batch.ids)
-    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm} at a loss of {loss:.4g}"
+    what = f"the gradient norm is {outcome.grad_norm} at a loss of {outcome.loss:.4g}"
+    if not math.isfinite(outcome.loss):
+        what = f"the loss is {outcome.loss}"
     return (
-        f"{what}, with the examples {ids}. The adapter was not updated. "
+        f"step {step + 1}: {what}, with the examples {ids}. The adapter was not updated. "
         "Try a lower --lr, a longer --warmup, --precision fp32 or bf16, or look at these examples"
     )
 
 
 def _overflow_message(step: int) -> str:
     return (
-        f"step {step}: {MAX_SKIPPED_RUNNING} updates in a row overflowed in fp16, though the loss scale was halved each "
-        "time. Use --precision bf16 or fp32, or a lower --lr"
+        f"step {step}: {MAX_SKIPPED_RUNNING} updates in a row overflowed in fp16, though each halved the loss scale. "
+        "Use --precision bf16 or fp32, or a lower --lr"
     )

@@ -1,0 +1,179 @@
+"""The main job at PaliGemma-3B's real size on one GPU, without its weights: `--preset cord`, killed once and resumed.
+
+Saves a PaliGemma of the real config with random weights and CORD-shaped rows (synthetic receipts as Parquet, in the
+hub's layout), trains on them through train.py, kills it with SIGKILL after its first checkpoint, resumes, and prints
+loss, speed and memory. Speed and memory do not depend on the values of the weights; accuracy means nothing here.
+
+python benchmarks/full_size.py --work /tmp/full-size
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import click
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@click.command()
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="folder for model, data and run")
+@click.option("--steps", default=20)
+@click.option("--size", type=click.Choice(["3b", "toy"]), default="3b", help="toy: try this script on a CPU")
+@click.option("--resolution", default=224)
+@click.argument("flags", nargs=-1)
+def main(work: Path, steps: int, size: str, resolution: int, flags: tuple[str, ...]) -> None:
+    """Run it all; FLAGS (after --) go to train.py."""
+    model, rows, run = work / "model", work / "cord", work / "run"
+    if not model.exists():
+        save_random_paligemma(model, size, resolution)
+    if not rows.exists():
+        write_cord_rows(rows)
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "train.py", "--preset", "cord", "--model", str(model),
+        "--dataset", str(rows), "--steps", str(steps), "--eval-every", str(steps // 2), "--eval-examples", "16",
+        "--no-test", *flags,
+    ]  # fmt: skip
+    memory = MemoryWatch()
+    first = run_until([*command, "--output", str(run)], run / "checkpoints" / f"step-{steps // 2}")
+    second = run_until([*command, "--resume", str(run)], None)
+    report(run, first, second, memory.stop())
+
+
+def run_until(command: list[str], file: Path | None) -> float:
+    """Seconds that a command took; it is killed with SIGKILL a step or so after `file` appears."""
+    start = time.perf_counter()
+    child = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
+    while child.poll() is None:
+        time.sleep(0.5)
+        if file is not None and file.exists():
+            time.sleep(6)
+            import os
+
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            return time.perf_counter() - start
+    if child.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return time.perf_counter() - start
+
+
+class MemoryWatch:
+    """The most memory that nvidia-smi showed as used on the first GPU, CUDA's own included."""
+
+    def __init__(self) -> None:
+        self.peak_mib = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+        while not self._stop.wait(0.5):
+            try:
+                out = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+            except (OSError, subprocess.SubprocessError):
+                return
+            self.peak_mib = max(self.peak_mib, int(re.findall(r"\d+", out)[0]))
+
+    def stop(self) -> float:
+        self._stop.set()
+        self._thread.join()
+        return self.peak_mib / 1024
+
+
+def report(run: Path, first: float, second: float, peak_gib: float) -> None:
+    result = json.loads((run / "result.json").read_text())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["values"]["loss"] for row in rows if row["split"] == "train"}
+    evaluations = [row["step"] for row in rows if row["split"] == "validation"]
+    print(f"steps {len(losses)}, evaluations at {evaluations}; killed after {first:.0f} s, resumed for {second:.0f} s")
+    print("loss " + "  ".join(f"{step}: {loss:.4f}" for step, loss in losses.items()))
+    print(f"examples/s {result['examples_per_second']}, trainable {result['trainable']:,} of {result['total']:,}")
+    print(f"peak GiB: torch allocated {result['peak_memory_bytes'] / 2**30:.2f}, nvidia-smi {peak_gib:.2f}")
+    config = json.loads((run / "config.json").read_text())
+    print("versions", config["versions"])
+
+
+def save_random_paligemma(folder: Path, size: str, resolution: int) -> None:
+    """A PaliGemma-3B of the published config (or a toy of the same shape) with random weights in bf16."""
+    import torch
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+    tokens = (resolution // 14) ** 2
+    vision = dict(
+        model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
+        num_attention_heads=16, num_image_tokens=tokens, patch_size=14, image_size=resolution, projection_dim=2048,
+        vision_use_head=False,
+    )  # fmt: skip
+    text = dict(
+        model_type="gemma", hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8,
+        num_key_value_heads=1, head_dim=256, num_image_tokens=tokens, vocab_size=257216, tie_word_embeddings=True,
+        hidden_activation="gelu_pytorch_tanh",
+    )  # fmt: skip
+    if size == "toy":
+        vision |= dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)
+        text |= dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, head_dim=32)
+        vision["projection_dim"] = 64
+    config = PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_index=257152, projection_dim=text["hidden_size"],
+        hidden_size=text["hidden_size"], pad_token_id=0, bos_token_id=2, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = PaliGemmaForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    _processor(resolution).save_pretrained(folder)
+
+
+def _processor(resolution: int):
+    """PaliGemma's processor around a byte-level tokenizer with its vocabulary's size and the ids of its specials."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    names = ["<pad>", "<eos>", "<bos>", "<unk>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    names += [f"<unused{i}>" for i in range(len(names), 256000)]
+    bpe = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True))
+    bpe.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+    tokenizer.add_tokens([f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)])
+    pictures = SiglipImageProcessorPil(
+        size={"height": resolution, "width": resolution}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    pictures.image_seq_length = (resolution // 14) ** 2
+    processor = PaliGemmaProcessor(pictures, tokenizer)
+    assert processor.image_token_id == 257152
+    return processor
+
+
+def write_cord_rows(folder: Path) -> None:
+    """Synthetic receipts in CORD v2's columns and about its picture size, as Parquet in the hub's layout."""
+    from datasets import Dataset, Features, Image, Value
+
+    from im2json.data.receipts import Receipts
+
+    features = Features({"image": Image(), "ground_truth": Value("string")})
+    (folder / "data").mkdir(parents=True)
+    for split, count in {"train": 400, "validation": 16, "test": 16}.items():
+        rows = [
+            {"image": e.image.resize((864, 1296)), "ground_truth": json.dumps({"gt_parse": e.target})}
+            for e in Receipts(split, count)
+        ]
+        name = folder / "data" / f"{split}-00000-of-00001.parquet"
+        Dataset.from_list(rows, features=features).to_parquet(str(name))
+
+
+if __name__ == "__main__":
+    main()
