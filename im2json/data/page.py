@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageFont
+from PIL import Image, ImageFont
 
 SIDE = 224  # px
 MARGIN = 3  # px that stay free around the text
@@ -73,7 +73,7 @@ class Style:
     desk: int | None  # level of what the paper lies on, None if the paper fills the picture
     tint: tuple[float, float, float]  # what each of red, green, blue is multiplied by
     angle: float
-    blur: float  # radius of the Gaussian
+    blur: float  # standard deviation of the Gaussian, below 1
     noise: float  # standard deviation
     shadow: float  # share of light lost in the darkest corner
     shadow_direction: float
@@ -244,6 +244,24 @@ def _grid() -> tuple[np.ndarray, np.ndarray]:
     return axis[None, :], axis[:, None]
 
 
+@functools.cache
+def _noise_bank() -> np.ndarray:
+    """Standard normal numbers for 16 pages; a page takes a stretch of them, which is cheaper than drawing anew."""
+    return np.random.Generator(np.random.SFC64(0)).standard_normal(16 * SIDE * SIDE, np.float32)
+
+
+def blur(picture: np.ndarray, radius: float) -> np.ndarray:
+    """A Gaussian of standard deviation `radius` below 1 px, as three taps each way; float32 (rows, columns)."""
+    tap = np.float32(radius * radius / 2)
+    for axis in (0, 1):
+        before, after = (slice(None, -1), slice(1, None)) if axis == 0 else (np.s_[:, :-1], np.s_[:, 1:])
+        side = picture * tap
+        picture = picture * (1 - 2 * tap)
+        picture[before] += side[after]
+        picture[after] += side[before]
+    return picture
+
+
 def rotate(
     ink: np.ndarray, centres: list[tuple[str, float, float]], angle: float
 ) -> tuple[np.ndarray, list[tuple[str, float, float]]]:
@@ -265,9 +283,9 @@ def print_page(lines: Sequence[Line], style: Style) -> Page:
     ink, centres = print_lines(lines, style)
     if style.angle:
         ink, centres = rotate(ink, centres, style.angle)
-    if style.blur:
-        ink = np.asarray(Image.fromarray(ink).filter(ImageFilter.GaussianBlur(style.blur)))
     gray = ink * np.float32((style.ink - style.paper) / 255)  # SIDE x SIDE
+    if style.blur:
+        gray = blur(gray, style.blur)
     gray += np.float32(style.paper)
     if style.desk is not None:
         gray[:, : max(0, style.left - 5)] = style.desk
@@ -281,9 +299,8 @@ def print_page(lines: Sequence[Line], style: Style) -> Page:
             - (slope * math.sin(style.shadow_direction)) * down
         )
     if style.noise:
-        generator = np.random.Generator(np.random.SFC64(style.noise_seed))
-        noise = generator.standard_normal((SIDE, SIDE), np.float32)
-        noise *= np.float32(style.noise)
-        gray += noise
+        bank = _noise_bank()
+        start = style.noise_seed % (len(bank) - SIDE * SIDE)
+        gray += bank[start : start + SIDE * SIDE].reshape(SIDE, SIDE) * np.float32(style.noise)
     np.clip(gray, 0, 255, out=gray)
     return Page(gray.astype(np.uint8), style.tint, centres, style.degradation)
