@@ -1,0 +1,200 @@
+"""Batches: the layout that PaliGemma was trained with, nothing cut, nothing taken for a special token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import clear_error
+from PIL import Image
+from transformers import PaliGemmaProcessor
+
+from im2json.data.collate import IGNORE, Collator
+from im2json.data.example import Example
+from im2json.data.lengths import TargetLengths
+from im2json.data.loader import StepLoader
+from im2json.data.order import Order
+from im2json.data.sources import load_splits
+from im2json.model.base import load_processor
+from im2json.scoring.text import canonical
+
+PROMPT = "extract JSON."
+TARGETS = [{"total": "9.30"}, {"b": [{"nm": "é – 日本"}, {}], "a": None}, {}, {"x": "y" * 90}]
+
+
+def noise(seed: int, size: tuple[int, int] = (30, 20)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+EXAMPLES = [Example(f"e{i}", noise(i, (20 + i, 30)), target) for i, target in enumerate(TARGETS)]
+
+
+@pytest.fixture(scope="module")
+def processor(small_model) -> PaliGemmaProcessor:
+    return load_processor(small_model)
+
+
+@pytest.fixture(scope="module")
+def collator(processor) -> Collator:
+    return Collator(processor, PROMPT)
+
+
+def reference(processor: PaliGemmaProcessor, example: Example) -> dict[str, torch.Tensor]:
+    """What transformers' processor makes of an example with its target as the suffix."""
+    return processor(
+        images=example.image, text=f"<image>{PROMPT}", suffix=canonical(example.target), return_tensors="pt"
+    )
+
+
+def test_same_tokens_as_the_processor_with_a_suffix(processor, collator):
+    for example in EXAMPLES:
+        batch, expected = collator([example]), reference(processor, example)
+        assert batch.ids == [example.id]
+        assert set(batch.inputs) == {"input_ids", "attention_mask", "token_type_ids", "pixel_values"}
+        for name, value in batch.inputs.items():
+            assert torch.equal(value, expected[name].to(value.dtype)), name
+        assert torch.equal(batch.labels, expected["labels"])
+
+
+def test_a_batch_is_its_examples_padded_on_the_right(processor, collator):
+    batch = collator(EXAMPLES)
+    singles = [collator([example]) for example in EXAMPLES]
+    longest = max(single.labels.shape[1] for single in singles)
+    assert batch.labels.shape == (len(EXAMPLES), longest)
+    assert torch.equal(batch.inputs["pixel_values"], torch.cat([s.inputs["pixel_values"] for s in singles]))
+    for row, single in enumerate(singles):
+        end = single.labels.shape[1]
+        for name in ("input_ids", "attention_mask", "token_type_ids"):
+            assert torch.equal(batch.inputs[name][row, :end], single.inputs[name][0]), name
+        assert torch.equal(batch.labels[row, :end], single.labels[0])
+        assert (batch.inputs["input_ids"][row, end:] == processor.tokenizer.pad_token_id).all()
+        assert (batch.inputs["attention_mask"][row, end:] == 0).all()
+        assert (batch.labels[row, end:] == IGNORE).all()
+
+
+def test_labels_are_the_target_and_eos_and_nothing_else(processor, collator):
+    batch = collator(EXAMPLES)
+    tokenizer = processor.tokenizer
+    for row, example in enumerate(EXAMPLES):
+        labels = batch.labels[row]
+        learned = labels[labels != IGNORE]
+        assert learned[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in learned[:-1]
+        assert json.loads(tokenizer.decode(learned[:-1])) == example.target
+        first = int((labels != IGNORE).nonzero()[0])
+        assert first == len(collator.prefix_ids)
+        assert (batch.inputs["token_type_ids"][row] == (torch.arange(len(labels)) >= first)).all()
+        prompt = tokenizer.decode(batch.inputs["input_ids"][row, :first])
+        assert prompt == "<image>" * processor.image_seq_length + f"<bos>{PROMPT}\n"
+
+
+@pytest.mark.parametrize("name", ["<eos>", "<pad>", "<image>", "<bos>"])
+def test_a_special_token_in_a_target_is_spelled_out(processor, collator, name):
+    """As the processor does not do: it would learn to end, or see a picture, in the middle of a target."""
+    tokenizer = processor.tokenizer
+    target = {"nm": f"a {name} b"}
+    ids = collator.target_ids(target)
+    special = tokenizer.convert_tokens_to_ids(name)
+    assert special in tokenizer(name, add_special_tokens=False)["input_ids"]
+    assert ids[-1] == tokenizer.eos_token_id
+    assert special not in ids[:-1]
+    assert json.loads(tokenizer.decode(ids, skip_special_tokens=True)) == target
+
+
+@pytest.mark.parametrize("text", ["<loc0001>", "<seg001>", "\\n\n\t", "\u2028 é 日本 \U0001f600", " a  b ", "<0x41>"])
+def test_any_text_comes_back_as_it_was(processor, collator, text):
+    ids = collator.target_ids({text: [text]})
+    assert json.loads(processor.tokenizer.decode(ids, skip_special_tokens=True)) == {text: [text]}
+
+
+def test_generation_starts_from_the_prefix_that_training_used(processor, collator):
+    images = [example.image for example in EXAMPLES]
+    prefixes, batch = collator.prefixes(images), collator(EXAMPLES)
+    length = len(collator.prefix_ids)
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        assert torch.equal(prefixes[name], batch.inputs[name][:, :length]), name
+    assert torch.equal(prefixes["pixel_values"], batch.inputs["pixel_values"])
+    expected = processor(images=images[0], text=f"<image>{PROMPT}", return_tensors="pt")
+    assert torch.equal(prefixes["input_ids"][:1], expected["input_ids"])
+
+
+def test_targets_are_never_cut(collator):
+    long = Example("long", noise(0), {"text": "z" * 5000})
+    assert len(collator.target_ids(long.target)) == len(canonical(long.target)) + 1
+    assert int((collator([long, EXAMPLES[0]]).labels[0] != IGNORE).sum()) == len(canonical(long.target)) + 1
+
+
+def test_lengths_are_counted_and_limits_say_how_many_and_how_long(collator, dataset):
+    splits = load_splits(dataset)
+    lengths = TargetLengths.count(splits, collator)
+    counted = {name: [len(canonical(t).encode()) + 1 for t in split.targets] for name, split in splits.items()}
+    assert lengths.by_split == counted
+    everything = [length for values in counted.values() for length in values]
+    longest = max(everything)
+    assert lengths.longest == longest
+    assert f"longest {max(counted['train'])}" in lengths.summary().splitlines()[0]
+    assert f"of {np.median(counted['train']):.0f} tokens (median)" in lengths.summary().splitlines()[0]
+
+    lengths.check(longest, 10, longest + 10)
+    too_long = sum(length > longest - 5 for length in everything)
+    with pytest.raises(ValueError, match=f"cut {too_long} of {len(everything)} .* the longest needs {longest}"):
+        lengths.check(longest - 5, 10, 2048)
+    with pytest.raises(ValueError, match=rf"of {len(everything)} targets are longer than the model .* {longest} of"):
+        lengths.check(None, 10, longest + 9)
+
+    assert lengths.new_token_limit(None, 10_000) == longest + longest // 8
+    assert lengths.new_token_limit(7, 10_000) == 7
+    assert lengths.new_token_limit(None, longest) == longest
+
+
+def test_a_limit_is_refused_before_the_first_step(cli, base_args, tmp_path):
+    error = clear_error(cli("train", *base_args, "--max-target-tokens", 40, "--output", tmp_path / "run"))
+    assert "--max-target-tokens 40 would cut" in error
+    assert "the longest needs 43" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_target_longer_than_the_models_positions_is_refused(cli, base_args, small_model, tmp_path):
+    short = tmp_path / "model"
+    short.mkdir()
+    for path in Path(small_model).iterdir():
+        (short / path.name).write_bytes(path.read_bytes())
+    config = json.loads((short / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 60
+    (short / "config.json").write_text(json.dumps(config))
+    error = clear_error(cli("train", *base_args, "--model", short, "--output", tmp_path / "run"))
+    assert "targets are longer than the model can hold" in error
+    assert "exceed its 60" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_are_squashed_and_not_cropped(collator):
+    """A wide picture, dark on its left half and bright on its right, keeps both halves."""
+    wide = Image.new("RGB", (400, 50), "black")
+    wide.paste("white", (200, 0, 400, 50))
+    (pixels,) = collator.pixels([wide])  # 3 x H x W
+    assert pixels.shape == (3, 28, 28)
+    assert pixels[:, :, :10].max() < -0.95 and pixels[:, :, -10:].min() > 0.95
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_hands_out_each_step_of_the_order_from_any_step_on(collator, dataset, workers):
+    split = load_splits(dataset)["train"]
+    order = Order(len(split), 4, seed=0)
+
+    def loader(rank: int) -> StepLoader:
+        return StepLoader(
+            split, collator, order, microbatch=1, rank=rank, processes=3, workers=workers, pin_memory=False
+        )
+
+    state = torch.random.get_rng_state()
+    for start in (0, 2):
+        steps = zip(*(loader(rank).steps(start, 5) for rank in range(3)))
+        ids = [[id for share in step for batch in share for id in batch.ids] for step in steps]
+        assert ids == [[split.ids[i] for i in order.step(step)] for step in range(start, 5)]
+    assert torch.equal(torch.random.get_rng_state(), state)  # dropout's
+    assert list(loader(0).steps(5, 5)) == []

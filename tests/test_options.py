@@ -1,0 +1,196 @@
+"""Options are declared once: flags, checks, presets and what the scripts load before they are needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import train
+from im2json.options import FIELDS, METRIC_NAMES, PRESETS, TrainConfig, flag_name, scalar_type
+from im2json.scoring import METRICS
+
+OTHER_VALUES = {
+    "dataset": "a-folder", "train_split": "training", "prompt": "read it", "max_target_tokens": 90, "workers": 3,
+    "model": "somewhere", "adapter": "there", "r": 8, "alpha": 5.0, "dropout": 0.25, "target_modules": "q_proj",
+    "rslora": True, "dora": True, "quant": "none", "precision": "fp32", "gradient_checkpointing": False,
+    "max_new_tokens": 77, "eval_batch_size": 3, "lr": 0.5, "schedule": "linear", "warmup": 0.5, "weight_decay": 0.1,
+    "max_grad_norm": 2.0, "epochs": 1.5, "steps": 7, "batch_size": 6, "microbatch": 3, "optimizer": "adamw",
+    "eval_every": 4, "eval_examples": 9, "metric": "edit_distance", "patience": 2, "save_every": 6, "keep": 5,
+    "seed": 3, "test": False, "output": "out", "track": "wandb", "threads": 1,
+}  # fmt: skip
+
+
+def as_flags(values: dict) -> list[str]:
+    flags = []
+    for name, value in values.items():
+        flag = flag_name(name)
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            flags += [flag, str(value)]
+    return flags
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """`parsed(flags)` is the config that train.py would train with."""
+
+    def parse(flags: list[str]) -> TrainConfig:
+        configs: list[TrainConfig] = []
+        monkeypatch.setattr(train, "train", lambda config, stopped=None: configs.append(config))
+        train.main(flags, standalone_mode=False)
+        return configs[0]
+
+    return parse
+
+
+def test_every_field_has_a_flag_that_sets_it(parsed):
+    assert OTHER_VALUES.keys() == FIELDS.keys()
+    otherwise = TrainConfig.resolve({"model": "somewhere else"}).flat()
+    assert [name for name, value in OTHER_VALUES.items() if value == otherwise[name]] == []
+    assert parsed(as_flags(OTHER_VALUES)).flat() == OTHER_VALUES
+
+
+def test_help_shows_every_flag_with_its_explanation():
+    text = " ".join(CliRunner().invoke(train.main, ["--help"], terminal_width=200).output.split())
+    for name, field in FIELDS.items():
+        assert flag_name(name) in text
+        assert " ".join(field.metadata["help"].split()) in text, name
+
+
+def test_defaults_and_alpha(parsed):
+    config = parsed([])
+    assert (config.model.model, config.data.dataset, config.model.r, config.model.alpha) == (
+        "tiny", "receipts", 16, 32.0,
+    )  # fmt: skip
+    assert parsed(["--r", "4"]).model.alpha == 8.0
+    assert parsed(["--r", "4", "--alpha", "3"]).model.alpha == 3.0
+    assert parsed(["--alpha", "3"]).model.r == 16
+
+
+def test_preset_cord_is_the_published_recipe(parsed):
+    config = parsed(["--preset", "cord"])
+    assert config.model.model == "google/paligemma-3b-pt-224"
+    assert config.data.dataset == "naver-clova-ix/cord-v2"
+    assert (config.model.r, config.model.alpha, config.model.dropout) == (32, 64.0, 0.05)
+    assert (config.train.lr, config.train.epochs, config.train.batch_size) == (2e-4, 3.0, 16)
+    assert (config.train.max_grad_norm, config.train.warmup) == (0.3, 0.03)
+    assert (config.model.quant, config.train.optimizer) == ("nf4", "paged_adamw_8bit")
+
+
+def test_flags_override_a_preset_and_its_alpha_follows_r(parsed):
+    config = parsed(["--preset", "cord", "--r", "8", "--lr", "0.1"])
+    assert (config.model.r, config.model.alpha, config.train.lr) == (8, 16.0, 0.1)
+    assert config.train.batch_size == 16
+    assert parsed(["--preset", "cord", "--r", "8", "--alpha", "64"]).model.alpha == 64.0
+
+
+def test_another_model_takes_the_recipe_of_cord_but_not_its_data(parsed):
+    cord = TrainConfig.resolve({}, "cord")
+    config = parsed(["--model", "google/paligemma2-3b-pt-448"])
+    assert (config.train, config.decode) == (cord.train, cord.decode)
+    assert (config.model.r, config.model.alpha, config.data.dataset) == (32, 64.0, "receipts")
+    assert parsed(["--model", "somewhere", "--preset", "tiny"]).train == TrainConfig.resolve({}).train
+    assert parsed(["--model", "tiny"]) == TrainConfig.resolve({})
+
+
+def test_a_config_survives_its_flat_form():
+    for preset in PRESETS:
+        config = TrainConfig.resolve({}, preset)
+        assert TrainConfig.resolve(config.flat(), "tiny") == config
+        assert config.replace(seed=5).train.seed == 5
+        assert config.replace(seed=5).replace(seed=0) == config
+    assert TrainConfig.resolve({"lr": 1}) == TrainConfig.resolve({"lr": 1.0})
+    assert type(TrainConfig.resolve({"lr": 1}).train.lr) is float
+
+
+def test_all_problems_are_named_at_once():
+    wrong = {
+        "r": 0, "dropout": 1.0, "lr": 0, "quant": "int8", "bach_size": 3, "steps": 1.5, "test": "yes", "seed": None,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="--r") as error:
+        TrainConfig.resolve(wrong)
+    lines = str(error.value).splitlines()
+    assert len(lines) == len(wrong)
+    for line, name in zip(lines, wrong):
+        assert name in line or flag_name(name) in line
+    assert "did you mean 'batch_size'" in str(error.value)
+    assert "nf4, none" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--r", "0"], "at least 1"),
+        (["--lr", "nan"], "not a number"),
+        (["--dropout", "1"], "at most 0.999"),
+        (["--warmup", "-0.1"], "at least 0"),
+        (["--alpha", "0"], "more than 0"),
+        (["--steps", "many"], "not a valid integer"),
+        (["--metric", "accuracy"], "field_f1"),
+        (["--preset", "nord"], "cord"),
+        (["--bach-size", "8"], "--batch-size"),
+        (["--quant"], "requires an argument"),
+    ],
+)
+def test_a_wrong_flag_is_a_usage_error_that_says_what_is_right(flags, expected):
+    result = CliRunner().invoke(train.main, flags)
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    assert flags[0] in result.output
+    assert expected in result.output
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="tiny, cord"):
+        TrainConfig.resolve({}, "nord")
+
+
+def test_metric_names_are_those_of_scoring():
+    assert sorted(METRIC_NAMES) == sorted(METRICS)
+
+
+def test_types_of_the_defaults():
+    for name, field in FIELDS.items():
+        kind, optional = scalar_type(name)
+        assert isinstance(field.default, kind) or (optional and field.default is None), name
+
+
+def test_flags_of_booleans_come_in_pairs(parsed):
+    names = [name for name in FIELDS if scalar_type(name)[0] is bool]
+    assert "test" in names
+    for name in names:
+        for value in (True, False):
+            assert parsed(as_flags({name: value})).flat()[name] is value
+
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import im2json",
+        "import im2json.scoring; im2json.scoring.StreamingEvaluator",
+        "import im2json.report, im2json.report.table, im2json.report.picture",
+        "import runpy; sys.argv = ['train.py', '--help']; runpy.run_path('train.py', run_name='__main__')",
+        "import runpy; sys.argv = ['evaluate.py', '--help']; runpy.run_path('evaluate.py', run_name='__main__')",
+    ],
+)
+def test_no_torch_is_imported_before_it_is_needed(code):
+    script = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print('loaded:', [m for m in {HEAVY} if m in sys.modules]))\n{code}"
+    )
+    root = train.__file__.rsplit("/", 1)[0]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+
+
+def test_a_usage_error_names_its_flag_when_called_in_process():
+    with pytest.raises(click.BadParameter, match="at least 1"):
+        train.main(["--r", "0"], standalone_mode=False)
