@@ -89,5 +89,6 @@ def quiet_libraries() -> None:
     }.items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # optional kernels that it looks for on a CPU
-    for message in ("Paged optimizers are not supported on CPU", ".*gradient_checkpointing", ".*pin_memory"):
+    known = ("Paged optimizers are not supported on CPU", "inner dimension", ".*gradient_checkpointing", ".*pin_memory")
+    for message in known:
         warnings.filterwarnings("ignore", message=message)

@@ -81,6 +81,18 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
+def restore_paging(optimizer: Any) -> None:
+    """Put moments that were paged back into memory that can be paged.
+
+    Loaded from a file they are plain tensors that still say they are paged, and bitsandbytes (0.50) fails on them
+    at the next update ("invalid argument" from its prefetch).
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if getattr(value, "is_paged", False):
+                state[name] = optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
+
+
 def load_checkpoint(
     path: Path, run: RunFolder, model: PeftModel, optimizer: Any, accelerator: Accelerator
 ) -> TrainState:
@@ -96,6 +108,7 @@ def load_checkpoint(
     except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({error}): remove it to resume from the checkpoint before") from error
     optimizer.load_state_dict(stored["optimizer"])
+    restore_paging(optimizer.optimizer)
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(stored["scaler"])
     if accelerator.is_main_process and state.best_step is not None:
