@@ -1,0 +1,558 @@
+"""The training loop: the same gradients however a step is split, and the same run however often it is stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import MEASURED, ROOT, clear_error, metrics, reset_accelerate
+from safetensors.torch import load_file, save_file
+
+from im2json.data.collate import Batch, Collator
+from im2json.data.loader import StepLoader
+from im2json.data.order import Order
+from im2json.data.sources import load_splits
+from im2json.inference.evaluate import Evaluation
+from im2json.model.base import load_base, load_processor
+from im2json.model.lora import add_lora, trained
+from im2json.options import ModelOptions, TrainOptions
+from im2json.runs import RunFolder, complete_checkpoints, read_lines
+from im2json.scoring import METRICS
+from im2json.training.loop import train_step
+from im2json.training.optimizer import learning_rate, make_optimizer
+
+CPU = torch.device("cpu")
+QLORA = ("--quant", "nf4", "--optimizer", "paged_adamw_8bit", "--r", 64, "--dropout", 0.2)  # matrices of 4,096: 8 bits
+
+
+class Stopped(Exception):
+    """What stops a run in the middle here."""
+
+
+# --- gradients
+
+
+class Recorder:
+    """An optimizer that keeps the gradients it is given and changes nothing."""
+
+    step_was_skipped = False
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.grads: list[torch.Tensor] = []
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+        self.grads = [parameter.grad.clone() for parameter in self.parameters]
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    reset_accelerate()
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(scope="module")
+def collator(small_model) -> Collator:
+    return Collator(load_processor(small_model), "extract JSON.")
+
+
+@pytest.fixture
+def model(small_model):
+    """LoRA whose B is not zero, so that A has gradients as well."""
+    model = add_lora(load_base(small_model, "fp32", "none", CPU), ModelOptions(model="small", r=4, alpha=8.0), seed=0)
+    for parameter in trained(model):
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def step_batches(dataset: str, collator: Collator, batch_size: int, microbatch: int | None, step: int) -> list[Batch]:
+    split = load_splits(dataset)["train"]
+    order = Order(len(split), batch_size, seed=0)
+    loader = StepLoader(
+        split, collator, order, microbatch=microbatch, rank=0, processes=1, workers=0, pin_memory=False
+    )
+    return next(loader.steps(step, step + 1))
+
+
+def tokens(batches: list[Batch]) -> int:
+    return sum(int((batch.labels != -100).sum()) for batch in batches)
+
+
+@pytest.mark.parametrize("step", [0, 1], ids=["full", "short"])
+def test_any_split_of_a_step_gives_the_same_gradients(dataset, collator, model, accelerator, step):
+    """Steps of 8 and of the 2 examples that are left, in microbatches of 8, 4, 2, 3 and 1, against the mean over all
+    target tokens."""
+    whole = step_batches(dataset, collator, 8, None, step)
+    assert [len(batch.ids) for batch in whole] == [[8], [2]][step]
+    (batch,) = whole
+    mean = model(**batch.inputs, labels=batch.labels).loss  # transformers' own
+    expected = torch.autograd.grad(mean, trained(model))
+    norm = torch.cat([gradient.flatten() for gradient in expected]).norm()
+    for microbatch in (8, 4, 2, 3, 1):
+        batches = step_batches(dataset, collator, 8, microbatch, step)
+        assert len(batches) == math.ceil(len(batch.ids) / microbatch)
+        recorder = Recorder(trained(model))
+        outcome = train_step(model, batches, tokens(batches), trained(model), recorder, accelerator, 1e9)
+        assert recorder.steps == 1
+        assert outcome.loss == pytest.approx(float(mean.detach()), rel=1e-6)
+        assert outcome.grad_norm == pytest.approx(float(norm), rel=1e-5)
+        for got, wanted in zip(recorder.grads, expected):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6 * float(norm))
+        assert all(parameter.grad is None for parameter in trained(model))
+
+
+def test_gradients_are_scaled_down_to_the_norm(dataset, collator, model, accelerator):
+    batches = step_batches(dataset, collator, 8, 4, 0)
+    free, clipped = Recorder(trained(model)), Recorder(trained(model))
+    outcomes = [
+        train_step(model, batches, tokens(batches), trained(model), recorder, accelerator, limit)
+        for recorder, limit in ((free, 1e9), (clipped, 0.01))
+    ]
+    assert outcomes[0].grad_norm == outcomes[1].grad_norm > 0.02
+    for one, other in zip(free.grads, clipped.grads):
+        torch.testing.assert_close(other, one * 0.01 / outcomes[0].grad_norm, rtol=1e-4, atol=1e-9)
+
+
+def test_runs_of_any_microbatch_log_the_same(train, tmp_path):
+    """The whole script, over a full step, its short last one and into the next epoch."""
+    runs = [
+        train(tmp_path / str(size), "--batch-size", 8, "--microbatch", size, "--no-test", "--eval-every", 0)
+        for size in (8, 4, 2)
+    ]
+    logs = [[row["values"] for row in metrics(run)] for run in runs]
+    assert len(logs[0]) == 4
+    for log in logs[1:]:
+        for got, wanted in zip(log, logs[0]):
+            assert got == pytest.approx(wanted, rel=1e-4)
+
+
+# --- the learning rate
+
+
+def slow_rate(step: int, total: int, options: TrainOptions) -> float:
+    """The schedule in words: so many warmup steps climb to lr, then it falls from lr to 0 over the rest."""
+    warmup = math.ceil(total * options.warmup)
+    climbing = [options.lr * k / warmup for k in range(1, warmup + 1)]
+    rest = total - warmup
+    shapes = {
+        "cosine": [(1 + math.cos(math.pi * k / rest)) / 2 for k in range(rest)],
+        "linear": [(rest - k) / rest for k in range(rest)],
+        "constant": [1.0] * rest,
+    }
+    return (climbing + [options.lr * share for share in shapes[options.schedule]])[step]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("total", "warmup"), [(100, 0.03), (10, 0.25), (7, 0.0), (4, 1.0), (1, 0.03)])
+def test_learning_rates(schedule, total, warmup):
+    options = TrainOptions(lr=0.2, schedule=schedule, warmup=warmup)
+    for step in range(total):
+        assert learning_rate(step, total, options) == pytest.approx(slow_rate(step, total, options), rel=1e-12)
+    assert max(learning_rate(step, total, options) for step in range(total)) == pytest.approx(0.2)
+    assert min(learning_rate(step, total, options) for step in range(total)) > 0
+
+
+def test_the_rate_is_what_the_run_uses(train, tmp_path):
+    run = train(tmp_path / "run", "--warmup", 0.5, "--schedule", "linear", "--no-test", "--eval-every", 0)
+    assert [row["values"]["lr"] for row in read_lines(run.metrics)] == [0.005, 0.01, 0.01, 0.005]
+    stored = torch.load(run.checkpoints / "step-4" / "optimizer.pt", weights_only=True)
+    assert [group["lr"] for group in stored["optimizer"]["param_groups"]] == [0.005]
+
+
+# --- what is not finite
+
+
+def copied_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {key: {k: torch.as_tensor(v).clone() for k, v in value.items()} for key, value in optimizer.state.items()}
+
+
+@pytest.mark.parametrize("poison", ["pixel", "gradient"])
+def test_what_is_not_finite_stops_before_the_optimizer_is_touched(dataset, collator, model, accelerator, poison):
+    parameters = trained(model)
+    optimizer = accelerator.prepare(make_optimizer(parameters, TrainOptions(optimizer="adamw", lr=0.01)))
+    batches = step_batches(dataset, collator, 8, 4, 0)
+    assert not train_step(model, batches, tokens(batches), parameters, optimizer, accelerator, 1.0).non_finite
+    before, state = [parameter.detach().clone() for parameter in parameters], copied_state(optimizer.optimizer)
+    assert len(state) == len(parameters)
+    if poison == "pixel":
+        batches[1].inputs["pixel_values"][0, 0, 0, 0] = float("nan")
+    else:
+        parameters[3].register_hook(lambda gradient: gradient * float("inf"))
+    outcome = train_step(model, batches, tokens(batches), parameters, optimizer, accelerator, 1.0)
+    assert outcome.non_finite
+    assert math.isfinite(outcome.loss) is (poison == "gradient")
+    assert not math.isfinite(outcome.grad_norm)
+    assert all(torch.equal(one, other) for one, other in zip(before, parameters))
+    after = copied_state(optimizer.optimizer)
+    assert all(torch.equal(state[key][name], after[key][name]) for key in state for name in state[key])
+    assert all(parameter.grad is None for parameter in parameters)
+
+
+@pytest.mark.parametrize("poison", ["picture", "gradient"])
+def test_a_run_that_is_not_finite_names_step_examples_and_advice(
+    cli, train, base_args, dataset, tmp_path, monkeypatch, poison
+):
+    """A picture that is seen first in the third step is not a number, or makes the gradient infinite."""
+    original = Collator.__call__
+    ids, order = load_splits(dataset)["train"].ids, Order(10, 4, seed=0)
+    third = [ids[i] for i in order.step(2)]
+
+    def poisoned(self: Collator, examples: Any) -> Batch:
+        batch = original(self, examples)
+        for row, id in enumerate(batch.ids):
+            if id == third[0]:
+                batch.inputs["pixel_values"][row] = float("nan") if poison == "picture" else 1e30
+        return batch
+
+    flags = ("--save-every", 1, "--no-test", "--eval-every", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Collator, "__call__", poisoned)
+        error = clear_error(cli("train", *base_args, *flags, "--output", tmp_path / "run"))
+    assert error.startswith("step 3: ")
+    assert "nan" in error or "inf" in error
+    assert all(id in error for id in third)
+    assert not any(id in error for id in ids if id not in third)
+    assert "--lr" in error and "--precision" in error and "not updated" in error
+    run, whole = RunFolder(tmp_path / "run"), train(tmp_path / "whole", *flags, "--keep", 9)
+    assert not run.done
+    assert [row["step"] for row in read_lines(run.metrics)] == [1, 2]
+    assert run.latest_checkpoint().name == "step-2"
+    assert_same(checkpoint(run, 2), checkpoint(whole, 2))
+
+
+# --- the best adapter, and patience
+
+
+def scripted(monkeypatch, values: dict[int, float], metric: str, weights: dict[int, Any] | None = None) -> None:
+    """Let the evaluations find these values of `metric`, by step; `weights` gets the adapter at each."""
+
+    def validate(self: Evaluation, step: int) -> dict[str, float]:
+        if weights is not None:
+            weights[step] = [parameter.detach().clone() for parameter in trained(self.model)]
+        return dict.fromkeys(METRICS, 0.5) | {metric: values[step]}
+
+    monkeypatch.setattr(Evaluation, "validate", validate)
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [
+        ("field_f1", {1: 0.2, 2: 0.6, 3: 0.6, 4: 0.1}, 2),
+        ("edit_distance", {1: 0.9, 2: 0.2, 3: 0.2, 4: 0.7}, 2),
+        ("edit_distance", {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.7}, 1),
+        ("json_validity", {1: 0.0, 2: 0.0, 3: 0.0, 4: 0.1}, 4),
+    ],
+)
+def test_the_best_adapter_is_kept(train, tmp_path, monkeypatch, metric, values, best):
+    weights: dict[int, Any] = {}
+    scripted(monkeypatch, values, metric, weights)
+    run = train(tmp_path / "run", "--metric", metric, "--eval-every", 1, "--no-test")
+    result = json.loads(run.result.read_text())
+    assert (result["step"], result["best_step"]) == (4, best)
+    assert result["validation"][metric] == values[best]
+    kept = sorted(float(value.sum()) for value in load_file(run.adapter / "adapter_model.safetensors").values())
+    found = {step: sorted(float(value.sum()) for value in at) for step, at in weights.items()}
+    assert [step for step, sums in found.items() if sums == kept] == [best]
+
+
+@pytest.mark.parametrize(
+    ("patience", "values", "last", "best"),
+    [
+        (1, [0.1, 0.5, 0.5, 0.6], 3, 2),
+        (2, [0.1, 0.5, 0.5, 0.6, 0.2, 0.6, 0.7, 0.1], 6, 4),
+        (3, [0.1, 0.5, 0.5, 0.6, 0.2, 0.3, 0.7, 0.1], 8, 7),
+        (8, [0.5] * 8, 8, 1),
+    ],
+)
+def test_patience_stops_after_so_many_evaluations_without_a_gain(
+    train, tmp_path, monkeypatch, patience, values, last, best
+):
+    scripted(monkeypatch, dict(enumerate(values, start=1)), "field_f1")
+    run = train(tmp_path / "run", "--patience", patience, "--eval-every", 1, "--no-test", "--steps", 8)
+    result = json.loads(run.result.read_text())
+    assert (result["step"], result["best_step"]) == (last, best)
+    assert run.latest_checkpoint().name == f"step-{last}"
+
+
+def test_a_run_that_patience_stopped_does_not_train_on_when_resumed(train, resume, tmp_path, monkeypatch):
+    """It was killed while it scored the test split, after its last checkpoint."""
+    scripted(monkeypatch, dict(zip(range(1, 9), [0.5] + [0.1] * 7)), "field_f1")
+    original = Evaluation.__call__
+
+    def call(self: Evaluation, split: str, step: int, stage: str, **more: Any) -> dict[str, float]:
+        if stage == "after":
+            raise Stopped
+        return original(self, split, step, stage, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, "__call__", call)
+        with pytest.raises(Stopped):
+            train(tmp_path / "run", "--patience", 2, "--eval-every", 1, "--steps", 8)
+    run = resume(RunFolder(tmp_path / "run"))
+    assert json.loads(run.result.read_text())["step"] == 3
+
+
+# --- stopping, resuming, evaluating: nothing changes
+
+
+def assert_same(one: Any, other: Any, *, equal: bool = True) -> None:
+    """Equal to the bit, tensors included."""
+    assert same(one, other) is equal
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def dtypes(value: Any) -> set[torch.dtype]:
+    if isinstance(value, torch.Tensor):
+        return {value.dtype}
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return {dtype for item in values for dtype in dtypes(item)}
+
+
+def checkpoint(run: RunFolder, step: int) -> dict[str, Any]:
+    folder = run.checkpoints / f"step-{step}"
+    state = json.loads((folder / "state.json").read_text())
+    state.pop("seconds")
+    best = folder / "best.safetensors"
+    return {
+        "adapter": load_file(folder / "adapter_model.safetensors"),
+        "config": json.loads((folder / "adapter_config.json").read_text()),
+        "best": load_file(best) if best.exists() else None,
+        "optimizer": torch.load(folder / "optimizer.pt", weights_only=True),
+        "state": state,
+    }
+
+
+def leftovers(run: RunFolder) -> dict[str, Any]:
+    """All that a run leaves, without times."""
+    result = json.loads(run.result.read_text())
+    for name in ("seconds", "examples_per_second", "peak_memory_bytes"):
+        del result[name]
+    steps = [int(path.name.removeprefix("step-")) for path in complete_checkpoints(run.checkpoints)]
+    return {
+        "metrics": metrics(run),
+        "predictions": list(read_lines(run.predictions)),
+        "result": result,
+        "adapter": load_file(run.adapter / "adapter_model.safetensors"),
+        "adapter config": json.loads((run.adapter / "adapter_config.json").read_text()),
+        "checkpoints": {step: checkpoint(run, step) for step in steps},
+    }
+
+
+def assert_same_runs(one: RunFolder, other: RunFolder) -> None:
+    first, second = leftovers(one), leftovers(other)
+    for name in first:
+        assert_same(first[name], second[name])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluating_changes_nothing(train, tmp_path, precision):
+    flags = (*QLORA, "--precision", precision, "--steps", 6, "--save-every", 6)
+    often = checkpoint(train(tmp_path / "often", *flags, "--eval-every", 2), 6)
+    never = checkpoint(train(tmp_path / "never", *flags, "--eval-every", 0, "--no-test"), 6)
+    assert torch.uint8 in dtypes(never["optimizer"])
+    for part in ("adapter", "optimizer", "config"):
+        assert_same(often[part], never[part])
+    other = checkpoint(train(tmp_path / "other", *flags, "--eval-every", 0, "--no-test", "--seed", 1), 6)
+    assert_same(other["adapter"], never["adapter"], equal=False)
+
+
+def stop_at(monkeypatch, step: int, stage: str = "during") -> None:
+    """Stop the run in its evaluation at `step`, when half of the predictions are written."""
+    import im2json.inference.evaluate as room
+
+    original_call, original_generate = Evaluation.__call__, room.generate
+    now: dict[str, Any] = {}
+
+    def call(self: Evaluation, split: str, at: int, in_stage: str, **more: Any) -> dict[str, float]:
+        now.update(stop=(at, in_stage) == (step, stage), batches=0)
+        return original_call(self, split, at, in_stage, **more)
+
+    def generate(*args: Any) -> list[str]:
+        now["batches"] += 1
+        if now["stop"] and now["batches"] == 2:
+            raise Stopped
+        return original_generate(*args)
+
+    monkeypatch.setattr(Evaluation, "__call__", call)
+    monkeypatch.setattr(room, "generate", generate)
+
+
+RESUMED = (*QLORA, "--steps", 6, "--save-every", 1, "--eval-batch-size", 2, "--metric", "edit_distance", "--keep", 3)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(train, tmp_path_factory) -> RunFolder:
+    return train(tmp_path_factory.mktemp("whole") / "run", *RESUMED)
+
+
+@pytest.mark.parametrize(
+    ("step", "stage", "left"),
+    [
+        (0, "before", None), (2, "during", "step-1"), (4, "during", "step-3"), (6, "during", "step-5"),
+        (None, "after", "step-6"),
+    ],
+)
+def test_a_run_stopped_and_resumed_is_the_run_that_was_not(
+    train, resume, uninterrupted, tmp_path, monkeypatch, step, stage, left
+):
+    if stage == "after":
+        step = json.loads(uninterrupted.result.read_text())["best_step"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, stage)
+        with pytest.raises(Stopped):
+            train(tmp_path / "run", *RESUMED)
+    run = RunFolder(tmp_path / "run")
+    assert not run.done
+    assert (run.latest_checkpoint().name if left else run.latest_checkpoint()) == left
+    resume(run)
+    assert_same_runs(run, uninterrupted)
+    assert [path.name for path in run.path.rglob(".*") if path.name != ".lock"] == []
+
+
+def test_a_run_stopped_twice_logs_nothing_twice(train, resume, uninterrupted, tmp_path, monkeypatch):
+    """And options that change no result may change."""
+    run = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(Stopped):
+            train(run.path, *RESUMED)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(Stopped):
+            resume(run, "--keep", 1)
+    resume(run, "--keep", 1)
+    assert [path.name for path in complete_checkpoints(run.checkpoints)] == ["step-6"]
+    assert_same(metrics(run), metrics(uninterrupted))
+    assert_same(checkpoint(run, 6), checkpoint(uninterrupted, 6))
+
+
+def test_a_half_written_checkpoint_is_ignored_and_removed(train, resume, uninterrupted, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(Stopped):
+            train(tmp_path / "run", *RESUMED)
+    run = RunFolder(tmp_path / "run")
+    half = run.checkpoints / ".step-4.tmp"
+    shutil.copytree(run.checkpoints / "step-3", half)
+    (half / "state.json").unlink()
+    cut = run.adapter / ".adapter_model.safetensors.tmp-12345"
+    cut.write_bytes(b"half")
+    resume(run)
+    assert not half.exists() and not cut.exists()
+    assert_same_runs(run, uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def stopped(train, tmp_path_factory) -> Path:
+    """A run stopped at step 4, its last checkpoint that of step 3; to be copied."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(Stopped):
+            train(folder, *RESUMED)
+    return folder
+
+
+DAMAGE = {
+    "optimizer cut": lambda path: os.truncate(path / "optimizer.pt", 1000),
+    "optimizer empty": lambda path: os.truncate(path / "optimizer.pt", 0),
+    "optimizer garbage": lambda path: (path / "optimizer.pt").write_bytes(b"garbage" * 100),
+    "optimizer of something else": lambda path: torch.save({"a": 1}, path / "optimizer.pt"),
+    "optimizer missing": lambda path: (path / "optimizer.pt").unlink(),
+    "weights cut": lambda path: os.truncate(path / "adapter_model.safetensors", 2000),
+    "weights of something else": lambda path: save_file({"a": torch.zeros(1)}, path / "adapter_model.safetensors"),
+    "best missing": lambda path: (path / "best.safetensors").unlink(),
+    "state empty": lambda path: os.truncate(path / "state.json", 0),
+    "state of something else": lambda path: (path / "state.json").write_text('{"steps": 3}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_one_clear_line(stopped, cli, tmp_path, damage):
+    run = RunFolder(Path(shutil.copytree(stopped, tmp_path / "run")))
+    DAMAGE[damage](run.checkpoints / "step-3")
+    error = clear_error(cli("train", "--resume", run.path))
+    assert str(run.checkpoints / "step-3") in error
+    assert "remove it to resume from the checkpoint before" in error
+    assert not run.done
+
+
+def test_following_that_advice_resumes_from_the_checkpoint_before(stopped, resume, uninterrupted, tmp_path):
+    run = RunFolder(Path(shutil.copytree(stopped, tmp_path / "run")))
+    shutil.rmtree(run.checkpoints / "step-3")
+    assert_same_runs(resume(run), uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        (["--keep", 1, "--save-every", 1], [5]),
+        (["--keep", 3, "--save-every", 1], [3, 4, 5]),
+        (["--keep", 2, "--save-every", 2], [4, 5]),
+        (["--keep", 9], [2, 4, 5]),
+        (["--save-every", 0], []),
+        (["--eval-every", 0], [5]),
+    ],
+)
+def test_checkpoints_kept(train, tmp_path, flags, steps):
+    run = train(tmp_path / "run", "--steps", 5, "--no-test", *flags)
+    assert [path.name for path in complete_checkpoints(run.checkpoints)] == [f"step-{step}" for step in steps]
+    assert (run.adapter / "adapter_model.safetensors").is_file()
+
+
+def test_epochs_decide_the_steps_where_none_are_given(cli, base_args, tmp_path):
+    place = base_args.index("--steps")
+    flags = base_args[:place] + base_args[place + 2 :]
+    result = cli("train", *flags, "--epochs", 2, "--eval-every", 0, "--no-test", "--output", tmp_path / "run")
+    assert result.exit_code == 0
+    rows = list(read_lines(tmp_path / "run" / "metrics.jsonl"))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert set(rows[0]["values"]) >= {"loss", "lr", "grad_norm", *MEASURED}
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(uninterrupted, resume, base_args, tmp_path):
+    """kill -9, wherever it hits after the third checkpoint; steps are slowed down so that it does hit."""
+    program = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import train; from im2json.training import loop\n"
+        "report = loop.report; loop.report = lambda *given: (time.sleep(0.3), report(*given)); train.main()"
+    )
+    command = [sys.executable, "-c", program, "--output", str(tmp_path / "run"), *base_args, *map(str, RESUMED)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "checkpoints" / "step-3").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run = RunFolder(tmp_path / "run")
+    assert not run.done and not (run.checkpoints / "step-6").exists()
+    assert_same_runs(resume(run), uninterrupted)
