@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from conftest import MEASURED, ROOT, clear_error, metrics, reset_accelerate
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from im2json.data.collate import Batch, Collator
 from im2json.data.loader import StepLoader
@@ -507,6 +508,17 @@ def test_following_that_advice_resumes_from_the_checkpoint_before(stopped, resum
     run = RunFolder(Path(shutil.copytree(stopped, tmp_path / "run")))
     shutil.rmtree(run.checkpoints / "step-3")
     assert_same_runs(resume(run), uninterrupted)
+
+
+def test_tensorboard_shows_a_resumed_run_as_one(stopped, resume, tmp_path):
+    """In one folder, and without what was logged after the checkpoint: the step that was taken twice is shown once."""
+    run = RunFolder(Path(shutil.copytree(stopped, tmp_path / "run")))
+    assert [row["step"] for row in read_lines(run.metrics) if row["split"] == "train"] == [1, 2, 3, 4]
+    resume(run)
+    events = EventAccumulator(str(run.tensorboard)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("validation/edit_distance")] == [2, 4, 6]
+    assert [path for path in run.tensorboard.iterdir() if path.is_dir()] == []
 
 
 @pytest.mark.parametrize(

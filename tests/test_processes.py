@@ -1,0 +1,132 @@
+"""Several processes do what one does: the same steps, metrics and files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, metrics, write_dataset
+from safetensors.torch import load_file
+
+from im2json.runs import RunFolder, read_lines
+
+LAUNCH = (
+    "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+)  # fmt: skip
+
+
+def launch(script: str, *flags: object, processes: int = 2) -> str:
+    """What a script prints on both streams when `accelerate launch` starts it; fails where the script does."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH]
+    command[command.index("--num_processes") + 1] = str(processes)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD", "LOCAL_"))}
+    done = subprocess.run(
+        [*command, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, timeout=240,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def nine(tmp_path_factory) -> str:
+    """9 examples to train on: in batches of 4 the third step holds a single one, and leaves a process nothing."""
+    return str(write_dataset(tmp_path_factory.mktemp("data") / "nine", train=9, validation=5, test=3))
+
+
+@pytest.fixture(scope="module")
+def flags(nine) -> list[Any]:
+    return ["--dataset", nine, "--steps", 4, "--microbatch", 2, "--eval-batch-size", 2, "--save-every", 1, "--keep", 9]
+
+
+@pytest.fixture(scope="module")
+def one(train: Callable[..., RunFolder], flags, tmp_path_factory) -> RunFolder:
+    return train(tmp_path_factory.mktemp("one") / "run", *flags)
+
+
+@pytest.fixture(scope="module")
+def two(base_args, flags, tmp_path_factory) -> RunFolder:
+    run = RunFolder(tmp_path_factory.mktemp("two") / "run")
+    printed = launch("train.py", "--output", run.path, *base_args, *flags)
+    assert printed.count("run folder: ") == 1
+    return run
+
+
+def test_two_processes_take_the_same_steps(one, two):
+    """Loss and gradient norm of every step, the short one included, and the adapter after each."""
+    assert len(metrics(one)) == len(metrics(two)) == 8
+    for got, wanted in zip(metrics(two), metrics(one)):
+        assert (got["step"], got["split"], got.get("stage")) == (wanted["step"], wanted["split"], wanted.get("stage"))
+        assert got["values"] == pytest.approx(wanted["values"], rel=1e-4, abs=1e-9)
+    assert metrics(two)[1]["values"] == pytest.approx(metrics(one)[1]["values"], rel=1e-6)
+    for step in (1, 2, 3, 4):
+        got, wanted = (
+            load_file(run.checkpoints / f"step-{step}" / "adapter_model.safetensors") for run in (two, one)
+        )
+        assert got.keys() == wanted.keys()
+        for name in wanted:
+            torch.testing.assert_close(got[name], wanted[name], rtol=0, atol=1e-6)
+
+
+def test_two_processes_evaluate_each_example_once_and_in_order(one, two):
+    rows = list(read_lines(two.predictions))
+    places = [(row["stage"], row["step"], row["id"]) for row in rows]
+    assert places == [(row["stage"], row["step"], row["id"]) for row in read_lines(one.predictions)]
+    assert len(set(places)) == len(places) == 3 + 2 * 5 + 3
+    assert [row["id"] for row in rows if row["stage"] == "before"] == [f"test/{i}.png" for i in range(3)]
+    during = [row["id"] for row in rows if row["stage"] == "during" and row["step"] == 2]
+    assert during == [f"validation/{i}.png" for i in range(5)]
+
+
+def test_two_processes_leave_one_result(one, two):
+    results = [json.loads(run.result.read_text()) for run in (one, two)]
+    for name in ("step", "best_step", "trainable", "total", "examples", "target_tokens"):
+        assert results[0][name] == results[1][name]
+    for part in ("before", "after"):
+        assert results[1]["test"][part] == pytest.approx(results[0]["test"][part], abs=1e-9)
+        assert results[1]["test"][part]["num"] == 3
+    assert len(list(two.tensorboard.iterdir())) == 1
+    assert list(two.path.rglob("*.tmp*")) == []
+
+
+@pytest.mark.slow
+def test_two_processes_resume_a_run_of_one(one, tmp_path):
+    """As if the machine had grown: the number of processes changes nothing."""
+    run = RunFolder(Path(shutil.copytree(one.path, tmp_path / "run")))
+    run.result.unlink()
+    for step in (3, 4):
+        shutil.rmtree(run.checkpoints / f"step-{step}")
+    launch("train.py", "--resume", run.path)
+    for got, wanted in zip(metrics(run), metrics(one), strict=True):
+        assert got["values"] == pytest.approx(wanted["values"], rel=1e-4, abs=1e-9)
+    for name, value in load_file(run.checkpoints / "step-4" / "adapter_model.safetensors").items():
+        wanted = load_file(one.checkpoints / "step-4" / "adapter_model.safetensors")[name]
+        torch.testing.assert_close(value, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_a_finished_run(one, tmp_path):
+    run = RunFolder(Path(shutil.copytree(one.path, tmp_path / "run")))
+    before = list(read_lines(run.predictions))
+    printed = launch("evaluate.py", run.path)
+    assert printed.count("test split, generated text") == 1
+    assert sorted(map(str, read_lines(run.predictions))) == sorted(map(str, before))
+
+
+@pytest.mark.slow
+def test_a_step_smaller_than_the_processes_works(base_args, nine, train, tmp_path):
+    """Three processes and two examples a step."""
+    flags = ["--dataset", nine, "--batch-size", 2, "--microbatch", 1, "--steps", 2, "--eval-every", 0, "--no-test"]
+    launch("train.py", "--output", tmp_path / "three", *base_args, *flags, processes=3)
+    runs = RunFolder(tmp_path / "three"), train(tmp_path / "one", *flags)
+    got, wanted = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=0, atol=1e-6)

@@ -1,0 +1,505 @@
+"""train.py and evaluate.py from end to end: the files they leave, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from conftest import COUNTS, MEASURED, ROOT, clear_error, metrics, write_dataset
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from im2json.model.base import load_processor
+from im2json.options import FIELDS, TrainConfig
+from im2json.runs import RunFolder, append_lines, locked, read_lines
+from im2json.scoring import METRICS
+from im2json.scoring.text import parse
+
+VALUES = {*METRICS, "num"}
+
+
+# --- a finished run
+
+
+def test_config_json(finished, small_model, dataset):
+    stored = json.loads(finished.config.read_text())
+    assert stored["options"].keys() == FIELDS.keys()
+    assert (stored["options"]["model"], stored["options"]["dataset"]) == (small_model, dataset)
+    assert (stored["options"]["r"], stored["options"]["alpha"]) == (4, 8.0)
+    assert stored["versions"]["torch"] == importlib.metadata.version("torch")
+    assert TrainConfig.resolve(stored["options"], "tiny") == finished.read_config()
+
+
+def test_metrics_jsonl(finished):
+    rows = list(read_lines(finished.metrics))
+    places = [(row["split"], row.get("stage"), row["step"]) for row in rows]
+    best = json.loads(finished.result.read_text())["best_step"]
+    assert places == [
+        ("test", "before", 0), ("train", None, 1), ("train", None, 2), ("validation", "during", 2),
+        ("train", None, 3), ("train", None, 4), ("validation", "during", 4), ("test", "after", best),
+    ]  # fmt: skip
+    for row in rows:
+        wanted = {"loss", "lr", "grad_norm", *MEASURED} if row["split"] == "train" else VALUES
+        assert row["values"].keys() == wanted
+    assert [row["values"]["num"] for row in rows if row["split"] != "train"] == [
+        COUNTS["test"], COUNTS["validation"], COUNTS["validation"], COUNTS["test"],
+    ]  # fmt: skip
+    losses = [row["values"]["loss"] for row in rows if row["split"] == "train"]
+    assert losses[-1] < losses[0]
+
+
+def test_predictions_jsonl(finished, dataset):
+    rows = list(read_lines(finished.predictions))
+    best = json.loads(finished.result.read_text())["best_step"]
+    expected = [
+        ("before", 0, "test"), ("during", 2, "validation"), ("during", 4, "validation"), ("after", best, "test"),
+    ]  # fmt: skip
+    assert [(row["stage"], row["step"], row["split"], row["id"]) for row in rows] == [
+        (stage, step, split, f"{split}/{i}.png") for stage, step, split in expected for i in range(COUNTS[split])
+    ]
+    for row in rows:
+        assert set(row) == {"id", "step", "split", "stage", "text", "parsed", "target", "scores"}
+        assert row["parsed"] == parse(row["text"])
+        assert row["scores"].keys() == METRICS.keys()
+        line = (Path(dataset) / row["split"] / "metadata.jsonl").read_text().splitlines()[int(row["id"][-5])]
+        assert row["target"] == json.loads(json.loads(line)["ground_truth"])["gt_parse"]
+    # a metric that is a mean over examples is that of the rows
+    logged = {(row.get("stage"), row["step"], row["split"]): row["values"] for row in read_lines(finished.metrics)}
+    for place in expected:
+        chosen = [row for row in rows if (row["stage"], row["step"], row["split"]) == place]
+        for name in ("edit_distance", "json_validity", "ted_accuracy"):
+            mean = sum(row["scores"][name] for row in chosen) / len(chosen)
+            assert logged[place][name] == pytest.approx(mean)
+
+
+def test_result_json(finished):
+    result = json.loads(finished.result.read_text())
+    assert result.keys() >= {
+        "step", "best_step", "validation", "test", "trainable", "total", "seconds", "examples_per_second",
+        "peak_memory_bytes",
+    }  # fmt: skip
+    rows = list(read_lines(finished.metrics))
+    logged = {(row.get("stage"), row["step"]): row["values"] for row in rows}
+    assert result["test"] == {"before": logged["before", 0], "after": logged["after", result["best_step"]]}
+    assert result["validation"] == logged["during", result["best_step"]]
+    assert result["step"] == 4
+    assert (result["trainable"], result["total"]) == (11_264, 279_232 + 11_264)
+    assert result["examples"] == 4 + 4 + 2 + 4
+    assert result["examples_per_second"] == pytest.approx(result["examples"] / result["seconds"], rel=0.02)
+    assert 10**7 < result["peak_memory_bytes"] < 10**11
+
+
+def test_what_else_lies_in_a_run_folder(finished):
+    names = {path.name for path in finished.path.iterdir() if not path.name.startswith(".")}
+    assert names >= {"config.json", "metrics.jsonl", "predictions.jsonl", "checkpoints", "adapter", "tb", "result.json"}
+    assert [path.name for path in sorted(finished.checkpoints.iterdir())] == ["step-2", "step-4"]
+    assert json.loads((finished.adapter / "im2json.json").read_text()) == {"prompt": "extract JSON."}
+    processor = load_processor(str(finished.adapter))
+    assert processor.tokenizer("é")["input_ids"]
+    assert not list(finished.path.rglob("*.tmp*"))
+
+
+# --- TensorBoard
+
+
+@pytest.fixture(scope="module")
+def events(finished) -> EventAccumulator:
+    (file,) = finished.tensorboard.iterdir()
+    assert file.name.startswith("events.out.tfevents.")
+    accumulator = EventAccumulator(str(finished.tensorboard), size_guidance={"images": 0, "tensors": 0, "scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_tensorboard_shows_every_scalar(finished, events):
+    best = json.loads(finished.result.read_text())["best_step"]
+    tags = set(events.Tags()["scalars"])
+    assert {f"train/{name}" for name in ("loss", "lr", "grad_norm", *MEASURED)} <= tags
+    assert {f"{split}/{name}" for split in ("validation", "test") for name in VALUES} <= tags
+    logged = [row for row in read_lines(finished.metrics) if row["split"] == "train"]
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert shown == [(row["step"], pytest.approx(row["values"]["loss"], rel=1e-6)) for row in logged]
+    assert [event.step for event in events.Scalars("validation/field_f1")] == [2, 4]
+    assert [event.step for event in events.Scalars("test/field_f1")] == [0, best]
+
+
+def test_tensorboard_is_one_run_with_its_hyperparameters(finished, events):
+    """In the event file of the curves, and with metrics that were logged as scalars: else the HParams view is empty."""
+    assert [path for path in finished.tensorboard.rglob("*") if path.is_dir()] == []
+    content = events.summary_metadata
+    plugin = {
+        tag: plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content)
+        for tag, metadata in content.items() if metadata.plugin_data.plugin_name == "hparams"
+    }  # fmt: skip
+    assert set(plugin) == {
+        "_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info",
+    }  # fmt: skip
+    named = {info.name.tag for info in plugin["_hparams_/experiment"].experiment.metric_infos}
+    assert {f"best/{name}" for name in VALUES} | {f"final/test_{name}" for name in VALUES} == named
+    assert named <= set(events.Tags()["scalars"])
+    values = plugin["_hparams_/session_start_info"].session_start_info.hparams
+    assert set(values) == set(FIELDS)
+    assert values["r"].number_value == 4
+    assert values["dora"].bool_value is False
+    assert values["precision"].string_value == "fp32"
+
+
+def test_tensorboard_shows_pictures_config_and_lengths(finished, events):
+    tags = events.Tags()
+    assert set(tags["images"]) == {
+        *(f"test_{stage}/{i}" for stage in ("before", "after") for i in range(3)),
+        *(f"validation_during/{i}" for i in range(3)),
+    }  # fmt: skip
+    assert [event.step for event in events.Images("validation_during/0")] == [2, 4]
+    assert "config/text_summary" in tags["tensors"]
+    (config,) = events.Tensors("config/text_summary")
+    assert b"target_modules: q_proj" in config.tensor_proto.string_val[0]
+    (lengths,) = events.Tensors("target_lengths/text_summary")
+    assert b"longest 43" in lengths.tensor_proto.string_val[0]
+    assert {f"target_tokens/{split}" for split in COUNTS} <= set(tags["histograms"])
+
+
+# --- evaluate.py
+
+
+def test_evaluate_repeats_the_runs_numbers(finished, cli, tmp_path):
+    run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    result, rows = json.loads(run.result.read_text()), list(read_lines(run.predictions))
+    printed = cli("evaluate", run.path, "--json")
+    assert printed.exit_code == 0, printed.output
+    start = printed.stdout.index("{")
+    assert json.loads(printed.stdout[start:]) == result["test"]
+    again = list(read_lines(run.predictions))
+    assert sorted(map(str, again)) == sorted(map(str, rows))
+    with Image.open(run.path / "test.png") as picture:
+        assert picture.size > (100, 50)
+        assert len(picture.convert("RGB").getcolors(10**6)) > 10
+    assert json.loads(run.result.read_text()) == result
+    assert_same_files(run, finished, ("metrics.jsonl", "config.json"))
+
+
+def assert_same_files(one: RunFolder, other: RunFolder, names: tuple[str, ...]) -> None:
+    for name in names:
+        assert (one.path / name).read_bytes() == (other.path / name).read_bytes()
+
+
+def test_evaluate_prints_a_table_and_takes_other_splits(finished, cli, tmp_path):
+    run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    printed = cli("evaluate", run.path, "--split", "validation")
+    assert printed.exit_code == 0, printed.output
+    assert "validation split, generated text:" in printed.stdout
+    header, _, *lines = printed.stdout.splitlines()[printed.stdout.splitlines().index(
+        "validation split, generated text:") + 1:]  # fmt: skip
+    assert header.split() == ["metric", "before", "after", "change"]
+    assert [line.split()[0] for line in lines[: len(METRICS)]] == list(METRICS)
+    assert (run.path / "validation.png").is_file()
+    result = json.loads(run.result.read_text())
+    shown = next(line for line in lines if line.startswith("edit_distance")).split()
+    assert shown[-3] == f"{result['validation']['edit_distance']:.3f}"
+    stages = {(row["split"], row["stage"]) for row in read_lines(run.predictions)}
+    assert stages == {(s, g) for s in ("test", "validation") for g in ("before", "after")} | {("validation", "during")}
+
+
+def test_evaluate_tells_the_adapter_from_the_base(finished, cli, tmp_path):
+    """With weights that write something else, after differs and before does not."""
+    from safetensors.torch import load_file, save_file
+
+    run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    weights = load_file(run.adapter / "adapter_model.safetensors")
+    save_file({name: value * 30 for name, value in weights.items()}, run.adapter / "adapter_model.safetensors")
+    assert cli("evaluate", run.path).exit_code == 0
+
+    def texts(folder: RunFolder, stage: str) -> list[str]:
+        return [r["text"] for r in read_lines(folder.predictions) if (r["split"], r["stage"]) == ("test", stage)]
+
+    assert texts(run, "before") == texts(finished, "before")
+    assert texts(run, "after") != texts(finished, "after")
+
+
+@pytest.mark.parametrize("split", ["nowhere", "empty"])
+def test_evaluate_needs_a_run(cli, tmp_path, split):
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in clear_error(cli("evaluate", tmp_path / split))
+
+
+def test_evaluate_needs_an_adapter(finished, cli, tmp_path):
+    run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    (run.adapter / "adapter_model.safetensors").unlink()
+    assert "holds no adapter" in clear_error(cli("evaluate", run.path))
+
+
+# --- the same command twice, other ways to run
+
+
+def test_the_same_command_works_twice_and_gives_the_same(cli, base_args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        result = cli("train", *base_args, "--no-test")
+        assert result.exit_code == 0, result.output
+    one, other = (RunFolder(path) for path in sorted((tmp_path / "runs").iterdir()))
+    assert one.done and other.done
+    assert metrics(one) == metrics(other)
+    weights = "adapter/adapter_model.safetensors"
+    assert_same_files(one, other, (weights,))
+
+
+def test_the_closing_words_say_where_everything_is(cli, base_args, tmp_path):
+    result = cli("train", *base_args, "--output", tmp_path / "run")
+    assert result.exit_code == 0
+    assert "test split, generated text:" in result.stdout
+    assert f"python evaluate.py {tmp_path / 'run'}" in result.stdout
+    assert f"tensorboard --logdir {tmp_path}" in result.stdout
+    for line in ("train ", "validation", "test "):
+        assert any(text.startswith(line) and "targets of" in text for text in result.stdout.splitlines())
+    assert "step    2  validation during" in result.output
+
+
+def test_no_test_leaves_the_test_split_alone(train, tmp_path):
+    run = train(tmp_path / "run", "--no-test")
+    result = json.loads(run.result.read_text())
+    assert result["test"] is None
+    assert {row["split"] for row in read_lines(run.predictions)} == {"validation"}
+    assert result["validation"].keys() == VALUES
+
+
+def test_eval_examples_limits_validation_alone(train, tmp_path):
+    run = train(tmp_path / "run", "--eval-examples", 2)
+    nums = {row["split"]: row["values"]["num"] for row in read_lines(run.metrics) if row["split"] != "train"}
+    assert nums == {"validation": 2, "test": COUNTS["test"]}
+
+
+def test_max_new_tokens_bounds_the_text(train, tmp_path, small_model):
+    tokenizer = load_processor(small_model).tokenizer
+    lengths = {}
+    for limit in (3, 9):
+        run = train(tmp_path / str(limit), "--max-new-tokens", limit, "--steps", 1)
+        texts = [row["text"] for row in read_lines(run.predictions)]
+        lengths[limit] = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    assert lengths[3] <= 3 < lengths[9]
+
+
+def test_gradient_checkpointing_and_bf16_run_through(train, tmp_path):
+    plain = train(tmp_path / "plain", "--no-test", "--eval-every", 0)
+    less = train(tmp_path / "less", "--no-test", "--eval-every", 0, "--gradient-checkpointing")
+    assert_same_files(plain, less, ("adapter/adapter_model.safetensors",))
+    half = train(tmp_path / "half", "--quant", "nf4", "--precision", "bf16", "--dora", "--rslora", "--dropout", 0.1)
+    first, last = ([r["values"]["loss"] for r in metrics(half) if r["split"] == "train"][i] for i in (0, -1))
+    assert last < first
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_and_evaluates(base_args, tmp_path):
+    """As the README says it, with no configuration of accelerate and a precision that is not that of the run."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    for command in (
+        ["-m", "accelerate.commands.launch", "--mixed_precision", "bf16", str(ROOT / "train.py"), *base_args],
+        [str(ROOT / "evaluate.py")],
+    ):
+        run = ["--output", str(tmp_path / "run")] if len(command) > 1 else [str(tmp_path / "run")]
+        done = subprocess.run(
+            [sys.executable, *command, *run], capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL
+        )
+        assert done.returncode == 0, done.stderr
+        assert "test split, generated text" in done.stdout
+        if len(command) > 1:
+            assert "--precision fp32 wins over accelerate's mixed_precision bf16" in done.stdout
+    assert RunFolder(tmp_path / "run").done
+
+
+# --- mistakes: one clear line each
+
+
+def stop(cli, base_args: list[str], tmp_path: Path, *flags: object) -> str:
+    """The error of train.py with these flags over base_args, which must not leave a run folder behind."""
+    error = clear_error(cli("train", *base_args, "--output", tmp_path / "run", *flags))
+    assert not (tmp_path / "run").exists()
+    return error
+
+
+def test_an_unknown_model(cli, base_args, tmp_path):
+    assert "no such folder" in stop(cli, base_args, tmp_path, "--model", "./nowhere")
+    assert "`tiny` is embedded" in stop(cli, base_args, tmp_path, "--model", "tinny")
+    (tmp_path / "file").touch()
+    assert "is a file" in stop(cli, base_args, tmp_path, "--model", tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    error = stop(cli, base_args, tmp_path, "--model", tmp_path / "empty")
+    assert f"--model {tmp_path / 'empty'}" in error and "PaliGemma" in error
+
+
+def refused_by_hub(monkeypatch, kind: type[Exception], status: int) -> None:
+    response: Any = types.SimpleNamespace(status_code=status, headers={}, request=None)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise kind(f"{status} Client Error.\n\nCannot access it.", response=response)
+
+    monkeypatch.setattr("im2json.model.base.hf_hub_download", refuse)
+
+
+def test_a_gated_model_without_access(cli, base_args, tmp_path, monkeypatch):
+    refused_by_hub(monkeypatch, GatedRepoError, 403)
+    error = stop(cli, base_args, tmp_path, "--model", "google/paligemma-3b-pt-224")
+    assert "accept its licence at https://huggingface.co/google/paligemma-3b-pt-224" in error
+    assert "`hf auth login`" in error
+
+
+def test_a_model_that_the_hub_does_not_know(cli, base_args, tmp_path, monkeypatch):
+    refused_by_hub(monkeypatch, RepositoryNotFoundError, 404)
+    error = stop(cli, base_args, tmp_path, "--model", "google/paligemma-3b-pt-225")
+    assert "--model google/paligemma-3b-pt-225: no such folder, and the hub has no model of this name" in error
+
+
+def test_no_network(cli, base_args, tmp_path, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise LocalEntryNotFoundError("An error happened while trying to locate the file.\nCheck your connection.")
+
+    monkeypatch.setattr("im2json.model.base.hf_hub_download", refuse)
+    error = stop(cli, base_args, tmp_path, "--model", "google/paligemma-3b-pt-224")
+    assert "the hub could not be reached" in error
+
+
+def test_an_unknown_data_set(cli, base_args, tmp_path, monkeypatch):
+    assert "there is no such folder" in stop(cli, base_args, tmp_path, "--dataset", "./nowhere")
+
+    def refuse(path: str, **_: Any) -> None:
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{path}' doesn't exist on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    error = stop(cli, base_args, tmp_path, "--dataset", "nobody/nothing")
+    assert "--dataset nobody/nothing" in error and "check the name" in error
+
+
+def test_a_split_that_is_not_there(cli, base_args, tmp_path):
+    error = stop(cli, base_args, tmp_path, "--train-split", "trian")
+    assert "--train-split trian" in error and "it has " in error
+    assert all(split in error.partition("it has ")[2] for split in COUNTS)
+
+
+def test_a_folder_without_metadata(cli, base_args, tmp_path):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    error = stop(cli, base_args, tmp_path, "--dataset", tmp_path / "data")
+    assert "metadata.jsonl" in error and "file_name" in error
+
+
+def bad_metadata(folder: Path) -> str:
+    path = folder / "train" / "metadata.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1] = json.dumps({"file_name": "1.png", "ground_truth": '{"gt_parse": {"total": }'})
+    path.write_text("\n".join(lines) + "\n")
+    return "metadata.jsonl:2"
+
+
+def missing(folder: Path) -> str:
+    (folder / "validation" / "2.png").unlink()
+    return "2.png"
+
+
+def truncated(folder: Path) -> str:
+    path = folder / "test" / "0.png"
+    os.truncate(path, path.stat().st_size // 2)
+    return "0.png"
+
+
+def no_picture(folder: Path) -> str:
+    (folder / "train" / "3.png").write_text("I am a text")
+    return "3.png"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (bad_metadata, "does not parse as JSON"),
+        (missing, "there is no such picture file"),
+        (truncated, "damaged or cut short"),
+        (no_picture, "is not a picture"),
+    ],
+)
+def test_a_bad_row(cli, base_args, tmp_path, damage, said):
+    """The list of bad rows is the one message of several lines."""
+    folder = write_dataset(tmp_path / "data")
+    where = damage(folder)
+    result = cli("train", *base_args, "--output", tmp_path / "run", "--dataset", folder)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert lines[0] == f"Error: 1 of {sum(COUNTS.values())} rows cannot be used:"
+    assert len(lines) == 2
+    assert where in lines[1] and said in lines[1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_holds_a_run(finished, cli, base_args, tmp_path):
+    before = sorted(finished.path.rglob("*"))
+    error = clear_error(cli("train", *base_args, "--output", finished.path))
+    assert "holds a finished run" in error and f"evaluate.py {finished.path}" in error
+    assert "finished" in clear_error(cli("train", "--resume", finished.path))
+    assert sorted(finished.path.rglob("*")) == before
+    unfinished = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    unfinished.result.unlink()
+    assert f"--resume {unfinished.path}" in clear_error(cli("train", *base_args, "--output", unfinished.path))
+
+
+def test_options_that_cannot_be(cli):
+    for flags, said in (
+        (["--r", 0], "at least 1"), (["--lerning-rate", 1], "No such option"), (["--batch-size", "x"], "integer"),
+    ):  # fmt: skip
+        result = cli("train", *flags)
+        assert result.exit_code == 2
+        assert flags[0] in result.output and said in result.output
+        assert "Traceback" not in result.output
+
+
+def test_fp16_on_a_cpu(cli, base_args, tmp_path):
+    error = stop(cli, base_args, tmp_path, "--precision", "fp16")
+    assert "--precision fp16 needs a GPU" in error and "--precision fp32" in error
+
+
+def test_resuming_nothing_or_with_other_options(cli, finished, tmp_path):
+    assert "is not a run folder" in clear_error(cli("train", "--resume", tmp_path / "nowhere"))
+    run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    run.result.unlink()
+    assert "--r was 4, not 8" in clear_error(cli("train", "--resume", run.path, "--r", 8))
+
+
+def test_a_second_process_on_the_same_run(cli, finished, tmp_path):
+    run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    run.result.unlink()
+    append_lines(run.metrics, [{"step": 99, "split": "train", "values": {}}])
+    with locked(run, True):
+        for script, flags in (("train", ["--resume", run.path]), ("evaluate", [run.path])):
+            assert f"another process is working on {run.path}" in clear_error(cli(script, *flags))
+    assert list(read_lines(run.metrics))[-1]["step"] == 99  # nothing was rewound
+    assert (run.path / "tb").is_dir() and len(list((run.path / "tb").iterdir())) == 1
+
+
+def test_a_target_modules_mistake(cli, base_args, tmp_path):
+    error = stop(cli, base_args, tmp_path, "--target-modules", "q_proj,query")
+    assert "no linear layer is named query" in error and "q_proj" in error
+
+
+def test_a_traceback_where_it_is_wished_for(cli, base_args, tmp_path, monkeypatch):
+    monkeypatch.setenv("IM2JSON_TRACEBACK", "1")
+    result = cli("train", *base_args, "--output", tmp_path / "run", "--precision", "fp16")
+    assert isinstance(result.exception, ValueError)
+
+
+@pytest.mark.slow
+def test_a_mistake_prints_one_line_in_a_shell(base_args, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *base_args, "--model", "./nowhere"], capture_output=True, text=True,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if line.strip()] == [
+        "Error: --model ./nowhere: no such folder, and not a name on the hub (owner/name); `tiny` is embedded"
+    ]
