@@ -24,26 +24,10 @@ from im2json.pretrain.tokenizer import build_tokenizer
 from im2json.pretrain.train import text_loss
 
 TARGET_KEYS = [
-    "menu",
-    "nm",
-    "num",
-    "unitprice",
-    "cnt",
-    "discountprice",
-    "price",
-    "sub",
-    "sub_total",
-    "subtotal_price",
-    "discount_price",
-    "service_price",
-    "tax_price",
-    "total",
-    "total_price",
-    "cashprice",
-    "changeprice",
-    "creditcardprice",
-    "menuqty_cnt",
-]
+    "menu", "nm", "num", "unitprice", "cnt", "discountprice", "price", "sub",
+    "sub_total", "subtotal_price", "discount_price", "service_price", "tax_price",
+    "total", "total_price", "cashprice", "changeprice", "creditcardprice", "menuqty_cnt",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -216,8 +200,8 @@ def test_the_command_leaves_a_model(tmp_path):
     result = CliRunner().invoke(main, arguments.split(), catch_exceptions=False)
     assert result.exit_code == 0
     curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
-    assert len(curve) == 2
-    assert {"step", "examples", "loss", "cer"} <= set(curve[0])
+    assert sum("cer" in line for line in curve) == 2
+    assert {"step", "examples", "loss", "cer"} <= set(curve[-1])
     assert json.loads((tmp_path / "result.json").read_text())["examples"] >= 24
     model = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)
     assert model.dtype == torch.bfloat16

@@ -26,6 +26,7 @@ from im2json.pretrain.optimizer import build_optimizers, is_quantised, set_rate
 from im2json.pretrain.tokenizer import build_tokenizer
 
 NF4_SHARE = 0.3  # the last part of the run, where every other step sees weights rounded to NF4
+POINTS = 24  # of the curve
 EMPTY_WEIGHT = 0.1  # of the read-out's cells without a character
 
 
@@ -40,8 +41,8 @@ class Settings:
     batch_scale: float = 1.0  # times the sizes in mixture.BUCKETS
     matrix_lr: float = 0.02
     other_lr: float = 2e-3
-    evaluations: int = 4  # over the run
-    evaluation_receipts: int = 64
+    evaluations: int = 3  # over the run
+    evaluation_receipts: int = 48
     final_receipts: int = 500
     compile: bool = False
 
@@ -150,34 +151,42 @@ def evaluate_stored(
         return summary(read(model, processor, unseen_receipts(count), batch=500))
 
 
+def run(trainer: Trainer, processor: PaliGemmaProcessor, workers: int) -> Generator[dict[str, Any]]:
+    """Train to the end of the schedule; a line of the curve at each of its POINTS, with an error rate at some."""
+    settings = trainer.settings
+    losses: list[Tensor] = []
+    point = evaluated = 0
+    stream = batches(settings, processor, workers, trainer.device)
+    with tqdm(total=settings.examples, unit="ex", mininterval=5) as bar, contextlib.closing(stream):
+        for batch in stream:
+            losses.append(trainer.step(batch))
+            bar.update(len(batch["tokens"]))
+            if trainer.progress < min(1.0, (point + 1) / POINTS):
+                continue
+            point = int(trainer.progress * POINTS)
+            text, cells = torch.stack(losses).mean(0).tolist()
+            losses = []
+            line = {"step": trainer.steps, "examples": trainer.seen, "loss": text, "read_out_loss": cells}
+            if trainer.progress >= min(1.0, (evaluated + 1) / settings.evaluations):
+                evaluated = int(trainer.progress * settings.evaluations)
+                line["cer"] = validate(trainer, processor)["cer"]
+            yield line | {"seconds": round(time.monotonic() - trainer.started, 1)}
+            if trainer.progress >= 1:
+                return
+
+
 def pretrain(settings: Settings, output: Path, device: torch.device, workers: int) -> dict[str, Any]:
     """Train, leaving model, processor, curve.jsonl and result.json in `output`. Returns the result."""
     output.mkdir(parents=True, exist_ok=True)
     processor = build_processor(build_tokenizer())
     trainer = Trainer(settings, processor, device)
-    losses, evaluated = [], 0
-    bar = tqdm(total=settings.examples, unit="ex", mininterval=5)
     with (output / "curve.jsonl").open("w") as curve:
-        stream = batches(settings, processor, workers, device)
-        for batch in stream:
-            losses.append(trainer.step(batch))
-            bar.update(len(batch["tokens"]))
-            done = trainer.progress >= 1
-            if done or trainer.progress >= (evaluated + 1) / settings.evaluations:
-                evaluated += 1
-                text, cells = torch.stack(losses).mean(0).tolist()
-                losses = []
-                measured = validate(trainer, processor)
-                line = {"step": trainer.steps, "examples": trainer.seen, "loss": text, "read_out_loss": cells}
-                line |= {"cer": measured["cer"], "seconds": round(time.monotonic() - trainer.started, 1)}
-                curve.write(json.dumps(line) + "\n")
-                curve.flush()
-                tqdm.write(json.dumps(line))
+        for line in run(trainer, processor, workers):
+            if "cer" in line:
                 save(trainer.reader.model, processor, output)
-            if done:
-                break
-        stream.close()
-    bar.close()
+            curve.write(json.dumps(line) + "\n")
+            curve.flush()
+            tqdm.write(json.dumps(line))
     seconds = time.monotonic() - trainer.started
     result = {
         "settings": asdict(settings),
