@@ -10,6 +10,8 @@ from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 import im2json
 from im2json.data.receipts import draw_receipt, render
 from im2json.pretrain.evaluate import SEED, error_rate, read, transcribe, unseen_receipts
+from im2json.pretrain.nf4 import rounded
+from im2json.pretrain.optimizer import is_quantised
 from im2json.pretrain.tokenizer import build_tokenizer
 
 FOLDER = Path(im2json.__file__).parent / "model" / "tiny"
@@ -100,9 +102,10 @@ def test_prefix_looks_both_ways_and_suffix_back(model, inputs):
 
 def test_it_reads(model, processor):
     """A few of the receipts that the README's error rate is measured on."""
-    assert error_rate(read(model, processor, unseen_receipts(20))) <= 0.01
+    assert error_rate(read(model, processor, unseen_receipts(12))) <= 0.01
 
 
+@pytest.mark.slow
 def test_it_reads_in_16_bit(processor):
     model = PaliGemmaForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.bfloat16).eval()
     assert error_rate(read(model, processor, unseen_receipts(8))) <= 0.02
@@ -111,9 +114,6 @@ def test_it_reads_in_16_bit(processor):
 @pytest.mark.slow
 def test_it_reads_quantised(model, processor):
     """Weights as QLoRA holds them, in plain bfloat16 layers."""
-    from im2json.pretrain.nf4 import rounded
-    from im2json.pretrain.optimizer import is_quantised
-
     weights = [module.weight for name, module in model.named_modules() if is_quantised(name, module)]
     with rounded(weights):
         assert error_rate(read(model, processor, unseen_receipts(20))) <= 0.02
@@ -121,6 +121,6 @@ def test_it_reads_quantised(model, processor):
 
 def test_an_unknown_prompt_gets_no_target(model, processor):
     """Before fine-tuning the base has neither the target's keys nor its shape to offer."""
-    for text in transcribe(model, processor, unseen_receipts(6), prompt="extract JSON.", max_new_tokens=200):
+    for text in transcribe(model, processor, unseen_receipts(3), prompt="extract JSON.", max_new_tokens=100):
         assert '"menu"' not in text
         assert '"total_price"' not in text

@@ -133,18 +133,22 @@ def save(
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """The model in 16 bit with its processor. The model in memory stays as it is."""
-    stored = PaliGemmaForConditionalGeneration(copy.deepcopy(model.config)).to(dtype)
+    stored = PaliGemmaForConditionalGeneration(copy.deepcopy(model.config)).to(dtype)  # type: ignore[arg-type]
     stored.load_state_dict(model.state_dict())
     stored.generation_config = copy.deepcopy(model.generation_config)
     stored.save_pretrained(folder)
     processor.save_pretrained(folder)
+    # Pillow's resize wherever the base is loaded, and no warning where torchvision is not installed
+    config = json.loads((folder / "processor_config.json").read_text())
+    config["image_processor"]["image_processor_type"] = "SiglipImageProcessorPil"
+    (folder / "processor_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def evaluate_stored(
     folder: Path, count: int, device: torch.device, dtype: torch.dtype, nf4: bool = False
 ) -> dict[str, Any]:
     """The stored model's error rates, loaded as anyone would load it; `nf4` rounds what QLoRA would quantise."""
-    model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+    model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()  # type: ignore[arg-type]
     processor = PaliGemmaProcessor.from_pretrained(folder)
     linear = [module.weight for name, module in model.named_modules() if is_quantised(name, module)]
     with rounded(linear) if nf4 else contextlib.nullcontext():
