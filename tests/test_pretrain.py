@@ -194,13 +194,13 @@ def test_error_rate_is_over_all_characters():
 
 def test_the_command_leaves_a_model(tmp_path):
     arguments = (
-        f"--output {tmp_path} --size toy --examples 24 --batch-scale 0.01 --evaluations 2 --evaluation-receipts 1 "
+        f"--output {tmp_path} --size toy --examples 24 --batch-scale 0.01 --evaluations 1 --evaluation-receipts 1 "
         "--final-receipts 1 --workers 0 --device cpu"
     )
     result = CliRunner().invoke(main, arguments.split(), catch_exceptions=False)
     assert result.exit_code == 0
     curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
-    assert sum("cer" in line for line in curve) == 2
+    assert sum("cer" in line for line in curve) == 1
     assert {"step", "examples", "loss", "cer"} <= set(curve[-1])
     assert json.loads((tmp_path / "result.json").read_text())["examples"] >= 24
     model = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path)

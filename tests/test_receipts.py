@@ -118,17 +118,12 @@ def test_variety(many):
     assert len({receipt.style.font for receipt in many}) == 8
     assert len({receipt.style.size for receipt in many}) >= 6
     text = "\n".join(receipt.text for receipt in many)
-    assert all(
-        re.search(form, text)
-        for form in (r"\d,000\b", r"\d\.000\b", r"\d\.\d\d\b", r"\d,\d\d\b", "Rp", r"\$")
-    )
+    assert all(re.search(form, text) for form in (r"\d,000\b", r"\d\.000\b", r"\d\.\d\d\b", r"\d,\d\d\b", "Rp", r"\$"))
 
 
 def test_a_third_of_the_words_is_random(many):
     known = {word.lower() for word in (*words.FOOD, *words.SHOP)}
-    drawn = [
-        word.lower() for receipt in many for item in items(receipt.target) for word in item["nm"].split()
-    ]
+    drawn = [word.lower() for receipt in many for item in items(receipt.target) for word in item["nm"].split()]
     unknown = sum(not any(entry.startswith(word) for entry in known) for word in drawn)
     assert 0.25 < unknown / len(drawn) < 0.4
 
@@ -179,9 +174,7 @@ def test_centres_lie_on_the_printed_characters():
             patch = page.gray[int(y) - 1 : int(y) + 2, int(x) - 2 : int(x) + 3]
             assert patch.min() < style.paper - 0.3 * (style.paper - style.ink)
         checked += 1
-        assert [char for char, _, _ in render(receipt).centres] == [
-            c for c in receipt.text if not c.isspace()
-        ]
+        assert [char for char, _, _ in render(receipt).centres] == [c for c in receipt.text if not c.isspace()]
     assert checked > 20
 
 

@@ -196,9 +196,7 @@ def _draw_items(rng: random.Random, split: str) -> tuple[Shop, list[Item]]:
     return shop, drawn
 
 
-def _amount_line(
-    rng: random.Random, shop: Shop, labels: tuple[str, ...], printed: str, big: bool = False
-) -> Line:
+def _amount_line(rng: random.Random, shop: Shop, labels: tuple[str, ...], printed: str, big: bool = False) -> Line:
     label = cased(rng.choice(labels), shop.label_case)
     return Line((Cell(label + shop.colon), Cell(printed, "r", 1.0)), big=big)
 

@@ -64,7 +64,8 @@ def read(
     batch: int = 250,
 ) -> list[Reading]:
     """Let the model transcribe the receipts."""
-    texts = transcribe(model, processor, receipts, batch=batch)
+    longest = max(len(receipt.text) for receipt in receipts)  # a character is one token or, seldom, a few
+    texts = transcribe(model, processor, receipts, batch=batch, max_new_tokens=longest + 16)
     return [
         Reading(receipt.text, text, receipt.style.degradation, receipt.style.font)
         for receipt, text in zip(receipts, texts)
