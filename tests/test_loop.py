@@ -469,6 +469,31 @@ def test_a_half_written_checkpoint_is_ignored_and_removed(train, resume, uninter
     assert_same_runs(run, uninterrupted)
 
 
+def test_a_run_stopped_before_its_last_word_keeps_its_best_adapter(train, resume, tmp_path, monkeypatch):
+    """Killed when everything but result.json was written; its best adapter, spoilt since, is in the checkpoint too."""
+    scripted(monkeypatch, {2: 0.9, 4: 0.1, 6: 0.2}, "field_f1")
+
+    def refuse(*_: object) -> None:
+        raise Stopped
+
+    run = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("im2json.training.result.write_json", refuse)
+        with pytest.raises(Stopped):
+            train(run.path, *QLORA, "--steps", 6)
+    weights = run.adapter / "adapter_model.safetensors"
+    best = {name: value.clone() for name, value in load_file(weights).items()}  # which maps the file, as it will be
+    logged, written = metrics(run), list(read_lines(run.predictions))
+    last = run.checkpoints / "step-6" / "adapter_model.safetensors"
+    assert_same(load_file(last), best, equal=False)
+    shutil.copyfile(last, weights)
+    resume(run)
+    assert json.loads(run.result.read_text())["best_step"] == 2
+    assert_same(load_file(weights), best)
+    assert_same(metrics(run), logged)
+    assert_same(list(read_lines(run.predictions)), written)
+
+
 @pytest.fixture(scope="module")
 def stopped(train, tmp_path_factory) -> Path:
     """A run stopped at step 4, its last checkpoint that of step 3; to be copied."""
