@@ -18,22 +18,33 @@ from safetensors.torch import load_file
 
 from im2json.runs import RunFolder, read_lines
 
-LAUNCH = (
-    "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-)  # fmt: skip
+# Runs a script, and says of how many processes it was one.
+PROGRAM = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    from accelerate import PartialState
+    print("one of", PartialState().num_processes, flush=True)
+"""
 
 
 def launch(script: str, *flags: object, processes: int = 2) -> str:
-    """What a script prints on both streams when `accelerate launch` starts it; fails where the script does."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH]
-    command[command.index("--num_processes") + 1] = str(processes)
+    """What a script prints on both streams in so many processes; fails where the script does.
+
+    By torchrun, which is what `accelerate launch` calls for GPUs; with --cpu that starts a single process.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += ["--no-python", "--", sys.executable, "-c", PROGRAM, str(ROOT / script), *map(str, flags)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD", "LOCAL_"))}
     done = subprocess.run(
-        [*command, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, timeout=240,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+        command, capture_output=True, text=True, timeout=240, env=environment | {"PYTHONPATH": str(ROOT)}
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    assert printed.count(f"one of {processes}") == processes
+    return printed
 
 
 @pytest.fixture(scope="module")
