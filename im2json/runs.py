@@ -189,6 +189,8 @@ def resumed_config(run: RunFolder, given: dict[str, Any], preset: str | None = N
         raise ValueError(f"--resume {run.path}: this run is finished; nothing is left to resume")
     if preset is not None:
         given = {**PRESETS[preset], **given}
+    if given.get("output") not in (None, str(run.path)):
+        raise ValueError(f"--resume {run.path} goes on in that folder: leave --output out")
     stored = config.flat()
     differing = [name for name, value in given.items() if value != stored[name] and not FIELDS[name].metadata["free"]]
     if differing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,14 +13,16 @@ class Order:
     """The order in which a training split is seen.
 
     Every epoch is its own permutation, seeded by (seed, epoch) and cut into steps of `batch_size` examples; the last
-    step of an epoch holds what is left. Nothing depends on the number of processes or the size of a microbatch.
+    step of an epoch holds what is left. Which examples a step has does not depend on the number of processes, the
+    size of a microbatch, or `lengths`, the target tokens of each example.
     """
 
-    def __init__(self, num_examples: int, batch_size: int, seed: int) -> None:
+    def __init__(self, num_examples: int, batch_size: int, seed: int, lengths: Sequence[int] | None = None) -> None:
         assert num_examples > 0 and batch_size > 0
         self.num_examples = num_examples
         self.batch_size = batch_size
         self.seed = seed
+        self.lengths = lengths
         self.steps_per_epoch = math.ceil(num_examples / batch_size)
         self._permutation = functools.lru_cache(maxsize=2)(self._permute)
 
@@ -37,9 +40,14 @@ class Order:
         return self._permutation(epoch)[start : start + self.batch_size].tolist()
 
     def microbatches(self, step: int, microbatch: int | None, rank: int, processes: int) -> list[list[int]]:
-        """This process's share of a step, in microbatches; empty where a short step leaves nothing for it."""
+        """This process's share of a step, in microbatches; empty where a short step leaves nothing for it.
+
+        Examples of like length come into the same microbatch, so that little of it is padding; every process gets
+        some of each length. The gradient of a step does not depend on how it is dealt out.
+        """
         indices = self.step(step)
-        bounds = [len(indices) * r // processes for r in range(processes + 1)]
-        share = indices[bounds[rank] : bounds[rank + 1]]
+        if self.lengths is not None:
+            indices.sort(key=self.lengths.__getitem__)
+        share = indices[rank::processes]
         size = microbatch or max(len(share), 1)
         return [share[i : i + size] for i in range(0, len(share), size)]

@@ -143,10 +143,7 @@ def _open_folder(
         for sub in sorted(root.iterdir()):
             if sub.is_dir() and sub.name in known and sub not in found:
                 raise ValueError(f"{sub}: has no metadata.jsonl; {FOLDER_HELP}")
-        return {
-            sub.name: FolderRows(sub, root, read_metadata(sub / "metadata.jsonl", columns[1]))
-            for sub in found
-        }
+        return {sub.name: FolderRows(sub, root, read_metadata(sub / "metadata.jsonl", columns[1])) for sub in found}
     if next(root.rglob("*.parquet"), None) is None:
         raise ValueError(f"{root}: holds neither metadata.jsonl nor Parquet files; {FOLDER_HELP}")
     import datasets
@@ -227,9 +224,7 @@ def _arrow_splits(
         rows = rows.cast_column(image, datasets.Image(decode=False))
         splits[split] = ArrowRows(rows, name, split, image, target, folders)
         if isinstance(rows.features[target], dict):
-            notes.append(
-                f"{where}: {target} is a struct: keys that are null are left out; JSON text keeps them"
-            )
+            notes.append(f"{where}: {target} is a struct: keys that are null are left out; JSON text keeps them")
     return splits
 
 
@@ -249,15 +244,11 @@ def _find_image(features: Mapping[str, Any], asked: str | None, where: str) -> s
 # --- three splits out of those that are there
 
 
-def _three_splits(
-    available: Mapping[str, Rows], dataset: str, train_split: str, notes: list[str]
-) -> dict[str, Split]:
+def _three_splits(available: Mapping[str, Rows], dataset: str, train_split: str, notes: list[str]) -> dict[str, Split]:
     wanted = ALIASES["train"] if train_split == "train" else (train_split,)
     train = next((name for name in wanted if name in available), None)
     if train is None:
-        raise ValueError(
-            f"--train-split {train_split}: {dataset} has no such split; it has {', '.join(available)}"
-        )
+        raise ValueError(f"--train-split {train_split}: {dataset} has no such split; it has {', '.join(available)}")
     splits: dict[str, Split] = {}
     for role in ("validation", "test"):
         # what is trained on must not be what is tested on, whatever it is called

@@ -234,9 +234,7 @@ def _made_unique(names: Sequence[str]) -> list[str]:
 def read_metadata(path: Path, target_column: str | None) -> list[Line]:
     """Every row of a metadata.jsonl; a bad one is kept with its problem, so that all are listed at once."""
     lines = []
-    for number, data in enumerate(
-        path.read_bytes().split(b"\n"), start=1
-    ):  # text has other line ends inside strings
+    for number, data in enumerate(path.read_bytes().split(b"\n"), start=1):  # text has other line ends inside strings
         if number == 1:
             data = data.removeprefix(b"\xef\xbb\xbf")
         if not data.strip():
@@ -327,9 +325,7 @@ class ArrowRows:
         for folder in self._folders:
             if Path(name).is_relative_to(folder) and ".." not in Path(name).parts:
                 return Path(name)
-        raise ValueError(
-            f"{where}: {name!r} leads out of the data set's folder; store the pictures in the rows"
-        )
+        raise ValueError(f"{where}: {name!r} leads out of the data set's folder; store the pictures in the rows")
 
 
 def _without_nulls(value: Any) -> Any:

@@ -59,7 +59,7 @@ class Workbench:
         return StepLoader(
             self.splits["train"],
             self.collator,
-            Order(len(self.splits["train"]), options.batch_size, options.seed),
+            Order(len(self.splits["train"]), options.batch_size, options.seed, self.lengths.by_split["train"]),
             microbatch=options.microbatch,
             rank=self.accelerator.process_index,
             processes=self.accelerator.num_processes,

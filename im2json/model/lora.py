@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def add_lora(base: PaliGemmaForConditionalGeneration, options: ModelOptions, see
         ValueError: if --target-modules matches no linear layer, or --adapter is not an adapter of this base.
     """
     torch.manual_seed(seed)
+    base.name_or_path = options.model  # what PEFT writes down as the adapter's base
     if options.adapter is not None:
         model = _warm_start(base, options.adapter)
     else:
@@ -43,7 +45,6 @@ def add_lora(base: PaliGemmaForConditionalGeneration, options: ModelOptions, see
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(base, config)
-    model.peft_config["default"].base_model_name_or_path = options.model
     for parameter in trained(model):
         parameter.data = parameter.data.float()
     if options.gradient_checkpointing:
@@ -123,7 +124,7 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 def write_adapter_weights(model: PeftModel, path: Path) -> None:
     """The adapter's weights as PEFT writes them."""
-    save_file({name: value.contiguous() for name, value in get_peft_model_state_dict(model).items()}, path)
+    save_file({name: value.contiguous() for name, value in _adapter_weights(model).items()}, path)
 
 
 def read_adapter_weights(model: PeftModel, path: Path) -> None:
@@ -132,10 +133,18 @@ def read_adapter_weights(model: PeftModel, path: Path) -> None:
     Raises:
         ValueError: if the file belongs to an adapter of another shape.
     """
+    weights = load_file(path, device=str(next(iter(trained(model))).device))
+    if weights.keys() != _adapter_weights(model).keys():  # PEFT would load what fits and leave the rest
+        raise ValueError(f"{path} does not fit this adapter: it was trained on other layers")
     try:
-        set_peft_model_state_dict(model, load_file(path, device=str(next(iter(trained(model))).device)))
+        set_peft_model_state_dict(model, weights)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit this adapter: {str(error).splitlines()[0]}") from error
+
+
+def _adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    # Unless told that no embedding is trained, PEFT asks the hub for the base's config to find out.
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
 @torch.no_grad()
@@ -157,11 +166,12 @@ def merged_copy(model: PeftModel, dtype: torch.dtype, *, adapter: bool = True) -
         owner, _, leaf = name.rpartition(".")
         setattr(copy.get_submodule(owner), leaf, buffer)
     copy.requires_grad_(False).eval()
+    copy.name_or_path = base.name_or_path
     copy.config.use_cache = True
     if not adapter:
         return copy
-    merging = get_peft_model(copy, model.peft_config["default"])
-    set_peft_model_state_dict(merging, get_peft_model_state_dict(model))
+    merging = get_peft_model(copy, deepcopy(model.peft_config["default"]))  # it writes into the config
+    set_peft_model_state_dict(merging, _adapter_weights(model))
     merged: Any = merging.merge_and_unload()
     return merged.requires_grad_(False).eval()
 

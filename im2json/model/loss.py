@@ -20,7 +20,7 @@ def summed_loss(model: Any, batch: dict[str, torch.Tensor], labels: torch.Tensor
     Args:
         model: a PaliGemmaForConditionalGeneration, with or without LoRA.
         batch: input_ids, attention_mask and token_type_ids (B, S), pixel_values (B, 3, H, W). Without token_type_ids
-            the mask would let suffix tokens see those after them.
+            the mask is wrong: causal all over, or leaking backwards, by the version of transformers.
         labels: (B, S), -100 where nothing is to be learned.
     """
     paligemma = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -39,9 +39,7 @@ class _Column:
     lines: list[tuple[str, bool]]  # text as wide as the column at most, and whether the target has it
 
 
-def prediction_panel(
-    image: Image.Image, target_text: str, before_text: str | None, after_text: str
-) -> Image.Image:
+def prediction_panel(image: Image.Image, target_text: str, before_text: str | None, after_text: str) -> Image.Image:
     """The document beside its target and the model's text before and after training; mode RGB.
 
     Without `before_text` there is one column for the prediction. A JSON object is shown indented, its lines
@@ -51,9 +49,7 @@ def prediction_panel(
     columns = [_column("target", target_text, None)]
     if before_text is not None:
         columns.append(_column("before training", before_text, target_text))
-    columns.append(
-        _column("prediction" if before_text is None else "after training", after_text, target_text)
-    )
+    columns.append(_column("prediction" if before_text is None else "after training", after_text, target_text))
 
     document = _fit(image.convert("RGB"))
     needed = [HEADER + 2 * PADDING + LINE * len(column.lines) for column in columns]
@@ -62,9 +58,7 @@ def prediction_panel(
     panel = Image.new("RGB", (width, MARGIN + height + MARGIN), PAGE)
     draw = ImageDraw.Draw(panel)
     panel.paste(document, (MARGIN, MARGIN))
-    draw.rectangle(
-        (MARGIN - 1, MARGIN - 1, MARGIN + document.width, MARGIN + document.height), outline=BORDER
-    )
+    draw.rectangle((MARGIN - 1, MARGIN - 1, MARGIN + document.width, MARGIN + document.height), outline=BORDER)
     left = MARGIN + document.width + MARGIN
     for column in columns:
         _draw_column(draw, column, left, height)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from im2json.runs import (
 from im2json.training.state import TrainState
 
 BEST = "best.safetensors"
+# What reading a file that was cut short, overwritten or mixed up raises, from JSON, pickle, safetensors and torch.
+_DAMAGED = (OSError, RuntimeError, TypeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 def begin(
@@ -101,18 +104,20 @@ def load_checkpoint(
     Raises:
         ValueError: if a file of the checkpoint is missing or damaged.
     """
+    device = "cpu" if accelerator.device.type == "cpu" else accelerator.device  # torch.load knows no cpu:1
     try:
         state = TrainState(**json.loads((path / "state.json").read_text("utf-8")))
         read_adapter_weights(model, path / WEIGHTS)
-        stored = torch.load(path / "optimizer.pt", map_location=accelerator.device, weights_only=True)
-    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): remove it to resume from the checkpoint before") from error
-    optimizer.load_state_dict(stored["optimizer"])
+        stored = torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
+        optimizer.load_state_dict(stored["optimizer"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(stored["scaler"])
+        if accelerator.is_main_process and state.best_step is not None:
+            with atomically(run.adapter / WEIGHTS) as aside:
+                shutil.copyfile(path / BEST, aside)
+    except _DAMAGED as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read ({reason}): remove it to resume from the checkpoint before") from error
     restore_paging(optimizer.optimizer)
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(stored["scaler"])
-    if accelerator.is_main_process and state.best_step is not None:
-        with atomically(run.adapter / WEIGHTS) as aside:
-            shutil.copyfile(path / BEST, aside)
     accelerator.wait_for_everyone()
     return state
