@@ -1,8 +1,9 @@
 """What pre-training asks for besides transcription: JSON of many shapes, under meaningless prompts and keys.
 
-A form has a made-up name, which is its prompt, and made-up keys. It says which lines of a page it wants and how
-their cells become values, so that the model learns to write nested JSON with values from the picture, and to pick
-lines. No form has the target's keys or its shape, and no prompt asks for an extraction: fine-tuning teaches that.
+A form has a made-up name, which is its prompt, and made-up keys. The forms in this file go by the position of lines
+and cells: they say which lines of a page they want and how their cells become values, so that the model learns to
+write nested JSON with values from the picture, and to pick lines. Those of content.py go by what is printed. No form
+has the target's keys or its shape, and no prompt asks for an extraction: fine-tuning teaches that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from im2json.data.page import Line
 
-FORMS = 48
+FORMS = 24
 NEUTRAL_KEYS = [
     "left", "right", "first", "second", "head", "tail", "label", "value", "code", "part", "mark", "note",
     "text", "word", "row", "cell", "body", "top", "end", "side", "kind", "place",
@@ -48,12 +49,43 @@ def random_key(rng: random.Random) -> str:
             return key
 
 
-def random_keys(rng: random.Random, count: int) -> list[str]:
-    """`count` different keys."""
+def random_keys(rng: random.Random, count: int, longest: int = 99) -> list[str]:
+    """`count` different keys of at most `longest` characters."""
     keys: dict[str, None] = {}
     while len(keys) < count:
-        keys[random_key(rng)] = None
+        key = random_key(rng)
+        if len(key) <= longest:
+            keys[key] = None
     return list(keys)
+
+
+def form_name(rng: random.Random) -> str:
+    """A form's prompt."""
+    return f"form {''.join(rng.choices(_SYLLABLES, k=2))}"
+
+
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, dict) and not any(isinstance(child, (dict, list)) for child in value.values())
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, dict) or (
+        isinstance(value, list) and bool(value) and all(isinstance(child, dict) for child in value)
+    )
+
+
+def has_target_shape(value: Any) -> bool:
+    """Whether the value, or any value in it, is shaped like the target, whatever its keys.
+
+    That is an object of two or three: rows (a list of objects or a single one), and besides, in any order, nothing but
+    objects of plain texts.
+    """
+    children = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    if isinstance(value, dict) and len(children) in (2, 3):
+        for at, rows in enumerate(children):
+            if _is_rows(rows) and all(map(_is_flat, children[:at] + children[at + 1 :])):
+                return True
+    return any(map(has_target_shape, children))
 
 
 def _has_digit(text: str) -> bool:
@@ -125,12 +157,16 @@ class Form:
     prompt: str
     sections: tuple[Section, ...]
 
-    def fill(self, lines: Sequence[Line]) -> str:
-        """The JSON text that the form asks for on a page with these lines."""
+    def fill(self, lines: Sequence[Line]) -> Any:
+        """The JSON value that the form asks for on a page with these lines."""
         if not self.sections[0].key:
-            return compact(self.sections[0].fill(lines) or [])
+            return self.sections[0].fill(lines) or []
         filled = {section.key: section.fill(lines) for section in self.sections}
-        return compact({key: value for key, value in filled.items() if value is not None})
+        return {key: value for key, value in filled.items() if value is not None}
+
+    def answer(self, lines: Sequence[Line]) -> str:
+        """The same as text."""
+        return compact(self.fill(lines))
 
 
 def draw_section(rng: random.Random, key: str, keys: Sequence[str] = ()) -> Section:
@@ -159,7 +195,10 @@ def fixed_forms() -> tuple[Form, ...]:
         count = rng.choice((0, 1, 2, 2, 3))
         names = random_keys(rng, count) if count else [""]
         sections = tuple(draw_section(rng, name) for name in names)
-        forms.append(Form(f"form {''.join(rng.choices(_SYLLABLES, k=2))}", sections))
+        # Several sections of objects could come out in the target's shape
+        while len(sections) > 1 and all(section.layout in ("objects", "fields") for section in sections):
+            sections = tuple(draw_section(rng, name) for name in names)
+        forms.append(Form(form_name(rng), sections))
     assert len({form.prompt for form in forms}) == FORMS
     return tuple(forms)
 

@@ -1,11 +1,9 @@
-"""What pre-training shows and asks: receipts of a split of their own and free lines, most to be transcribed."""
+"""What pre-training shows and asks: receipts of a split of their own, tables and free lines, most to be transcribed."""
 
 from __future__ import annotations
 
-import dataclasses
 import random
-import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,18 +11,20 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
-from im2json.data.page import SIDE, Cell, Line, Page, Style, draw_style, print_page
-from im2json.data.receipts import draw_receipt
-from im2json.data.words import FOOD, SHOP, cased, phrase, random_word
-from im2json.pretrain.forms import compact, fixed_forms, keyed_form
+from im2json.data.page import SIDE, Line, Page, print_page
+from im2json.pretrain.content import ContentForm, content_forms
+from im2json.pretrain.forms import Form, compact, fixed_forms, has_target_shape, keyed_form
 from im2json.pretrain.model import COLUMNS, GRID, PATCH, ROWS
+from im2json.pretrain.pages import draw_lines, harden
 from im2json.pretrain.tokenizer import CHARACTERS
 
-SPLIT = "pretrain"  # of the receipts: its content is disjoint from train, validation and test by construction
 OCR_PROMPT = "ocr"
-FREE_SHARE = 0.4  # of the pages hold free lines, the others receipts
+# Shares of the examples. The last five ask for JSON, most of them by content
+TASKS = {"ocr": 0.58, "line": 0.03, "content": 0.25, "position": 0.07, "keys": 0.03, "lines": 0.01, "rows": 0.03}
+# Shares of pages with free lines and with tables; the others hold receipts
+OTHER_PAGES = (0.32, 0.08)
+CONTENT_PAGES = (0.05, 0.3)
 HARD_SHARE = 0.25  # of the pages are degraded harder than drawn
-OTHER_SHARE = 0.3  # of the examples ask for JSON of other shapes
 CURRICULUM = 20  # batches until pages are whole
 BUCKETS = {80: 512, 144: 512, 208: 512, 288: 384, 416: 256}  # text tokens: examples in a batch
 CHARACTER_INDEX = {char: index for index, char in enumerate(CHARACTERS, start=1)}  # 0: no character
@@ -41,98 +41,40 @@ class Sample:
     answer: str
 
 
-def _free_word(rng: random.Random) -> str:
-    kind = rng.random()
-    if kind < 0.35:
-        return cased(random_word(rng), rng.choice(("upper", "title", "lower")))
-    if kind < 0.45:
-        return "".join(rng.choices(string.ascii_letters + string.digits, k=rng.randint(1, 6)))
-    if kind < 0.55:
-        return cased(phrase(rng, FOOD + SHOP, 12, most=1), rng.choice(("upper", "title", "lower")))
-    if kind < 0.85:
-        return _free_number(rng)
-    if kind < 0.97:
-        return "".join(rng.choices(string.punctuation, k=rng.randint(1, 3)))
-    return "".join(rng.choices(CHARACTERS[-16:], k=rng.randint(1, 3)))
-
-
-def _free_number(rng: random.Random) -> str:
-    value = rng.randint(0, 10 ** rng.randint(1, 7))
-    form = rng.choice(
-        ("{:d}", "{:,d}", "{:,d}", "dots", "cents", "comma", "-{:,d}", "x{:d}", "{:d}x", "@{:,d}", "Rp{:,d}")
-    )
-    if form == "dots":
-        return f"{value:,}".replace(",", ".")
-    if form in ("cents", "comma"):
-        return f"{value // 100}{'.' if form == 'cents' else ','}{value % 100:02d}"
-    return form.format(value)
-
-
-def _free_line(rng: random.Random) -> Line:
-    cells, room = [], rng.randint(6, 30)
-    places = rng.choice((("l",), ("l",), ("c",), ("r",), ("l", "r"), ("l", "r"), ("l", "r"), ("l", "m", "r")))
-    for place in places:
-        text = _free_word(rng)
-        while rng.random() < 0.5 and len(text) < room // len(places) - 3:
-            text += " " + _free_word(rng)
-        text = text[: room // len(places)].strip() or "-"
-        align, at = {
-            "l": ("l", rng.choice((0.0, 0.0, 0.06))),
-            "c": ("c", 0.5),
-            "r": ("r", 1.0),
-            "m": ("r", 0.66),
-        }[place]
-        cells.append(Cell(text, align, at))
-    return Line(tuple(cells), rule=rng.random() < 0.05, big=rng.random() < 0.05)
-
-
-def _draw_lines(rng: random.Random, seed: int, index: int, most: int) -> tuple[tuple[Line, ...], Style]:
-    """Lines of a page and a style in which they fit: of a receipt, or free ones."""
-    if rng.random() >= FREE_SHARE:
-        receipt = draw_receipt(seed, SPLIT, index)
-        if len(receipt.lines) <= most:
-            return receipt.lines, receipt.style
-        start = rng.randint(0, len(receipt.lines) - most)
-        return receipt.lines[start : start + most], receipt.style
+def _ask(rng: random.Random, forms: Sequence[Form | ContentForm], lines: Sequence[Line]) -> tuple[str, str]:
+    """A form's prompt and its answer on a page; a form that comes out in the target's shape gives way to another."""
     while True:
-        lines = tuple(_free_line(rng) for _ in range(rng.randint(1, min(most, 18))))
-        try:
-            return lines, draw_style(rng, lines)
-        except ValueError:
-            continue
+        form = rng.choice(forms)
+        value = form.fill(lines)
+        if not has_target_shape(value):
+            return form.prompt, compact(value)
 
 
-def _harden(rng: random.Random, style: Style) -> Style:
-    return dataclasses.replace(
-        style,
-        ink=max(style.ink, style.paper - rng.randint(90, 130)),
-        blur=rng.uniform(0.3, 0.8),
-        noise=rng.uniform(5, 14),
-        angle=rng.uniform(-2.5, 2.5),
-    )
+def _ask_anything(rng: random.Random, task: str, lines: Sequence[Line]) -> tuple[str, str]:
+    """Prompt and answer of a task on a page with these lines."""
+    if task == "content":
+        return _ask(rng, content_forms(), lines)
+    if task == "position":
+        return _ask(rng, fixed_forms(), lines)
+    if task == "keys":
+        return _ask(rng, [keyed_form(rng)], lines)
+    if task == "line":
+        number = rng.randint(1, len(lines))
+        return f"line {number}", lines[number - 1].text
+    if task == "lines":
+        return "lines", compact([line.text for line in lines])
+    if task == "rows":
+        return "rows", compact([[cell.text for cell in line.cells] for line in lines])
+    return OCR_PROMPT, "\n".join(line.text for line in lines)
 
 
 def draw_sample(seed: int, index: int, most_lines: int = 99) -> Sample:
     """The example at `index` of pre-training's endless stream: the same for the same arguments."""
     rng = random.Random(f"im2json pretrain/{seed}/{index}")
-    lines, style = _draw_lines(rng, seed, index, most_lines)
-    page = print_page(lines, _harden(rng, style) if rng.random() < HARD_SHARE else style)
-    text = "\n".join(line.text for line in lines)
-    task = rng.random()
-    if task >= OTHER_SHARE + 0.04:
-        return Sample(page, OCR_PROMPT, text)
-    if task >= OTHER_SHARE:
-        number = rng.randint(1, len(lines))
-        return Sample(page, f"line {number}", lines[number - 1].text)
-    if task < 0.2:
-        form = rng.choice(fixed_forms())
-        return Sample(page, form.prompt, form.fill(lines))
-    if task < 0.26:
-        form = keyed_form(rng)
-        return Sample(page, form.prompt, form.fill(lines))
-    if task < 0.28:
-        return Sample(page, "lines", compact([line.text for line in lines]))
-    return Sample(page, "rows", compact([[cell.text for cell in line.cells] for line in lines]))
+    task = rng.choices(list(TASKS), weights=list(TASKS.values()))[0]
+    lines, style = draw_lines(rng, seed, index, most_lines, *(CONTENT_PAGES if task == "content" else OTHER_PAGES))
+    page = print_page(lines, harden(rng, style) if rng.random() < HARD_SHARE else style)
+    return Sample(page, *_ask_anything(rng, task, lines))
 
 
 def cell_targets(page: Page) -> np.ndarray:
@@ -182,9 +124,9 @@ def stack(samples: list[Encoded], length: int, pad: int) -> dict[str, torch.Tens
 class Batches(IterableDataset):
     """An endless stream of batches of one length bucket each; every worker draws examples of its own."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, scale: float = 1.0):
-        """`scale` multiplies the number of examples in a batch."""
-        self._tokenizer, self._seed = tokenizer, seed
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, scale: float = 1.0, curriculum: bool = True):
+        """`scale` multiplies the number of examples in a batch; without `curriculum` pages are whole from the start."""
+        self._tokenizer, self._seed, self._curriculum = tokenizer, seed, CURRICULUM if curriculum else 0
         self._sizes = {length: max(1, round(size * scale)) for length, size in BUCKETS.items()}
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -193,7 +135,7 @@ class Batches(IterableDataset):
         waiting: dict[int, list[Encoded]] = {length: [] for length in BUCKETS}
         index, made = start, 0
         while True:
-            most = 2 + (made * step + start) if made * step + start < CURRICULUM else 99
+            most = 2 + (made * step + start) if made * step + start < self._curriculum else 99
             sample = encode(draw_sample(self._seed, index, most), self._tokenizer)
             index += step
             length = next((length for length in BUCKETS if len(sample.tokens) <= length), None)

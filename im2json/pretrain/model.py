@@ -5,6 +5,8 @@ B examples, I image tokens, S positions, D hidden, V vocabulary, A characters th
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -65,6 +67,14 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: str = "tiny") -> PaliG
     return model
 
 
+def load_model(folder: str | Path, tokenizer: PreTrainedTokenizerFast) -> PaliGemmaForConditionalGeneration:
+    """Stored weights in float32, to go on from. Raises ValueError if they were made with another tokenizer."""
+    theirs = PaliGemmaProcessor.from_pretrained(folder).tokenizer
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"the model in {folder} has another tokenizer than pre-training, so it cannot be continued")
+    return PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+
+
 class Reader(nn.Module):
     """The model with a linear read-out of the projected image features: which character has its centre in a cell.
 
@@ -78,16 +88,20 @@ class Reader(nn.Module):
         self.alphabet = alphabet
         self.read_out = nn.Linear(model.config.projection_dim, COLUMNS * ROWS * alphabet)
 
-    def forward(self, pixels: Tensor, tokens: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, pixels: Tensor, tokens: Tensor, prompt_lengths: Tensor, teach: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Logits of the next token after each token of the text, and of each cell's character.
 
         pixels: float (B, 3, SIDE, SIDE); tokens: (B, S), the text after the image tokens (BOS, prompt, newline, suffix,
-        EOS, padding); prompt_lengths: (B,), how many of them belong to the prefix.
+        EOS, padding); prompt_lengths: (B,), how many of them belong to the prefix. Without `teach` the read-out's
+        gradient ends at the read-out.
         Returns (B, S, V) and (B, I, COLUMNS * ROWS, A).
         """
         base = self.model.model
         image = base.multi_modal_projector(base.vision_tower(pixels).last_hidden_state)  # B x I x D
-        cells = self.read_out(image).unflatten(-1, (COLUMNS * ROWS, self.alphabet))  # B x I x 6 x A
+        cells = self.read_out(image if teach else image.detach())  # B x I x 6A
+        cells = cells.unflatten(-1, (COLUMNS * ROWS, self.alphabet))  # B x I x 6 x A
         text = base.language_model.embed_tokens(tokens)  # B x S x D
         # Under autocast this keeps the residual stream in 16 bit
         hidden = torch.cat((image, text.to(image.dtype)), dim=1)  # B x (I + S) x D

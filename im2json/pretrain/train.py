@@ -1,4 +1,4 @@
-"""Pre-training: the reader sees its stream of pages once, from fresh weights to the end of the schedule."""
+"""Pre-training: the reader sees its stream of pages once, from fresh or given weights to the end of the schedule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
 from im2json.pretrain.evaluate import read, summary, unseen_receipts
 from im2json.pretrain.mixture import ALPHABET, IGNORED, Batches, pixels
-from im2json.pretrain.model import Reader, build_model, build_processor
+from im2json.pretrain.model import Reader, build_model, build_processor, load_model
 from im2json.pretrain.nf4 import rounded
 from im2json.pretrain.optimizer import build_optimizers, is_quantised, set_rate
 from im2json.pretrain.tokenizer import build_tokenizer
@@ -28,6 +28,7 @@ from im2json.pretrain.tokenizer import build_tokenizer
 NF4_SHARE = 0.3  # the last part of the run, where every other step sees weights rounded to NF4
 POINTS = 24  # of the curve
 EMPTY_WEIGHT = 0.1  # of the read-out's cells without a character
+CATCH_UP = 0.03  # of a run from given weights, in which the fresh read-out learns but does not teach the tower
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,12 @@ class Settings:
     seed: int = 0
     examples: int = 2_000_000  # or as many as the time allows
     minutes: float = 0.0  # 0: no limit; else the schedule follows the clock where that is faster
-    size: str = "tiny"
+    size: str = "tiny"  # of fresh weights
+    start: str | None = None  # folder of the weights to continue from
     batch_scale: float = 1.0  # times the sizes in mixture.BUCKETS
     matrix_lr: float = 0.02
     other_lr: float = 2e-3
+    rate: float = 1.0  # times both
     evaluations: int = 3  # over the run
     evaluation_receipts: int = 48
     final_receipts: int = 500
@@ -72,7 +75,7 @@ def batches(
     settings: Settings, processor: PaliGemmaProcessor, workers: int, device: torch.device
 ) -> Generator[dict[str, Tensor]]:
     """The endless stream, on the device."""
-    stream = Batches(processor.tokenizer, settings.seed, settings.batch_scale)
+    stream = Batches(processor.tokenizer, settings.seed, settings.batch_scale, curriculum=settings.start is None)
     loader = DataLoader(
         stream, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
@@ -87,11 +90,15 @@ class Trainer:
     def __init__(self, settings: Settings, processor: PaliGemmaProcessor, device: torch.device):
         torch.manual_seed(settings.seed)
         self.settings, self.device = settings, device
-        self.reader = Reader(build_model(processor.tokenizer, settings.size), ALPHABET).to(device)
+        tokenizer = processor.tokenizer
+        model = load_model(settings.start, tokenizer) if settings.start else build_model(tokenizer, settings.size)
+        self.reader = Reader(model, ALPHABET).to(device).train()
         self.quantised = [
             module.weight for name, module in self.reader.model.named_modules() if is_quantised(name, module)
         ]
-        self.optimizers = build_optimizers(self.reader, settings.matrix_lr, settings.other_lr)
+        self.optimizers = build_optimizers(
+            self.reader, settings.rate * settings.matrix_lr, settings.rate * settings.other_lr
+        )
         self.seen = 0  # examples
         self.steps = 0
         self.started = time.monotonic()
@@ -105,10 +112,11 @@ class Trainer:
         """One update. Returns the losses of text and read-out, unsynchronised, (2,)."""
         set_rate(self.optimizers, self.progress)
         round_weights = self.progress > 1 - NF4_SHARE and self.steps % 2 == 0
+        teach = self.settings.start is None or self.progress >= CATCH_UP
         with rounded(self.quantised) if round_weights else contextlib.nullcontext():
             with autocast(self.device):
                 logits, cells = self.reader(
-                    pixels(batch["gray"], batch["tint"]), batch["tokens"], batch["prompt_lengths"]
+                    pixels(batch["gray"], batch["tint"]), batch["tokens"], batch["prompt_lengths"], teach=teach
                 )
                 losses = torch.stack((text_loss(logits, batch), read_out_loss(cells, batch["cells"])))
             losses.sum().backward()
