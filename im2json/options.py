@@ -103,25 +103,25 @@ class DecodeOptions:
         at_least=1,
     )
     eval_batch_size: int = option(
-        32, "answers generated at a time, per process", unit="examples", at_least=1, free=True
+        64, "answers generated at a time, per process", unit="examples", at_least=1, free=True
     )
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    lr: float = option(3e-3, "peak learning rate", above=0)
+    lr: float = option(5e-3, "peak learning rate", above=0)
     schedule: str = option("cosine", "of the learning rate after warmup", choices=("cosine", "linear", "constant"))
     warmup: float = option(0.03, "share of the steps that raise the learning rate from 0", at_least=0, at_most=1)
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", at_least=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
-    epochs: float = option(4.0, "passes over the training split, unless --steps says otherwise", unit="epochs", above=0)
+    epochs: float = option(3.0, "passes over the training split, unless --steps says otherwise", unit="epochs", above=0)
     steps: int | None = option(None, "optimizer updates; wins over --epochs", unit="steps", at_least=1)
     batch_size: int = option(
-        8, "examples per step, all processes and microbatches together", unit="examples", at_least=1
+        4, "examples per step, all processes and microbatches together", unit="examples", at_least=1
     )
-    microbatch: int | None = option(
-        None,
-        "examples per forward and backward pass, per process; all of a process's share unless given",
+    microbatch: int = option(
+        4,
+        "examples per forward and backward pass, per process",
         unit="examples",
         at_least=1,
         free=True,
@@ -131,7 +131,7 @@ class TrainOptions:
         "AdamW with its state in 8 bits and paged, in 8 bits, or plain",
         choices=("paged_adamw_8bit", "adamw_8bit", "adamw"),
     )
-    eval_every: int = option(50, "validate generated text every N steps; 0: never", unit="steps", at_least=0)
+    eval_every: int = option(100, "validate generated text every N steps; 0: never", unit="steps", at_least=0)
     eval_examples: int | None = option(
         None, "validation examples used each time; all unless given", unit="examples", at_least=1
     )

@@ -83,7 +83,7 @@ def model(small_model):
     return model
 
 
-def step_batches(dataset: str, collator: Collator, batch_size: int, microbatch: int | None, step: int) -> list[Batch]:
+def step_batches(dataset: str, collator: Collator, batch_size: int, microbatch: int, step: int) -> list[Batch]:
     split = load_splits(dataset)["train"]
     order = Order(len(split), batch_size, seed=0)
     loader = StepLoader(

@@ -42,7 +42,7 @@ def test_the_batch_size_cuts_the_same_permutation():
     assert epoch(Order(30, 4, seed=1), 2) == epoch(Order(30, 7, seed=1), 2)
 
 
-@pytest.mark.parametrize("microbatch", [None, 1, 2, 3, 100])
+@pytest.mark.parametrize("microbatch", [1, 2, 3, 100])
 @pytest.mark.parametrize("processes", [1, 2, 3, 5, 16])
 def test_microbatches_partition_every_step(processes, microbatch):
     order = Order(11, 8, seed=3)
@@ -50,18 +50,25 @@ def test_microbatches_partition_every_step(processes, microbatch):
         shares = [order.microbatches(step, microbatch, rank, processes) for rank in range(processes)]
         assert sorted(i for share in shares for part in share for i in part) == sorted(order.step(step))
         assert all(parts for share in shares for parts in share)
-        assert all(len(part) <= (microbatch or 8) for share in shares for part in share)
+        assert all(len(part) <= microbatch for share in shares for part in share)
         sizes = [sum(map(len, share)) for share in shares]
         assert max(sizes) - min(sizes) <= 1
-        if microbatch is None:
-            assert all(len(share) <= 1 for share in shares)
 
 
 def test_a_short_step_leaves_some_processes_nothing():
     order = Order(9, 8, seed=0)
-    assert sorted(len(order.microbatches(1, None, rank, 4)) for rank in range(4)) == [0, 0, 0, 1]
+    assert sorted(len(order.microbatches(1, 100, rank, 4)) for rank in range(4)) == [0, 0, 0, 1]
 
 
 def test_epochs_in_steps():
     order = Order(10, 4, seed=0)
     assert [order.steps(epochs) for epochs in (1, 2, 0.34, 0.01, 1.5)] == [3, 6, 1, 1, 4]
+
+
+def test_examples_of_like_length_share_a_microbatch():
+    lengths = [50, 10, 40, 20, 60, 30, 70, 80]
+    order = Order(8, 8, seed=0, lengths=lengths)
+    parts = [[lengths[i] for i in part] for part in order.microbatches(0, 4, 0, 1)]
+    assert parts == [[10, 20, 30, 40], [50, 60, 70, 80]]
+    # and no process gets only short ones
+    assert [[lengths[i] for i in part] for part in order.microbatches(0, 4, 1, 2)] == [[20, 40, 60, 80]]

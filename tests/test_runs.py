@@ -189,8 +189,8 @@ def test_resuming_takes_the_options_that_the_run_began_with(run):
     assert resumed_config(run, {"r": 8, "lr": stored.train.lr}) == stored
     changed = resumed_config(run, {"microbatch": 2, "keep": 7, "threads": 1})
     assert (changed.train.microbatch, changed.train.keep, changed.train.threads) == (2, 7, 1)
-    assert changed.replace(microbatch=None, keep=stored.train.keep, threads=None) == stored
-    with pytest.raises(ValueError, match=r"--r was 8, not 4, --lr was 0.003, not 0.1") as error:
+    assert changed.replace(microbatch=stored.train.microbatch, keep=stored.train.keep, threads=None) == stored
+    with pytest.raises(ValueError, match=r"--r was 8, not 4, --lr was 0.005, not 0.1") as error:
         resumed_config(run, {"r": 4, "lr": 0.1, "keep": 3})
     assert "--keep" not in str(error.value)
     with pytest.raises(ValueError, match=r"--model was tiny, not google/paligemma-3b-pt-224"):

@@ -22,7 +22,7 @@ class StepLoader:
         collator: Collator,
         order: Order,
         *,
-        microbatch: int | None,
+        microbatch: int,
         rank: int,
         processes: int,
         workers: int,

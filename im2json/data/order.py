@@ -39,7 +39,7 @@ class Order:
         start = place * self.batch_size
         return self._permutation(epoch)[start : start + self.batch_size].tolist()
 
-    def microbatches(self, step: int, microbatch: int | None, rank: int, processes: int) -> list[list[int]]:
+    def microbatches(self, step: int, microbatch: int, rank: int, processes: int) -> list[list[int]]:
         """This process's share of a step, in microbatches; empty where a short step leaves nothing for it.
 
         Examples of like length come into the same microbatch, so that little of it is padding; every process gets
@@ -49,5 +49,4 @@ class Order:
         if self.lengths is not None:
             indices.sort(key=self.lengths.__getitem__)
         share = indices[rank::processes]
-        size = microbatch or max(len(share), 1)
-        return [share[i : i + size] for i in range(0, len(share), size)]
+        return [share[i : i + microbatch] for i in range(0, len(share), microbatch)]

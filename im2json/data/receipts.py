@@ -137,10 +137,10 @@ def _draw_item(rng: random.Random, shop: Shop) -> Item:
     fields: dict[str, Any] = {"nm": name}
     if number:
         fields["num"] = number
-    if shop.layout in ("two lines", "at"):
-        fields["unitprice"] = unit
     if shop.layout != "no count":
         fields["cnt"] = printed
+    if shop.layout in ("two lines", "at"):  # printed after the count
+        fields["unitprice"] = unit
     fields["price"] = money.text(each * count)
     lines = _item_lines(shop, name, number, printed, unit, fields["price"])
     return Item(lines, fields, count, each * count)
