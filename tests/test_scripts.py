@@ -146,10 +146,11 @@ def test_tensorboard_is_one_run_with_its_hyperparameters(finished, events):
         "_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info",
     }  # fmt: skip
     named = {info.name.tag for info in plugin["_hparams_/experiment"].experiment.metric_infos}
-    assert {f"best/{name}" for name in VALUES} | {f"final/test_{name}" for name in VALUES} == named
+    assert {f"validation_best/{name}" for name in VALUES} | {f"test/{name}" for name in VALUES} == named
     assert named <= set(events.Tags()["scalars"])
     values = plugin["_hparams_/session_start_info"].session_start_info.hparams
-    assert set(values) == set(FIELDS)
+    given = finished.read_config().flat().items()
+    assert set(values) == {name for name, value in given if value is not None and not FIELDS[name].metadata["free"]}
     assert values["r"].number_value == 4
     assert values["dora"].bool_value is False
     assert values["precision"].string_value == "fp32"

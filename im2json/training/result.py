@@ -41,9 +41,7 @@ def finish(
         "examples_per_second": round(state.examples / state.seconds, 3) if state.seconds else None,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    final = {f"best/{name}": value for name, value in state.validation.items()}
-    final |= {f"final/test_{name}": value for name, value in (after or {}).items()}
-    tracker.hyperparameters(final, state.step)
+    tracker.hyperparameters(state.validation, state.best_step or state.step, after or ())
     tracker.close()
     if tracker.accelerator.is_main_process:
         write_json(run.result, result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from im2json.data.lengths import TargetLengths
-from im2json.options import TrainConfig
+from im2json.options import FIELDS, TrainConfig
 from im2json.runs import RunFolder, append_lines, step_of
 
 Scalars = dict[str, float]
@@ -62,14 +63,15 @@ class Tracker:
         if self.writer is not None:
             self.writer.add_image(tag, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
-    def hyperparameters(self, metrics: Scalars, step: int) -> None:
-        """The row of the HParams view: every option, and the final metrics, logged as scalars of these names."""
+    def hyperparameters(self, best: Scalars, step: int, tested: Iterable[str]) -> None:
+        """The row of the HParams view: the options that decide the result, the best validation metrics (logged here as
+        `validation_best/name`), and the last value of each of the `tested` metrics."""
         if self.writer is None:
             return
-        values = {name: _plain(value) for name, value in self.config.flat().items()}
-        file_writer = self.writer._get_file_writer()
-        for summary in hparams(values, metrics):
-            file_writer.add_summary(summary)
+        options = {n: v for n, v in self.config.flat().items() if v is not None and not FIELDS[n].metadata["free"]}
+        metrics = {f"validation_best/{name}": value for name, value in best.items()}
+        for summary in hparams(options, metrics | {f"test/{name}": 0.0 for name in tested}):
+            self.writer._get_file_writer().add_summary(summary)
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, step)
 
