@@ -1,0 +1,47 @@
+"""Everything there is to say about a set of predictions: metrics, intervals, fields and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from im2json.scoring.catalogue import METRICS
+from im2json.scoring.errors import ErrorCounts, example_errors
+from im2json.scoring.evaluator import StreamingEvaluator
+from im2json.scoring.fieldtable import FieldTable
+from im2json.scoring.jsontext import read
+from im2json.scoring.text import parse
+
+
+class Scorecard:
+    """A StreamingEvaluator, a FieldTable and ErrorCounts over the same examples; merges like them."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.metrics = StreamingEvaluator(seed)
+        self.fields = FieldTable()
+        self.errors = ErrorCounts()
+
+    def update(self, prediction: str, target: dict[str, Any], id: str | None = None) -> dict[str, float]:
+        """Counts one example, and returns its own scores; raises as `StreamingEvaluator.update` does."""
+        scores = self.metrics.update(prediction, target, id)
+        self.fields.update(parse(prediction) or {}, target)
+        self.errors.update(example_errors(read(prediction), target))
+        return scores
+
+    def merge(self, other: Scorecard) -> None:
+        """Takes in the examples that another has counted. Raises ValueError where the seeds differ."""
+        self.metrics.merge(other.metrics)
+        self.fields.merge(other.fields)
+        self.errors.merge(other.errors)
+
+    def as_json(self) -> dict[str, Any]:
+        """{"num", "metrics": {name: {"value", "low", "high"}}, "fields": [a FieldRow each], "errors": {class:
+        {"examples", "occurrences"}}}; NaN, which JSON cannot hold, only before the first example."""
+        values, bounds = self.metrics.compute(), self.metrics.intervals()
+        return {
+            "num": int(values["num"]),
+            "metrics": {
+                name: {"value": values[name], "low": bounds[name][0], "high": bounds[name][1]} for name in METRICS
+            },
+            "fields": [row._asdict() for row in self.fields.compute()],
+            "errors": self.errors.compute(),
+        }
