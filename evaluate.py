@@ -1,11 +1,14 @@
-"""Evaluate a finished run: the base and the best adapter side by side, on generated text.
+"""How good is the JSON: of a finished run before and after, of two runs side by side, of predictions made anywhere.
 
 python evaluate.py runs/NAME
+python evaluate.py runs/NAME --against runs/OTHER
+python evaluate.py --predictions FILE.jsonl [--targets FILE.jsonl]
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +18,45 @@ from PIL import Image
 from im2json.cli import quiet_libraries, user_errors
 from im2json.runs import RunFolder, locked
 
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("run", required=False, type=click.Path(path_type=Path), metavar="[RUN]")
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="print the metrics as JSON instead of a table")
-def main(run: Path, split: str, as_json: bool) -> None:
+@click.option("--predictions", type=FILE, help="score the rows of this JSON-lines file instead: prediction, target, id")
+@click.option("--targets", type=FILE, help="rows of target and id, where the predictions' file has no targets")
+@click.option("--against", type=click.Path(path_type=Path), metavar="RUN_B", help="compare with the answers of RUN_B")
+@click.option("--json", "as_json", is_flag=True, help="print JSON instead of tables")
+def main(
+    run: Path | None, split: str, predictions: Path | None, targets: Path | None, against: Path | None, as_json: bool
+) -> None:
     """Score the base and the best adapter of RUN on a split, side by side.
 
-    Writes every prediction to RUN/predictions.jsonl, and one picture with the text before and after.
+    Writes every prediction to RUN/predictions.jsonl, and one picture with the text before and after. With
+    --against nothing is generated: the answers that both runs kept are compared, example by example. With
+    --predictions no run is needed.
     """
+    if (run is None) == (predictions is None):
+        raise click.UsageError("give a RUN or --predictions FILE, one of the two")
+    if (against and run is None) or (targets and predictions is None):
+        raise click.UsageError("--against goes with a RUN, --targets with --predictions")
     with user_errors():
-        folder = RunFolder(run)
-        metrics = evaluate(folder, split)
-        if metrics is None:
-            return
-        if as_json:
-            click.echo(json.dumps(metrics, indent=2))
-            return
-        from im2json.report.table import before_after_table
+        from im2json.report import comparison
 
-        click.echo(f"{split} split, generated text:\n{before_after_table(metrics['before'], metrics['after'])}\n")
-        click.echo(f"predictions  {folder.predictions}\npicture      {run / f'{split}.png'}")
+        if predictions is not None:
+            from im2json.scoring.examples import score_files
+
+            card, left_out = score_files(
+                predictions, targets, split, lambda line: click.echo(f"Error: {line}", err=True)
+            )
+            click.echo(comparison.scorecard_report(card, as_json))
+            sys.exit(1 if left_out else 0)
+        assert run is not None
+        if against is not None:
+            click.echo(comparison.comparison_report(RunFolder(run), RunFolder(against), split, as_json))
+        elif metrics := evaluate(RunFolder(run), split):
+            click.echo(comparison.run_report(RunFolder(run), split, metrics, as_json))
 
 
 def evaluate(run: RunFolder, split: str) -> dict[str, dict[str, float]] | None:

@@ -1,0 +1,115 @@
+"""Tables of a scorecard and of two runs side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+
+from im2json.report.table import before_after_table, table
+from im2json.runs import RunFolder
+from im2json.scoring import METRICS, Difference, compare_predictions
+from im2json.scoring.examples import kept_predictions, score_run
+from im2json.scoring.fieldtable import compare_fields
+from im2json.scoring.scorecard import Scorecard
+
+MAX_FOREIGN_SHOWN = 10
+"""Rows of paths that no target has; --json has them all."""
+
+
+def scorecard_report(card: Scorecard, as_json: bool = False) -> str:
+    """Metrics with their intervals, fields, and errors, one table below the other, or `card.as_json()` as text."""
+    if as_json:
+        return json.dumps(card.as_json(), indent=2)
+    values, bounds = card.metrics.compute(), card.metrics.intervals()
+    metrics = table(
+        [[_named(name), values[name], *bounds[name]] for name in METRICS], ["metric", "value", "low", "high"]
+    )
+    errors = [[name, found["examples"], found["occurrences"]] for name, found in card.errors.compute().items()]
+    parts = [f"{int(values['num'])} examples, with 95 % intervals:\n{metrics}", fields_table(card)]
+    return "\n\n".join([*filter(None, parts), table(errors, ["error", "examples", "times"])])
+
+
+def fields_table(card: Scorecard) -> str:
+    """A line a key path; of those that no target has the most frequent, and how many were left out.
+
+    Empty where there is no field.
+    """
+    rows = card.fields.compute()
+    if not rows:
+        return ""
+    foreign = [row for row in rows if not row.support and row.path is not None]
+    hidden = set(foreign[MAX_FOREIGN_SHOWN:])
+    lines = [
+        ["(other)" if path is None else path, support, predicted, precision, recall, f1, similarity]
+        for row in rows
+        if row not in hidden
+        for path, support, predicted, precision, recall, f1, similarity in [row]
+    ]
+    headers = ["field", "support", "predicted", "precision", "recall", "F1", "similarity"]
+    more = f"\n... and {len(hidden)} more that no target has" if hidden else ""
+    return table(lines, headers) + more
+
+
+def run_report(run: RunFolder, split: str, metrics: Mapping[str, Mapping[str, float]], as_json: bool = False) -> str:
+    """A split's metrics before and after, and what was answered after in detail; as JSON the metrics alone."""
+    if as_json:
+        return json.dumps(metrics, indent=2)
+    return (
+        f"{split} split, generated text:\n{before_after_table(metrics['before'], metrics['after'])}\n\n"
+        f"after, in detail: {scorecard_report(score_run(run, split))}\n\n"
+        f"predictions  {run.predictions}\npicture      {run.path / f'{split}.png'}"
+    )
+
+
+def comparison_report(first: RunFolder, second: RunFolder, split: str, as_json: bool = False) -> str:
+    """What two runs answered after training, compared on the same examples: metrics and the F1 of every field.
+
+    Raises ValueError where a run kept no answers for the split, or the examples are not the same.
+    """
+    rows = kept_predictions(first, split), kept_predictions(second, split)
+    metrics, fields = compare_predictions(*rows), compare_fields(*rows)
+    if as_json:
+        return json.dumps(comparison_json(metrics, fields), indent=2)
+    head = f"{split} split, {len(rows[0])} examples\nA  {first.path}\nB  {second.path}"
+    return f"{head}\n\n{comparison_tables(metrics, fields)}"
+
+
+def comparison_tables(metrics: Mapping[str, Difference], fields: Mapping[str, Difference]) -> str:
+    """A table of metrics and, where there are any, one of fields."""
+    headers = ["A", "B", "B - A", "low", "high", ""]
+    rows = [[_named(name), *_cells(found, METRICS[name].higher_is_better)] for name, found in metrics.items()]
+    by_field = [[path, *_cells(found, True)] for path, found in fields.items()]
+    note = "low, high: the 95 % interval of B - A by a paired bootstrap; of 20 rows one may exceed the noise by chance"
+    parts = [table(rows, ["metric", *headers]), table(by_field, ["F1 of field", *headers]) if by_field else "", note]
+    return "\n\n".join(filter(None, parts))
+
+
+def verdict(found: Difference, higher_is_better: bool) -> str:
+    """better, worse, within noise, or too few examples to say."""
+    if math.isnan(found.low):
+        return "too few"
+    if not found.exceeds_noise:
+        return "within noise"
+    return "better" if (found.difference > 0) == higher_is_better else "worse"
+
+
+def comparison_json(metrics: Mapping[str, Difference], fields: Mapping[str, Difference]) -> dict[str, object]:
+    """{"metrics": {name: ...}, "fields": {path: ...}}, each with first, second, difference, low, high, verdict."""
+    return {
+        "metrics": {name: _as_json(found, METRICS[name].higher_is_better) for name, found in metrics.items()},
+        "fields": {path: _as_json(found, True) for path, found in fields.items()},
+    }
+
+
+def _as_json(found: Difference, higher_is_better: bool) -> dict[str, object]:
+    values = {name: None if math.isnan(value) else value for name, value in found._asdict().items()}
+    return values | {"verdict": verdict(found, higher_is_better)}
+
+
+def _named(name: str) -> str:
+    return name if METRICS[name].higher_is_better else f"{name} (lower is better)"
+
+
+def _cells(found: Difference, higher_is_better: bool) -> list[object]:
+    return list(_as_json(found, higher_is_better).values())

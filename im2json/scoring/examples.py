@@ -1,0 +1,196 @@
+"""Predictions and targets from JSON-lines files, wherever they were made, and from the runs that kept them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from im2json.runs import RunFolder, read_lines
+from im2json.scoring.scorecard import Scorecard
+from im2json.scoring.text import parse
+
+Row = dict[str, Any]
+Problem = Callable[[str], None]
+"""Told in a line of each row that cannot be scored, and where it is."""
+
+
+class _Problems:
+    """Passes the first MAX_SHOWN problems on, counts the rest, and at the end says how many there were."""
+
+    MAX_SHOWN = 20
+
+    def __init__(self, show: Problem) -> None:
+        self.show = show
+        self.count = 0
+
+    def __call__(self, line: str) -> None:
+        self.count += 1
+        if self.count <= self.MAX_SHOWN:
+            self.show(line)
+
+    def __enter__(self) -> _Problems:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.count > self.MAX_SHOWN:
+            self.show(f"and {self.count - self.MAX_SHOWN} more such rows")
+
+
+class _Place(NamedTuple):
+    line: int
+    offset: int  # bytes before the line
+
+
+def score_files(predictions: Path, targets: Path | None, split: str, show: Problem) -> tuple[Scorecard, int]:
+    """Scores the rows of a file, or those of two files joined by id; memory grows with the ids alone.
+
+    A row holds `prediction` (or `text`): a text, an object, or null for none; `target`: an object, or the
+    text of one; `id`: a text or a whole number, which may be left out where the targets are in the same
+    file. Of a run's own predictions.jsonl those of `split` after training are taken. What cannot be scored
+    is left out and told to `show`, the rest counts. Returns the scores and how many rows were left out;
+    raises ValueError where none is left.
+    """
+    card = Scorecard()
+    with _Problems(show) as problem:
+        index = None if targets is None else _index(targets, problem)
+        seen: set[str] = set()
+        for where, row in _rows(predictions, problem):
+            try:
+                if not _other_stage(row, split):
+                    _count(card, row, targets, index, seen)
+            except ValueError as error:
+                problem(f"{where}: {error}")
+        for id in index or ():
+            if id not in seen:
+                problem(f"{predictions}: no prediction for id {id!r} of {targets}")
+    if not card.metrics.compute()["num"]:
+        raise ValueError(f"{predictions} holds no example that can be scored")
+    return card, problem.count
+
+
+def _count(card: Scorecard, row: Row, targets: Path | None, index: dict[str, _Place] | None, seen: set[str]) -> None:
+    id = _id(row, needed=index is not None)
+    if id is not None:
+        if id in seen:
+            raise ValueError(f"id {id!r} comes twice")
+        seen.add(id)
+    if targets is not None and index is not None and id is not None:
+        card.update(_prediction(row), _target(_target_row(targets, index, id)), id)
+    else:
+        card.update(_prediction(row), _target(row), id)
+
+
+def kept_predictions(run: RunFolder, split: str, stage: str = "after") -> list[Row]:
+    """The rows (id, text, target) that a run kept of a split. Raises ValueError where it kept none."""
+    wanted = (row for row in read_lines(run.predictions) if (row.get("split"), row.get("stage")) == (split, stage))
+    rows = [{name: row[name] for name in ("id", "text", "target")} for row in wanted]
+    if not rows:
+        raise ValueError(f"{run.path} holds no predictions of the {split} split {stage} training")
+    return rows
+
+
+def score_run(run: RunFolder, split: str, stage: str = "after") -> Scorecard:
+    """Scores what a run kept. Raises ValueError where it kept nothing of this split and stage."""
+    card = Scorecard()
+    for row in kept_predictions(run, split, stage):
+        card.update(row["text"], row["target"], row["id"])
+    return card
+
+
+def _rows(path: Path, problem: Problem) -> Iterator[tuple[str, Row]]:
+    """The rows that are JSON objects, each with the name of its place; blank lines are passed over."""
+    for place, line in _lines(path):
+        where = f"{path}:{place.line}"
+        try:
+            if line.strip():
+                yield where, _row(line)
+        except ValueError as error:
+            problem(f"{where}: {error}")
+
+
+def _lines(path: Path) -> Iterator[tuple[_Place, bytes]]:
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            yield _Place(number, offset), line
+            offset += len(line)
+
+
+def _row(line: bytes) -> Row:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("not JSON: nested too deep") from None
+    if not isinstance(row, dict):
+        raise ValueError("a row is a JSON object")
+    return row
+
+
+def _index(path: Path, problem: Problem) -> dict[str, _Place]:
+    """Where the row of each id begins; the targets themselves stay on disk."""
+    found: dict[str, _Place] = {}
+    for place, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = _row(line)
+            id = _id(row, needed=True)
+            assert id is not None
+            if id in found:
+                raise ValueError(f"id {id!r} comes twice, first in line {found[id].line}")
+            _target(row)
+            found[id] = place
+        except ValueError as error:
+            problem(f"{path}:{place.line}: {error}")
+    return found
+
+
+def _target_row(path: Path, index: dict[str, _Place], id: str) -> Row:
+    if id not in index:
+        raise ValueError(f"{path} has no target for id {id!r}")
+    with path.open("rb") as file:
+        file.seek(index[id].offset)
+        return _row(file.readline())
+
+
+def _id(row: Row, needed: bool) -> str | None:
+    id = row.get("id")
+    if id is None:
+        if needed:
+            raise ValueError("no id to join it by")
+        return None
+    if isinstance(id, bool) or not isinstance(id, str | int):
+        raise ValueError("an id is a text or a whole number")
+    return str(id)
+
+
+def _prediction(row: Row) -> str:
+    if "prediction" not in row and "text" not in row:
+        raise ValueError("neither prediction nor text")
+    value = row["prediction"] if "prediction" in row else row["text"]
+    if value is None:
+        return ""
+    if not isinstance(value, str | dict):
+        raise ValueError("a prediction is a text, an object or null")
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _target(row: Row) -> dict[str, Any]:
+    if "target" not in row:
+        raise ValueError("no target")
+    value = row["target"]
+    target = parse(value if isinstance(value, str) else json.dumps(value))
+    if target is None:
+        raise ValueError("a target is a JSON object, or the text of one")
+    return target
+
+
+def _other_stage(row: Row, split: str) -> bool:
+    """True for a line of a run's predictions.jsonl that belongs to another split or stage."""
+    return {"step", "split", "stage"} <= row.keys() and (row["split"], row["stage"]) != (split, "after")
