@@ -24,7 +24,7 @@ from im2json.runs import RunFolder, check_output, locked, new_run, resumed_confi
 def main(context: click.Context, preset: str | None, resume: str | None) -> None:
     """Fine-tune PaliGemma with QLoRA to turn pictures of documents into JSON."""
     given: dict[str, Any] = context.obj or {}
-    with user_errors():
+    with user_errors("go on with train.py --resume and the run folder"):
         if resume is not None:
             stopped = RunFolder(Path(resume))
             train(resumed_config(stopped, given, preset), stopped)

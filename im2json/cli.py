@@ -63,14 +63,16 @@ preset_flag = click.option(
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn an error that is the user's to mend into one clear message and exit status 1.
+def user_errors(interrupted: str = "nothing was lost") -> Iterator[None]:
+    """Turn an error that is the user's to mend into one clear message and exit status 1; Ctrl-C says `interrupted`.
 
     ValueError is how every room reports a user's mistake, OSError is the system's word on a file.
     IM2JSON_TRACEBACK=1 shows where it came from.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        raise click.ClickException(f"interrupted: {interrupted}") from None
     except (ValueError, OSError) as error:
         if os.environ.get("IM2JSON_TRACEBACK"):
             raise

@@ -504,3 +504,18 @@ def test_a_mistake_prints_one_line_in_a_shell(base_args, tmp_path):
     assert [line for line in done.stderr.splitlines() if line.strip()] == [
         "Error: --model ./nowhere: no such folder, and not a name on the hub (owner/name); `tiny` is embedded"
     ]
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, tmp_path):
+    from click.testing import CliRunner
+
+    import train
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    result = CliRunner().invoke(train.main, ["--output", str(tmp_path / "run")])
+    assert result.exit_code == 1
+    assert "--resume" in result.output
+    assert "Traceback" not in result.output
