@@ -100,7 +100,7 @@ def tokens(batches: list[Batch]) -> int:
 def test_any_split_of_a_step_gives_the_same_gradients(dataset, collator, model, accelerator, step):
     """Steps of 8 and of the 2 examples that are left, in microbatches of 8, 4, 2, 3 and 1, against the mean over all
     target tokens."""
-    whole = step_batches(dataset, collator, 8, None, step)
+    whole = step_batches(dataset, collator, 8, 8, step)
     assert [len(batch.ids) for batch in whole] == [[8], [2]][step]
     (batch,) = whole
     mean = model(**batch.inputs, labels=batch.labels).loss  # transformers' own
