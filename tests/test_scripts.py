@@ -519,3 +519,25 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, tmp_path):
     assert result.exit_code == 1
     assert "--resume" in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("name", ["nosuchtracker", "tensorboard"])
+def test_a_tracker_that_is_not_there_is_refused(cli, base_args, tmp_path, name):
+    error = clear_error(cli("train", *base_args, "--track", name, "--output", tmp_path / "run"))
+    assert f"--track {name}" in error
+
+
+def test_a_model_that_lacks_weights_is_refused(cli, base_args, small_model, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(small_model, broken)
+    weights = load_file(broken / "model.safetensors")
+    kept = {name: value.clone() for name, value in weights.items() if ".layers.0." not in name}
+    save_file(kept, broken / "model.safetensors", metadata={"format": "pt"})
+    error = clear_error(cli("train", *base_args, "--model", broken, "--output", tmp_path / "run"))
+    assert "lack" in error
+    (broken / "model.safetensors").write_bytes((Path(small_model) / "model.safetensors").read_bytes()[:1000])
+    clear_error(cli("train", *base_args, "--model", broken, "--output", tmp_path / "run"))

@@ -49,6 +49,8 @@ class Collator:
         image_tokens = processor.image_token * processor.image_seq_length
         prefix = tokenizer(f"{image_tokens}{tokenizer.bos_token}{prompt}\n", add_special_tokens=False)
         self.prefix_ids: list[int] = prefix["input_ids"]  # P
+        if self.prefix_ids.count(processor.image_token_id) != processor.image_seq_length:
+            raise ValueError(f"--prompt {prompt!r}: leave {processor.image_token} out")
 
     def target_ids(self, target: dict) -> list[int]:
         """The tokens to learn: canonical JSON, then EOS; T of them."""

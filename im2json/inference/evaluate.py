@@ -137,6 +137,7 @@ class Evaluation:
     ) -> dict[str, float]:
         """Metrics on a split at a stage (before, during, after) of the run, with or without the adapter."""
         aside = self.run.path / f".{stage}-{split}.tmp-{os.getpid()}"  # an interrupted evaluation leaves no rows
+        aside.unlink(missing_ok=True)
 
         def write_rows(rows: list[Row]) -> None:
             append_lines(aside, ({"step": step, "split": split, "stage": stage, **row} for row in rows))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from peft import PeftModel
 
@@ -79,13 +80,33 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, str]:
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if configured not in ("no", precision):
         print(f"--precision {precision} wins over accelerate's mixed_precision {configured}")
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision, cpu=cpu, log_with=further_trackers(config) or None
+    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # `accelerate launch` sets OMP_NUM_THREADS to 1 unless told otherwise, which would leave cores idle.
     threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
     torch.set_num_threads(config.train.threads or (threads if cpu else min(threads, 4)))
     set_seed(config.train.seed)
     return accelerator, precision
+
+
+def further_trackers(config: TrainConfig) -> list[str]:
+    """The names in --track.
+
+    Raises:
+        ValueError: if one is unknown to accelerate, or its package is not installed.
+    """
+    names = [name.strip() for name in (config.train.track or "").split(",") if name.strip()]
+    usable = sorted(kind.value for kind in get_available_trackers() if kind.value != "tensorboard")
+    for name in names:
+        if name not in usable:
+            found = ", ".join(usable) or "none"
+            raise ValueError(
+                f"--track {name}: accelerate knows no such tracker or its package is not installed (usable here: "
+                f"{found}); TensorBoard is always written"
+            )
+    return names
 
 
 def set_up(config: TrainConfig, accelerator: Accelerator, precision: str) -> Workbench:

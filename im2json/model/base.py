@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 from transformers.utils.logging import disable_progress_bar
 
@@ -76,9 +77,9 @@ def _from_pretrained(kind: Any, model: str, **settings: Any) -> Any:
     path = locate(model)
     if Path(path).is_dir():
         try:
-            return kind.from_pretrained(path, **settings)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
+            return _complete(kind, path, **settings)
+        except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, SafetensorError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"--model {model}: the folder does not load as a PaliGemma with its processor: {reason}"
             ) from error
@@ -87,7 +88,19 @@ def _from_pretrained(kind: Any, model: str, **settings: Any) -> Any:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         raise ValueError(f"--model {model}: no such folder, and not a name on the hub (owner/name); `tiny` is embedded")
     _reach_hub(model)
-    return kind.from_pretrained(path, **settings)
+    return _complete(kind, path, **settings)
+
+
+def _complete(kind: Any, path: str, **settings: Any) -> Any:
+    """from_pretrained, which otherwise fills in weights that a file lacks with random ones."""
+    if kind is not PaliGemmaForConditionalGeneration:
+        return kind.from_pretrained(path, **settings)
+    with_report: Any = kind.from_pretrained(path, output_loading_info=True, **settings)
+    loaded, report = with_report
+    missing = sorted(set(report["missing_keys"]) - {"lm_head.weight"})  # tied to the embedding
+    if missing:
+        raise ValueError(f"its files lack {len(missing)} weights, {missing[0]} among them")
+    return loaded
 
 
 def _reach_hub(model: str) -> None:

@@ -16,6 +16,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils.integrations import dequantize_bnb_weight
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
@@ -83,8 +84,9 @@ def _warm_start(base: PaliGemmaForConditionalGeneration, adapter: str) -> PeftMo
     folder = adapter_folder(Path(adapter))
     try:
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"--adapter {adapter} does not fit this model: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--adapter {adapter} does not fit this model: {reason}") from error
 
 
 def adapter_folder(path: Path) -> Path:
