@@ -206,6 +206,7 @@ def atomically(path: Path) -> Iterator[Path]:
     try:
         yield aside
         _sync(aside)
+        aside.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -222,6 +223,7 @@ def folder_atomically(path: Path) -> Iterator[Path]:
     yield aside
     for file in aside.rglob("*"):
         _sync(file)
+    _sync(aside)
     os.rename(aside, path)
     _sync(path.parent)
 
@@ -261,6 +263,12 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _version(package: str) -> str | None:

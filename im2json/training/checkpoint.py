@@ -81,7 +81,9 @@ def save_checkpoint(
             shutil.copyfile(run.adapter / WEIGHTS, aside / BEST)
         write_json(aside / "state.json", dataclasses.asdict(state))
     for old in complete_checkpoints(run.checkpoints)[:-keep]:
-        shutil.rmtree(old)
+        dying = old.with_name(f".{old.name}.tmp")  # a kill in the middle leaves nothing that looks whole
+        old.rename(dying)
+        shutil.rmtree(dying)
 
 
 def restore_paging(optimizer: Any) -> None:

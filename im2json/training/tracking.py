@@ -34,7 +34,7 @@ class Tracker:
         self.accelerator = accelerator
         self.writer: SummaryWriter | None = None
         if accelerator.is_main_process:
-            purge = None if checkpoint is None else step_of(checkpoint) + 1  # what came after it is not shown
+            purge = (step_of(checkpoint) if checkpoint else 0) + 1  # what a stopped run logged after it is not shown
             self.writer = SummaryWriter(str(run.tensorboard), purge_step=purge, flush_secs=5)
         if config.train.track:
             accelerator.init_trackers("im2json", config={k: _plain(v) for k, v in config.flat().items()})
