@@ -69,7 +69,11 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    model: str = option("tiny", "tiny (embedded), a folder, or a PaliGemma on the hub")
+    model: str = option(
+        "tiny",
+        "tiny (embedded), a folder, or a PaliGemma on the hub; any but tiny takes the other values of --preset cord "
+        "unless --preset says otherwise",
+    )
     adapter: str | None = option(None, "an adapter folder or run to start from, with its own r and target modules")
     r: int = option(16, "rank of the LoRA matrices", at_least=1)
     alpha: float | None = option(None, "LoRA's alpha: its output is scaled by alpha / r; 2r unless given", above=0)
@@ -98,7 +102,7 @@ class ModelOptions:
 class DecodeOptions:
     max_new_tokens: int | None = option(
         None,
-        "longest answer that is generated; the longest target and an eighth unless given",
+        "longest answer that is generated; the longest target and an eighth unless given; at most what the model holds",
         unit="tokens",
         at_least=1,
     )
