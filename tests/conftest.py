@@ -19,7 +19,11 @@ sys.path.insert(0, str(ROOT))  # train.py and evaluate.py are scripts, no part o
 from im2json.cli import quiet_libraries  # noqa: E402
 from im2json.runs import RunFolder, read_lines  # noqa: E402
 
-quiet_libraries()
+quiet_libraries()  # before torch and transformers are imported
+
+from im2json.data.collate import Batch, Collator  # noqa: E402
+from im2json.data.sources import load_splits  # noqa: E402
+from im2json.model.base import load_processor  # noqa: E402
 
 COUNTS = {"train": 10, "validation": 4, "test": 3}
 
@@ -142,3 +146,15 @@ def clear_error(result: Result) -> str:
     (first,) = (i for i, line in enumerate(lines) if line.startswith("Error: "))
     assert lines[first + 1 :] == []
     return lines[first].removeprefix("Error: ")
+
+
+@pytest.fixture(scope="session")
+def collator(small_model: str) -> Collator:
+    return Collator(load_processor(small_model), "extract JSON.")
+
+
+@pytest.fixture(scope="session")
+def batch(collator: Collator, dataset: str) -> Batch:
+    """Three examples of different lengths."""
+    split = load_splits(dataset)["train"]
+    return collator([split[i] for i in (0, 3, 7)])

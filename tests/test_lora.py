@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-from im2json.data.collate import Batch, Collator
+from im2json.data.collate import Batch
 from im2json.data.sources import load_splits
 from im2json.inference.evaluate import Evaluation
 from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
@@ -57,17 +57,6 @@ def lora_model(folder: str, quant: str = "nf4", precision: str = "fp32", **value
     for parameter in trained(model):
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     return model
-
-
-@pytest.fixture(scope="module")
-def collator(small_model) -> Collator:
-    return Collator(load_processor(small_model), "extract JSON.")
-
-
-@pytest.fixture(scope="module")
-def batch(collator, dataset) -> Batch:
-    split = load_splits(dataset)["train"]
-    return collator([split[i] for i in (0, 3, 7)])
 
 
 # --- what is trained

@@ -7,27 +7,15 @@ import torch
 import torch.nn.functional as F
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-from im2json.data.collate import IGNORE, Batch, Collator
+from im2json.data.collate import IGNORE
 from im2json.data.sources import load_splits
-from im2json.model.base import load_base, load_processor
+from im2json.model.base import load_base
 from im2json.model.lora import add_lora, trained
 from im2json.model.loss import summed_loss
 from im2json.options import ModelOptions
 
 # B examples, S positions, P prefix positions, V vocabulary.
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def collator(small_model) -> Collator:
-    return Collator(load_processor(small_model), "extract JSON.")
-
-
-@pytest.fixture(scope="module")
-def batch(collator, dataset) -> Batch:
-    """Three examples of different lengths."""
-    split = load_splits(dataset)["train"]
-    return collator([split[i] for i in (0, 3, 7)])
 
 
 @pytest.fixture(scope="module")
