@@ -7,6 +7,7 @@ python evaluate.py --predictions FILE.jsonl [--targets FILE.jsonl]
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any
 import click
 from PIL import Image
 
-from im2json.cli import quiet_libraries, user_errors
-from im2json.runs import RunFolder, locked
+from im2json.cli import option_flags, quiet_libraries, user_errors
+from im2json.runs import RunFolder, adapter_folder, locked
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -28,9 +29,12 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--targets", type=FILE, help="rows of target and id, where the predictions' file has no targets")
 @click.option("--against", type=click.Path(path_type=Path), metavar="RUN_B", help="compare with the answers of RUN_B")
 @click.option("--json", "as_json", is_flag=True, help="print JSON instead of tables")
+@option_flags("precision", "eval_batch_size", "threads")
+@click.pass_context
 def main(
-    run: Path | None, split: str, predictions: Path | None, targets: Path | None, against: Path | None, as_json: bool
-) -> None:
+    context: click.Context, run: Path | None, split: str, predictions: Path | None, targets: Path | None,
+    against: Path | None, as_json: bool,
+) -> None:  # fmt: skip
     """Score the base and the best adapter of RUN on a split, side by side.
 
     Writes every prediction to RUN/predictions.jsonl, and one picture with the text before and after. With
@@ -55,20 +59,22 @@ def main(
         assert run is not None
         if against is not None:
             click.echo(comparison.comparison_report(RunFolder(run), RunFolder(against), split, as_json))
-        elif metrics := evaluate(RunFolder(run), split):
-            click.echo(comparison.run_report(RunFolder(run), split, metrics, as_json))
+        else:
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
+                metrics = evaluate(RunFolder(run), split, context.obj or {})
+            if metrics:
+                click.echo(comparison.run_report(RunFolder(run), split, metrics, as_json))
 
 
-def evaluate(run: RunFolder, split: str) -> dict[str, dict[str, float]] | None:
-    """The metrics before and after; None on all processes but the main one."""
+def evaluate(run: RunFolder, split: str, given: dict[str, Any]) -> dict[str, dict[str, float]] | None:
+    """The metrics before and after, with some of the run's options replaced; None on all processes but the main one."""
     quiet_libraries()
-    config = run.read_config()
+    config = run.read_config().replace(gradient_checkpointing=False, **given)
+    adapter = adapter_folder(run.path)
     from im2json.inference.workbench import set_up, start_accelerator
-    from im2json.model.lora import adapter_folder
 
-    config = config.replace(adapter=str(adapter_folder(run.path)), gradient_checkpointing=False)
     accelerator, precision = start_accelerator(config)
-    bench = set_up(config, accelerator, precision)
+    bench = set_up(config, accelerator, precision, adapter=adapter)
     with locked(run, accelerator.is_main_process):
         evaluation = bench.evaluation(run, FirstPicture(run.path / f"{split}.png"))
         result: dict[str, Any] = (

@@ -11,14 +11,14 @@ from typing import Any
 
 import click
 
-from im2json.cli import option_flags, preset_flag, quiet_libraries, user_errors
+from im2json.cli import GroupedCommand, option_flags, preset_flag, quiet_libraries, user_errors
 from im2json.options import TrainConfig
-from im2json.runs import RunFolder, check_output, locked, new_run, resumed_config
+from im2json.runs import WEIGHTS, RunFolder, check_output, claim, fresh_options, locked, new_run, resumed_config
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @preset_flag
-@option_flags
+@option_flags()
 @click.option("--resume", metavar="RUN", help="go on with a stopped run, from its last checkpoint")
 @click.pass_context
 def main(context: click.Context, preset: str | None, resume: str | None) -> None:
@@ -29,7 +29,7 @@ def main(context: click.Context, preset: str | None, resume: str | None) -> None
             stopped = RunFolder(Path(resume))
             train(resumed_config(stopped, given, preset), stopped)
         else:
-            config = TrainConfig.resolve(given, preset)
+            config = TrainConfig.resolve(fresh_options(given), preset)
             check_output(config.train.output)
             train(config)
 
@@ -43,17 +43,21 @@ def train(config: TrainConfig, stopped: RunFolder | None = None) -> dict[str, An
     from accelerate.utils import broadcast_object_list
 
     from im2json.inference.workbench import set_up, start_accelerator
-    from im2json.model.lora import WEIGHTS, read_adapter_weights
+    from im2json.model.lora import read_adapter_weights
     from im2json.training.checkpoint import begin
     from im2json.training.loop import fit
     from im2json.training.result import finish, known_before
     from im2json.training.tracking import Tracker
 
     accelerator, precision = start_accelerator(config)
-    bench = set_up(config, accelerator, precision)
-    config, model = bench.config, bench.model
+    # a run that began with --adapter goes on with its own, wherever that one is by now
+    own_adapter = stopped.latest_checkpoint() if stopped and config.model.adapter else None
+    bench = set_up(config, accelerator, precision, adapter=own_adapter)
+    model = bench.model
     (run,) = broadcast_object_list([stopped or (new_run(config) if accelerator.is_main_process else None)])
     with locked(run, accelerator.is_main_process):
+        if accelerator.is_main_process:
+            claim(run, config, fresh=stopped is None)
         accelerator.print(f"run folder: {run.path}   watch it: tensorboard --logdir {run.path.parent}")
         checkpoint = begin(run, model, bench.collator.processor, config.data.prompt, accelerator)
         tracker = Tracker(run, config, accelerator, checkpoint)
@@ -83,7 +87,7 @@ def summary(run: RunFolder, result: dict[str, Any]) -> str:
     if result["test"] is not None:
         lines += [
             "",
-            "test split, generated text:",
+            f"text generated for the {result['test']['after']['num']:.0f} examples of the test split:",
             before_after_table(result["test"]["before"], result["test"]["after"]),
         ]
     lines += ["", f"run folder  {run.path}", f"evaluate    python evaluate.py {run.path}",

@@ -15,13 +15,32 @@ import click
 from im2json.options import FIELDS, PRESETS, ROOMS, check, flag_name, scalar_type
 
 
-def option_flags(command: Callable) -> Callable:
-    """Add a flag for every option; the command gets the values given on the command line, and only those,
-    as a dict named `given`."""
-    for room in reversed(ROOMS.values()):
-        for name in reversed([field.name for field in dataclasses.fields(room)]):
+def option_flags(*names: str) -> Callable[[Callable], Callable]:
+    """Add a flag for each of these options, or for every one. The values given on the command line, and only those,
+    are in the context's `obj`."""
+
+    def add(command: Callable) -> Callable:
+        for name in reversed(names or list(FIELDS)):
             command = _flag(name)(command)
-    return command
+        return command
+
+    return add
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists the options room by room."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        rooms = {field.name: room for room, options in ROOMS.items() for field in dataclasses.fields(options)}
+        groups: dict[str, list[tuple[str, str]]] = {room: [] for room in ("run", *ROOMS)}
+        for parameter in self.get_params(context):
+            record = parameter.get_help_record(context)
+            if record is not None:
+                groups[rooms.get(parameter.name or "", "run")].append(record)
+        for room, records in groups.items():
+            if records:
+                with formatter.section(f"{room.capitalize()} options"):
+                    formatter.write_dl(records)
 
 
 def _flag(name: str) -> Callable:
@@ -32,9 +51,10 @@ def _flag(name: str) -> Callable:
     settings: dict[str, Any] = dict(help=field.metadata["help"] + shown, expose_value=False, callback=_collect)
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, **settings)
-    choices = field.metadata["choices"]
-    return click.option(flag, name, type=click.Choice(choices) if choices else kind,
-                        metavar=(field.metadata["unit"] or None), **settings)  # fmt: skip
+    choices, metavar = field.metadata["choices"], field.metadata["unit"] or None
+    if len(choices) > 4:
+        metavar, settings["help"] = "NAME", f"{settings['help']} of {', '.join(choices)}"
+    return click.option(flag, name, type=click.Choice(choices) if choices else kind, metavar=metavar, **settings)
 
 
 def _shown_default(name: str, default: Any) -> str:
@@ -73,10 +93,22 @@ def user_errors(interrupted: str = "nothing was lost") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted: {interrupted}") from None
-    except (ValueError, OSError) as error:
-        if os.environ.get("IM2JSON_TRACEBACK"):
+    except (ValueError, OSError, RuntimeError) as error:
+        out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        if os.environ.get("IM2JSON_TRACEBACK") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(f"{first_line(error)} {LESS_MEMORY}" if out_of_memory else str(error)) from error
+
+
+LESS_MEMORY = (
+    "Less is needed with a smaller --microbatch (examples per step stay the same), --gradient-checkpointing or, while "
+    "evaluating, a smaller --eval-batch-size"
+)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def quiet_libraries() -> None:

@@ -74,7 +74,10 @@ class ModelOptions:
         "tiny (embedded), a folder, or a PaliGemma on the hub; any but tiny takes the other values of --preset cord "
         "unless --preset says otherwise",
     )
-    adapter: str | None = option(None, "an adapter folder or run to start from, with its own r and target modules")
+    adapter: str | None = option(
+        None,
+        "an adapter or run to start from, with its LoRA options, base and prompt; `before` is the base alone",
+    )
     r: int = option(16, "rank of the LoRA matrices", at_least=1)
     alpha: float | None = option(None, "LoRA's alpha: its output is scaled by alpha / r; 2r unless given", above=0)
     dropout: float = option(0.0, "dropout before the LoRA matrices", at_least=0, at_most=0.999)

@@ -29,6 +29,10 @@ from typing import Any
 
 from im2json.options import FIELDS, PRESETS, TrainConfig, flag_name
 
+EMBEDDED = ("tiny", "receipts")  # the model and the data set that are no paths
+WEIGHTS = "adapter_model.safetensors"  # PEFT's names
+ADAPTER_CONFIG = "adapter_config.json"
+PROMPT = "im2json.json"  # beside them: {"prompt": ...}
 VERSIONED = (
     "im2json",
     "torch",
@@ -128,12 +132,14 @@ def check_output(output: str | None) -> None:
         raise ValueError(f"--output {output} holds a finished run: choose another folder, or see evaluate.py {output}")
     if run.config.exists():
         raise ValueError(f"--output {output} holds an unfinished run: go on with --resume {output}, or choose another")
+    there = next(folder for folder in (run.path, *run.path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--output {output}: {there} is not a folder that can be written to: choose another")
 
 
 def new_run(config: TrainConfig) -> RunFolder:
-    """Make the folder of a fresh run, at --output or under a new name in runs/, and write its config.json."""
+    """Make the folder of a fresh run, at --output or under a new name in runs/."""
     if config.train.output is not None:
-        check_output(config.train.output)
         path = Path(config.train.output)
         path.mkdir(parents=True, exist_ok=True)
     else:
@@ -144,9 +150,22 @@ def new_run(config: TrainConfig) -> RunFolder:
             with contextlib.suppress(FileExistsError):
                 path.mkdir()
                 break
-    run = RunFolder(path)
-    run.write_config(config)
-    return run
+    return RunFolder(path)
+
+
+def claim(run: RunFolder, config: TrainConfig, fresh: bool) -> None:
+    """Look again, with the folder locked, whether it is free for a fresh run or still has one to go on with.
+
+    A fresh run's config.json is written here.
+
+    Raises:
+        ValueError: if another process was faster.
+    """
+    if fresh:
+        check_output(str(run.path))
+        run.write_config(config)
+    elif run.done:
+        raise ValueError(f"--resume {run.path}: this run was finished meanwhile")
 
 
 @contextlib.contextmanager
@@ -197,6 +216,68 @@ def resumed_config(run: RunFolder, given: dict[str, Any], preset: str | None = N
         said = ", ".join(f"{flag_name(name)} was {stored[name]}, not {given[name]}" for name in differing)
         raise ValueError(f"--resume {run.path} goes on with the options it began with: {said}; start a new run instead")
     return config.replace(**given)
+
+
+def fresh_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The options given for a fresh run, with those that --adapter has settled.
+
+    These are LoRA's shape, and the base and the prompt unless others are given. Folders are made absolute, so that
+    the run can be gone on with from anywhere.
+
+    Raises:
+        ValueError: if --adapter holds no LoRA adapter, or an option given contradicts it.
+    """
+    given = {
+        name: os.path.abspath(value)
+        if name in ("model", "dataset", "adapter") and value not in EMBEDDED and Path(value).exists()
+        else value
+        for name, value in given.items()
+    }
+    if given.get("adapter") is None:
+        return given
+    shape, more = _adapter_options(adapter_folder(Path(given["adapter"])))
+    for name, value in shape.items():
+        if name in given and given[name] != value and name != "target_modules":
+            raise ValueError(f"{flag_name(name)} {given[name]}: --adapter {given['adapter']} was made with {value}")
+    modules = given.get("target_modules")
+    if modules is not None and sorted(modules.split(",")) != sorted(shape["target_modules"].split(",")):
+        raise ValueError(f"--target-modules: --adapter {given['adapter']} has layers of its own, leave it out")
+    return {**more, **given, **shape}
+
+
+def _adapter_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What an adapter says of itself: LoRA's shape, and base and prompt as far as they are known."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        if config["peft_type"] != "LORA":
+            raise ValueError(f"its peft_type is {config['peft_type']}, not LORA")
+        modules = config["target_modules"]
+        shape = {
+            "r": int(config["r"]),
+            "alpha": float(config["lora_alpha"]),
+            "dropout": float(config["lora_dropout"]),
+            "rslora": bool(config.get("use_rslora")),
+            "dora": bool(config.get("use_dora")),
+            "target_modules": modules if isinstance(modules, str) else ",".join(sorted(modules)),
+        }
+        more = {"model": config["base_model_name_or_path"]} if config.get("base_model_name_or_path") else {}
+        kept = folder / PROMPT
+        return shape, more | (json.loads(kept.read_text("utf-8")) if kept.is_file() else {})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not describe a LoRA adapter: {error}") from error
+
+
+def adapter_folder(path: Path) -> Path:
+    """The adapter in a run folder, or the adapter folder itself.
+
+    Raises:
+        ValueError: if there is no adapter.
+    """
+    for folder in (path / "adapter", path):
+        if (folder / WEIGHTS).is_file() and (folder / ADAPTER_CONFIG).is_file():
+            return folder
+    raise ValueError(f"{path} holds no adapter: expected {WEIGHTS} and {ADAPTER_CONFIG} in it or in its adapter/")
 
 
 @contextlib.contextmanager

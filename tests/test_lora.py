@@ -32,7 +32,7 @@ from im2json.model.lora import (
 )
 from im2json.model.loss import summed_loss
 from im2json.options import ModelOptions
-from im2json.runs import RunFolder
+from im2json.runs import RunFolder, fresh_options
 
 CPU = torch.device("cpu")
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -354,14 +354,56 @@ def test_an_adapter_is_merged_written_and_read_without_asking_the_hub(small_mode
 
 
 def test_a_warm_start_goes_on_with_the_adapter_and_its_own_options(finished, train, tmp_path):
-    run = train(tmp_path / "warm", "--adapter", finished.path, "--r", 16, "--steps", 1, "--no-test", "--lr", "1e-12")
-    assert (run.read_config().model.r, run.read_config().model.alpha) == (4, 8.0)
+    run = train(tmp_path / "warm", "--adapter", finished.path, "--steps", 1, "--no-test", "--lr", "1e-12")
+    taken, given = run.read_config(), finished.read_config()
+    assert (taken.model.r, taken.model.alpha, taken.data.prompt) == (4, 8.0, given.data.prompt)
+    assert sorted(taken.model.target_modules.split(",")) == sorted(given.model.target_modules.split(","))
     one, other = (load_file(r.adapter / "adapter_model.safetensors") for r in (finished, run))
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-6)
     assert max(float(value.abs().max()) for name, value in other.items() if "lora_B" in name) > 1e-3
     assert json.loads((run.adapter / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_a_warm_start_takes_base_and_prompt_of_its_adapter(finished, tmp_path):
+    folder = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
+    (folder / "im2json.json").write_text('{"prompt": "read this"}')
+    taken = fresh_options({"adapter": str(folder), "lr": 0.1})
+    assert (taken["prompt"], taken["model"], taken["lr"]) == ("read this", finished.read_config().model.model, 0.1)
+    assert fresh_options({"adapter": str(folder), "prompt": "mine", "model": "a/b"}).items() >= {
+        ("prompt", "mine"), ("model", "a/b"), ("r", 4),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"r": 16}, "--r 16: --adapter .* was made with 4"), ({"alpha": 1.0}, "--alpha 1.0"), ({"dora": True}, "--dora"),
+     ({"target_modules": "q_proj"}, "--target-modules")],
+)  # fmt: skip
+def test_a_warm_start_refuses_what_its_adapter_contradicts(finished, given, said):
+    with pytest.raises(ValueError, match=said):
+        fresh_options({"adapter": str(finished.path), **given})
+
+
+def test_a_warm_start_from_another_kind_of_adapter_is_refused(finished, tmp_path):
+    folder = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
+    with pytest.raises(ValueError, match="peft_type is IA3, not LORA"):
+        fresh_options({"adapter": str(folder)})
+
+
+def test_a_warm_start_is_resumed_without_the_adapter_it_began_with(finished, train, resume, tmp_path):
+    begun_with = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
+    flags = ("--adapter", begun_with, "--steps", 4, "--no-test")
+    whole = train(tmp_path / "whole", *flags)
+    run = train(tmp_path / "run", *flags)
+    run.result.unlink()
+    shutil.rmtree(run.checkpoints / "step-4")
+    shutil.rmtree(begun_with)
+    weights = [load_file(r.adapter / "adapter_model.safetensors") for r in (whole, resume(run))]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_a_warm_start_from_what_does_not_fit_is_refused(finished, cli, base_args, tmp_path):
@@ -371,7 +413,8 @@ def test_a_warm_start_from_what_does_not_fit_is_refused(finished, cli, base_args
             shutil.copytree(finished.adapter, folder)
             config = json.loads((folder / "adapter_config.json").read_text())
             (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))
-        error = clear_error(cli("train", *base_args, "--adapter", folder, "--output", tmp_path / "run"))
+        flags = (*base_args, "--r", 5, "--adapter", folder, "--output", tmp_path / "run")
+        error = clear_error(cli("train", *flags))
         assert said in error and str(folder) in error
         assert not (tmp_path / "run").exists()
 

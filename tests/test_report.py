@@ -45,7 +45,6 @@ def test_before_after():
         ["field_f1", "0.010", "0.971", "+0.961", "better"],
         ["edit_distance (lower is better)", "0.900", "0.020", "-0.880", "better"],
         ["loss", "2.500", "0.500", "-2.000"],
-        ["num", "100", "100", "0.000"],
     ]
 
 

@@ -16,6 +16,7 @@ from im2json.runs import (
     append_lines,
     atomically,
     check_output,
+    claim,
     complete_checkpoints,
     folder_atomically,
     keep_lines,
@@ -34,7 +35,13 @@ def config(**values) -> TrainConfig:
 
 @pytest.fixture
 def run(tmp_path) -> RunFolder:
-    return new_run(config(output=str(tmp_path / "run"), r=8))
+    return begun(config(output=str(tmp_path / "run"), r=8))
+
+
+def begun(config: TrainConfig) -> RunFolder:
+    run = new_run(config)
+    claim(run, config, fresh=True)
+    return run
 
 
 def test_config_json_holds_every_option_and_the_versions(run):
@@ -48,7 +55,7 @@ def test_config_json_holds_every_option_and_the_versions(run):
 
 def test_fresh_names_differ_within_a_second(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    runs = [new_run(config(r=4)) for _ in range(4)]
+    runs = [begun(config(r=4)) for _ in range(4)]
     assert len({run.path for run in runs}) == 4
     assert all(run.path.parent == Path("runs") and run.path.name.startswith("tiny-r4-") for run in runs)
     assert all(run.read_config().model.r == 4 for run in runs)
@@ -61,14 +68,27 @@ def test_an_output_that_holds_a_run_is_refused(run, tmp_path):
     assert run.done
     with pytest.raises(ValueError, match="finished run: choose another"):
         check_output(str(run.path))
-    with pytest.raises(ValueError, match="finished run"):
-        new_run(config(output=str(run.path)))
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
         check_output(str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"--output .*file is not a folder that can be written to"):
+        check_output(str(tmp_path / "file" / "run"))
     (tmp_path / "empty").mkdir()
     for fine in (None, str(tmp_path / "new"), str(tmp_path / "empty")):
         check_output(fine)
+
+
+def test_a_folder_that_another_process_took_or_finished_meanwhile_is_refused(tmp_path):
+    one, other = config(output=str(tmp_path / "run"), r=8), config(output=str(tmp_path / "run"), r=4)
+    run, same = new_run(one), new_run(other)  # both found it free
+    claim(run, one, fresh=True)
+    with pytest.raises(ValueError, match="holds an unfinished run"):
+        claim(same, other, fresh=True)
+    assert run.read_config() == one
+    claim(run, one, fresh=False)
+    write_json(run.result, {})
+    with pytest.raises(ValueError, match="finished meanwhile"):
+        claim(run, one, fresh=False)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"options": 3}', '{"options": {"rr": 3}}'])

@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 from conftest import COUNTS, MEASURED, ROOT, clear_error, metrics, write_dataset
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
@@ -21,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from im2json.model.base import load_processor
-from im2json.options import FIELDS, TrainConfig
+from im2json.options import FIELDS, TrainConfig, flag_name
 from im2json.runs import RunFolder, append_lines, locked, read_lines
 from im2json.scoring import METRICS
 from im2json.scoring.text import parse
@@ -126,7 +127,8 @@ def test_tensorboard_shows_every_scalar(finished, events):
     best = json.loads(finished.result.read_text())["best_step"]
     tags = set(events.Tags()["scalars"])
     assert {f"train/{name}" for name in ("loss", "lr", "grad_norm", *MEASURED)} <= tags
-    assert {f"{split}/{name}" for split in ("validation", "test") for name in VALUES} <= tags
+    assert {f"{split}/{name}" for split in ("validation", "test") for name in METRICS} <= tags
+    assert not any(tag.endswith("/num") for tag in tags)
     logged = [row for row in read_lines(finished.metrics) if row["split"] == "train"]
     shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert shown == [(row["step"], pytest.approx(row["values"]["loss"], rel=1e-6)) for row in logged]
@@ -146,7 +148,7 @@ def test_tensorboard_is_one_run_with_its_hyperparameters(finished, events):
         "_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info",
     }  # fmt: skip
     named = {info.name.tag for info in plugin["_hparams_/experiment"].experiment.metric_infos}
-    assert {f"validation_best/{name}" for name in VALUES} | {f"test/{name}" for name in VALUES} == named
+    assert {f"validation_best/{name}" for name in METRICS} | {f"test/{name}" for name in METRICS} == named
     assert named <= set(events.Tags()["scalars"])
     values = plugin["_hparams_/session_start_info"].session_start_info.hparams
     given = finished.read_config().flat().items()
@@ -179,8 +181,7 @@ def test_evaluate_repeats_the_runs_numbers(finished, cli, tmp_path):
     result, rows = json.loads(run.result.read_text()), list(read_lines(run.predictions))
     printed = cli("evaluate", run.path, "--json")
     assert printed.exit_code == 0, printed.output
-    start = printed.stdout.index("{")
-    assert json.loads(printed.stdout[start:]) == result["test"]
+    assert json.loads(printed.stdout) == result["test"]
     again = list(read_lines(run.predictions))
     assert sorted(map(str, again)) == sorted(map(str, rows))
     with Image.open(run.path / "test.png") as picture:
@@ -228,6 +229,18 @@ def test_evaluate_tells_the_adapter_from_the_base(finished, cli, tmp_path):
     assert texts(run, "after") != texts(finished, "after")
 
 
+def test_evaluate_takes_another_precision(finished, cli, tmp_path):
+    """A run in fp16 on a GPU can be looked at on a CPU."""
+    run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    stored = json.loads(run.config.read_text())
+    stored["options"]["precision"] = "fp16"
+    run.config.write_text(json.dumps(stored))
+    assert "--precision fp16 needs a GPU" in clear_error(cli("evaluate", run.path))
+    result = cli("evaluate", run.path, "--precision", "fp32", "--eval-batch-size", 1, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["after"]["num"] == COUNTS["test"]
+
+
 @pytest.mark.parametrize("split", ["nowhere", "empty"])
 def test_evaluate_needs_a_run(cli, tmp_path, split):
     (tmp_path / "empty").mkdir()
@@ -258,7 +271,7 @@ def test_the_same_command_works_twice_and_gives_the_same(cli, base_args, tmp_pat
 def test_the_closing_words_say_where_everything_is(cli, base_args, tmp_path):
     result = cli("train", *base_args, "--output", tmp_path / "run")
     assert result.exit_code == 0
-    assert "test split, generated text:" in result.stdout
+    assert "text generated for the 3 examples of the test split:" in result.stdout
     assert f"python evaluate.py {tmp_path / 'run'}" in result.stdout
     assert f"tensorboard --logdir {tmp_path}" in result.stdout
     for line in ("train ", "validation", "test "):
@@ -437,6 +450,38 @@ def test_a_bad_row(cli, base_args, tmp_path, damage, said):
     assert len(lines) == 2
     assert where in lines[1] and said in lines[1]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_picture_that_a_worker_finds(cli, base_args, tmp_path):
+    """It was whole when the rows were checked."""
+    folder = write_dataset(tmp_path / "data")
+
+    def spoil(*_: object) -> None:
+        (folder / "train" / "3.png").write_bytes(b"no picture any more")
+
+    flags = ["--dataset", folder, "--no-test", "--epochs", 1, "--eval-every", 0, "--workers", 1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("im2json.training.tracking.Tracker.describe", spoil)
+        error = clear_error(cli("train", *base_args, *flags, "--output", tmp_path / "run"))
+    assert f"{folder / 'train' / 'metadata.jsonl'}" in error or f"{folder / 'train' / '3.png'}" in error
+
+
+def test_out_of_memory_says_what_takes_less(cli, base_args, tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words")
+
+    monkeypatch.setattr("im2json.training.loop.train_step", full)
+    error = clear_error(cli("train", *base_args, "--no-test", "--output", tmp_path / "run"))
+    assert error.startswith("CUDA out of memory. Tried to allocate 2.00 GiB. ")
+    assert all(flag in error for flag in ("--microbatch", "--gradient-checkpointing", "--eval-batch-size"))
+
+
+def test_help_lists_every_option_room_by_room(cli):
+    result = cli("train", "--help")
+    assert [line for line in result.output.splitlines() if line.endswith("options:")] == [
+        "Run options:", "Data options:", "Model options:", "Decode options:", "Train options:",
+    ]  # fmt: skip
+    assert all(f" {flag_name(name)}" in result.output for name in FIELDS)
 
 
 def test_an_output_that_holds_a_run(finished, cli, base_args, tmp_path):

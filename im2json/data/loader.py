@@ -36,7 +36,11 @@ class StepLoader:
         self.pin_memory = pin_memory
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """The microbatches of steps start to stop - 1; an empty list where a short step leaves this process nothing."""
+        """The microbatches of steps start to stop - 1; an empty list where a short step leaves this process nothing.
+
+        Raises:
+            ValueError: naming the row whose picture or target is bad.
+        """
         plan = [self.order.microbatches(step, **self.shares) for step in range(start, stop)]  # type: ignore[arg-type]
         batches = iter(
             DataLoader(
@@ -49,4 +53,8 @@ class StepLoader:
             )
         )
         for step in plan:
-            yield [next(batches) for _ in step]
+            try:
+                microbatches = [next(batches) for _ in step]
+            except ValueError as error:  # from a worker it comes with that process's traceback
+                raise ValueError(str(error).rsplit("\nValueError: ", 1)[-1].rstrip()) from error
+            yield microbatches

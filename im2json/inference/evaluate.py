@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,19 +26,6 @@ from im2json.scoring.text import canonical, parse
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What the model wrote for an example, and what it is worth."""
-
-    example: Example
-    text: str
-    scores: dict[str, float]
-
-    def picture(self, before: str | None = None) -> Image.Image:
-        """The document beside its target and this prediction, and the base's text where it is given."""
-        return prediction_panel(self.example.image, canonical(self.example.target), before, self.text)
-
-
 def evaluate_split(
     model: PaliGemmaForConditionalGeneration,
     collator: Collator,
@@ -50,30 +36,27 @@ def evaluate_split(
     batch_size: int,
     count: int | None = None,
     description: str = "evaluating",
-    write_rows: Callable[[list[Row]], None] | None = None,
-    on_prediction: Callable[[int, Prediction], None] | None = None,
+    on_rows: Callable[[int, list[Row]], None] | None = None,
 ) -> dict[str, float]:
     """The metrics of generated text over a split (its first `count` examples), the same on every process.
 
-    The processes share the examples out. Memory stays constant: sums are kept, and each batch's rows are handed to
-    `write_rows` on the main process as they come. `on_prediction` sees each of this process's own
-    predictions, with its place in the split.
+    The processes share the examples out. Memory stays constant: sums are kept, and `on_rows` gets the rows of all
+    processes on the main one as they come, in the split's order, with the place of the first.
     """
     evaluator = StreamingEvaluator()
     total = len(split) if count is None else min(count, len(split))
     progress = tqdm(total=total, desc=description, unit="ex", leave=False, disable=not accelerator.is_main_process)
+    done = 0
     for indices in _shares(total, batch_size, accelerator.process_index, accelerator.num_processes):
         examples = [split[i] for i in indices]
         rows = []
         texts = generate(model, collator, [e.image for e in examples], max_new_tokens) if examples else []
-        for index, example, text in zip(indices, examples, texts):
-            scores = evaluator.update(text, example.target, id=example.id)
-            rows.append((index, prediction_row(example, text, scores)))
-            if on_prediction is not None:
-                on_prediction(index, Prediction(example, text, scores))
-        rows = gather_object(rows)
-        if write_rows is not None and accelerator.is_main_process:
-            write_rows([row for _, row in sorted(rows, key=lambda indexed: indexed[0])])
+        for example, text in zip(examples, texts):
+            rows.append(prediction_row(example, text, evaluator.update(text, example.target, id=example.id)))
+        rows = gather_object(rows)  # process by process, which is the split's order
+        if on_rows is not None and accelerator.is_main_process:
+            on_rows(done, rows)
+        done += len(rows)
         progress.update(len(rows))
     progress.close()
     merged = StreamingEvaluator()
@@ -139,13 +122,13 @@ class Evaluation:
         aside = self.run.path / f".{stage}-{split}.tmp-{os.getpid()}"  # an interrupted evaluation leaves no rows
         aside.unlink(missing_ok=True)
 
-        def write_rows(rows: list[Row]) -> None:
+        def on_rows(first: int, rows: list[Row]) -> None:
             append_lines(aside, ({"step": step, "split": split, "stage": stage, **row} for row in rows))
-
-        def on_prediction(index: int, prediction: Prediction) -> None:
-            if index < self.PICTURES:
-                before = self._text_before(split, prediction.example.id) if stage == "after" else None
-                self.sink.picture(f"{split}_{stage}/{index}", prediction.picture(before), step)
+            for index, row in enumerate(rows[: max(0, self.PICTURES - first)], start=first):
+                before = self._text_before(split, row["id"]) if stage == "after" else None
+                image = self.splits[split][index].image
+                panel = prediction_panel(image, canonical(row["target"]), before, row["text"])
+                self.sink.picture(f"{split}_{stage}/{index}", panel, step)
 
         with torch.random.fork_rng():
             metrics = evaluate_split(
@@ -155,8 +138,7 @@ class Evaluation:
                 self.accelerator,
                 count=count,
                 description=f"{split} {stage}",
-                write_rows=write_rows,
-                on_prediction=on_prediction,
+                on_rows=on_rows,
                 **self.limits,
             )
         if self.accelerator.is_main_process:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from im2json.data.order import Order
 from im2json.data.sources import check_split, load_splits
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
-from im2json.model.lora import adapter_options, add_lora
+from im2json.model.lora import add_lora
 from im2json.options import TrainConfig
 from im2json.runs import RunFolder
 
@@ -109,8 +111,8 @@ def further_trackers(config: TrainConfig) -> list[str]:
     return names
 
 
-def set_up(config: TrainConfig, accelerator: Accelerator, precision: str) -> Workbench:
-    """Load and check everything.
+def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, adapter: Path | None = None) -> Workbench:
+    """Load and check everything. `adapter` is a folder to read the adapter from in place of --adapter.
 
     Raises:
         ValueError: naming the option, file or row that is wrong.
@@ -125,8 +127,8 @@ def set_up(config: TrainConfig, accelerator: Accelerator, precision: str) -> Wor
     accelerator.print(lengths.summary())
     base = load_base(config.model.model, precision, config.model.quant, accelerator.device)
     lengths.check(config.data.max_target_tokens, len(collator.prefix_ids), positions(base))
-    model = add_lora(base, config.model, config.train.seed)
-    config = config.replace(**adapter_options(model))
+    lora = dataclasses.replace(config.model, adapter=str(adapter)) if adapter else config.model
+    model = add_lora(base, lora, config.train.seed)
     return Workbench(config, accelerator, precision, splits, collator, lengths, model)
 
 

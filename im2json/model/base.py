@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 from transformers.utils.logging import disable_progress_bar
 
+from im2json.cli import first_line
+
 TINY = Path(__file__).parent / "tiny"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -79,9 +81,8 @@ def _from_pretrained(kind: Any, model: str, **settings: Any) -> Any:
         try:
             return _complete(kind, path, **settings)
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, SafetensorError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
-                f"--model {model}: the folder does not load as a PaliGemma with its processor: {reason}"
+                f"--model {model}: the folder does not load as a PaliGemma with its processor: {first_line(error)}"
             ) from error
     if Path(path).exists():
         raise ValueError(f"--model {model}: this is a file; name the folder that holds the model")
@@ -123,5 +124,5 @@ def _reach_hub(model: str) -> None:
         ) from error
     except (HfHubHTTPError, OSError, EntryNotFoundError) as error:
         raise ValueError(
-            f"--model {model}: no such folder, and the hub could not be reached: {str(error).splitlines()[0]}"
+            f"--model {model}: no such folder, and the hub could not be reached: {first_line(error)}"
         ) from error

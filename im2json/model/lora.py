@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
+from im2json.cli import first_line
 from im2json.options import SEED_TARGET_MODULES, ModelOptions
-
-WEIGHTS = "adapter_model.safetensors"  # PEFT's name
+from im2json.runs import adapter_folder
 
 
 def add_lora(base: PaliGemmaForConditionalGeneration, options: ModelOptions, seed: int) -> PeftModel:
@@ -85,32 +85,7 @@ def _warm_start(base: PaliGemmaForConditionalGeneration, adapter: str) -> PeftMo
     try:
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"--adapter {adapter} does not fit this model: {reason}") from error
-
-
-def adapter_folder(path: Path) -> Path:
-    """The adapter in a run folder, or the adapter folder itself.
-
-    Raises:
-        ValueError: if there is no adapter.
-    """
-    for folder in (path / "adapter", path):
-        if (folder / WEIGHTS).is_file() and (folder / "adapter_config.json").is_file():
-            return folder
-    raise ValueError(f"{path} holds no adapter: expected {WEIGHTS} and adapter_config.json in it or in its adapter/")
-
-
-def adapter_options(model: PeftModel) -> dict[str, Any]:
-    """The options that an adapter has settled, its own where training started from one (--adapter)."""
-    config: Any = model.peft_config["default"]
-    return {
-        "r": config.r,
-        "alpha": float(config.lora_alpha),
-        "dropout": float(config.lora_dropout),
-        "rslora": config.use_rslora,
-        "dora": config.use_dora,
-    }
+        raise ValueError(f"--adapter {adapter} does not fit this model: {first_line(error)}") from error
 
 
 def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -141,7 +116,7 @@ def read_adapter_weights(model: PeftModel, path: Path) -> None:
     try:
         set_peft_model_state_dict(model, weights)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit this adapter: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} does not fit this adapter: {first_line(error)}") from error
 
 
 def _adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:

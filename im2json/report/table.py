@@ -41,9 +41,10 @@ def before_after_table(before: Mapping[str, float], after: Mapping[str, float]) 
     """A line a metric: before, after, the change, and whether it is for the better.
 
     Metrics come in the order of scoring.METRICS, which says which way is better; a name that is not there (a
-    count, a loss) follows in the order given, without a verdict. A change that rounds to 0.000 is "same".
+    loss) follows in the order given, without a verdict; `num`, the examples, is left to the caption. A change that
+    rounds to 0.000 is "same".
     """
-    given = list(dict.fromkeys([*before, *after]))
+    given = [name for name in dict.fromkeys([*before, *after]) if name != "num"]
     names = [name for name in METRICS if name in given] + [name for name in given if name not in METRICS]
     rows = [_comparison(name, before.get(name), after.get(name)) for name in names]
     return table(rows, ["metric", "before", "after", "change", ""])

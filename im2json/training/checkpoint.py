@@ -15,8 +15,11 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PaliGemmaProcessor
 
-from im2json.model.lora import WEIGHTS, read_adapter_weights, write_adapter_weights
+from im2json.cli import first_line
+from im2json.model.lora import read_adapter_weights, write_adapter_weights
 from im2json.runs import (
+    PROMPT,
+    WEIGHTS,
     RunFolder,
     atomically,
     complete_checkpoints,
@@ -45,7 +48,7 @@ def begin(
         run.adapter.mkdir(exist_ok=True)
         processor.save_pretrained(run.adapter)
         model.peft_config["default"].save_pretrained(str(run.adapter))
-        write_json(run.adapter / "im2json.json", {"prompt": prompt})
+        write_json(run.adapter / PROMPT, {"prompt": prompt})
     accelerator.wait_for_everyone()
     return checkpoint
 
@@ -118,8 +121,9 @@ def load_checkpoint(
             with atomically(run.adapter / WEIGHTS) as aside:
                 shutil.copyfile(path / BEST, aside)
     except _DAMAGED as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be read ({reason}): remove it to resume from the checkpoint before") from error
+        raise ValueError(
+            f"{path} cannot be read ({first_line(error)}): remove it to resume from the checkpoint before"
+        ) from error
     restore_paging(optimizer.optimizer)
     accelerator.wait_for_everyone()
     return state

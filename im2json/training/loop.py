@@ -86,7 +86,8 @@ def fit(
                 model, batches, target_tokens, parameters, optimizer, accelerator, options.max_grad_norm
             )
             if outcome.non_finite:
-                raise NonFiniteError(_non_finite_message(outcome, state.step, batches))
+                ids = loader.split.ids
+                raise NonFiniteError(_non_finite_message(outcome, state.step, [ids[i] for i in indices]))
             seconds = time.perf_counter() - clock  # waiting for data included
             advance(state, outcome, len(indices), target_tokens, seconds)
             if outcome.skipped and state.skipped_running >= MAX_SKIPPED_RUNNING:
@@ -254,13 +255,12 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _non_finite_message(outcome: StepOutcome, step: int, batches: list[Batch]) -> str:
-    ids = ", ".join(id for batch in batches for id in batch.ids)
+def _non_finite_message(outcome: StepOutcome, step: int, ids: list[str]) -> str:
     what = f"the gradient norm is {outcome.grad_norm} at a loss of {outcome.loss:.4g}"
     if not math.isfinite(outcome.loss):
         what = f"the loss is {outcome.loss}"
     return (
-        f"step {step + 1}: {what}, with the examples {ids}. The adapter was not updated. "
+        f"step {step + 1}: {what}, with the examples {', '.join(ids)}. The adapter was not updated. "
         "Try a lower --lr, a longer --warmup, --precision fp32 or bf16, or look at these examples"
     )
 

@@ -40,14 +40,15 @@ class Tracker:
             accelerator.init_trackers("im2json", config={k: _plain(v) for k, v in config.flat().items()})
 
     def scalars(self, split: str, step: int, values: Scalars, **more: Any) -> None:
-        """Log values as `split/name`. `more` goes into metrics.jsonl only."""
+        """Log values as `split/name`. `more` and num, the examples, go into metrics.jsonl only."""
         if self.writer is None:
             return
         append_lines(self.run.metrics, [{"step": step, "split": split, **more, "values": values, "time": time.time()}])
-        for name, value in values.items():
-            self.writer.add_scalar(f"{split}/{name}", value, step)
+        curves = {f"{split}/{name}": value for name, value in values.items() if name != "num"}
+        for name, value in curves.items():
+            self.writer.add_scalar(name, value, step)
         if self.config.train.track:
-            self.accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+            self.accelerator.log(curves, step=step)
 
     def describe(self, lengths: TargetLengths) -> None:
         """What is known before the first step: the options, and how long the targets are."""
@@ -69,8 +70,8 @@ class Tracker:
         if self.writer is None:
             return
         options = {n: v for n, v in self.config.flat().items() if v is not None and not FIELDS[n].metadata["free"]}
-        metrics = {f"validation_best/{name}": value for name, value in best.items()}
-        for summary in hparams(options, metrics | {f"test/{name}": 0.0 for name in tested}):
+        metrics = {f"validation_best/{name}": value for name, value in best.items() if name != "num"}
+        for summary in hparams(options, metrics | {f"test/{name}": 0.0 for name in tested if name != "num"}):
             self.writer._get_file_writer().add_summary(summary)
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, step)
