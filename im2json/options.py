@@ -22,6 +22,7 @@ METRIC_NAMES = (
     "field_recall",
     "ted_accuracy",
     "json_validity",
+    "json_repaired",
     "exact_match",
     "key_f1",
     "structure_similarity",

@@ -14,6 +14,7 @@ class Metric(NamedTuple):
 
 METRICS: dict[str, Metric] = {
     "json_validity": Metric("share of predictions that are strict JSON and an object", True),
+    "json_repaired": Metric("share of predictions that are no strict JSON, but were repaired and scored so", False),
     "exact_match": Metric("share of predictions whose parsed value equals the target", True),
     "ted_accuracy": Metric("Donut's tree-edit accuracy: 1 - distance / size of the target, at least 0", True),
     "field_f1": Metric("Donut's F1 over (path, value) pairs, micro-averaged, list positions ignored", True),

@@ -13,8 +13,9 @@ from rapidfuzz.distance import Levenshtein
 from im2json.scoring.bootstrap import REPLICATES, example_key, interval, poisson_weights
 from im2json.scoring.errors import unmatched
 from im2json.scoring.evaluator import Difference
+from im2json.scoring.jsontext import read
 from im2json.scoring.normal import fields, normal_items
-from im2json.scoring.text import parse, scoring_text
+from im2json.scoring.text import scoring_text
 
 MAX_FOREIGN = 100
 """Paths that only predictions have, kept one by one; the rest are added up."""
@@ -120,7 +121,7 @@ def compare_fields(
     tables = [FieldTable(seed), FieldTable(seed)]
     for table, rows in zip(tables, (first, second)):
         for row in rows:
-            table.update(parse(row["text"]) or {}, row["target"], str(row["id"]))
+            table.update(read(row["text"]).value or {}, row["target"], str(row["id"]))
     before, after = tables
     paths = sorted(before._paths.keys() - before._foreign)
     if paths != sorted(after._paths.keys() - after._foreign):

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 
 from im2json.scoring.catalogue import METRICS
+from im2json.scoring.jsontext import Reading, read
 from im2json.scoring.normal import fields, normal_items
-from im2json.scoring.text import canonical, parse, scoring_text
+from im2json.scoring.text import canonical, scoring_text
 from im2json.scoring.tree import tree_edit_accuracy
 
 Array = NDArray[Any]
@@ -30,6 +31,7 @@ SUMS = (
     "fields_wanted",
     "keys_matched",
     "json_validity",
+    "json_repaired",
     "exact_match",
     "ted_accuracy",
     "structure_similarity",
@@ -65,16 +67,23 @@ def _share(part: Array, whole: Array, either: Array) -> Array:
 
 
 def score(prediction: str, target: dict[str, Any]) -> Array:
-    """One example's sums, in the order of SUMS; a prediction that is not strict JSON scores as {}.
+    """One example's sums, in the order of SUMS; a prediction is scored as `jsontext.read` reads it, {} if it cannot.
+
+    Only json_validity and exact_match ask for strict JSON.
 
     Raises ValueError where the target is not a JSON object; never on account of the prediction's content.
     """
     if not isinstance(prediction, str):
         raise ValueError(f"a prediction is text, not {type(prediction).__name__}")
+    return score_reading(read(prediction), target)
+
+
+def score_reading(reading: Reading, target: dict[str, Any]) -> Array:
+    """`score` for a prediction that has been read. Raises ValueError where the target is not a JSON object."""
     if not isinstance(target, dict):
         raise ValueError(f"a target is a JSON object, not {type(target).__name__}")
-    parsed = parse(prediction)
-    document = {} if parsed is None else parsed
+    strict = reading.how == "strict"
+    document = reading.value or {}
     predicted_fields, wanted_fields = fields(normal_items(document)), fields(normal_items(target))
     accuracy, similarity = value_scores(places(document), places(target))
     return np.array([
@@ -83,8 +92,9 @@ def score(prediction: str, target: dict[str, Any]) -> Array:
         len(predicted_fields),
         len(wanted_fields),
         matches((path for path, _ in predicted_fields), (path for path, _ in wanted_fields)),
-        parsed is not None,
-        parsed is not None and same_value(parsed, target),
+        strict,
+        reading.how == "repaired",
+        strict and same_value(document, target),
         tree_edit_accuracy(document, target),
         jaccard(key_paths(document), key_paths(target)),
         accuracy,

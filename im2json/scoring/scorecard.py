@@ -9,7 +9,6 @@ from im2json.scoring.errors import ErrorCounts, example_errors
 from im2json.scoring.evaluator import StreamingEvaluator
 from im2json.scoring.fieldtable import FieldTable
 from im2json.scoring.jsontext import read
-from im2json.scoring.text import parse
 
 
 class Scorecard:
@@ -23,8 +22,9 @@ class Scorecard:
     def update(self, prediction: str, target: dict[str, Any], id: str | None = None) -> dict[str, float]:
         """Counts one example, and returns its own scores; raises as `StreamingEvaluator.update` does."""
         scores = self.metrics.update(prediction, target, id)
-        self.fields.update(parse(prediction) or {}, target)
-        self.errors.update(example_errors(read(prediction), target))
+        reading = read(prediction)
+        self.fields.update(reading.value or {}, target)
+        self.errors.update(example_errors(reading, target))
         return scores
 
     def merge(self, other: Scorecard) -> None:

@@ -17,7 +17,8 @@ def scores(prediction: object, target: dict[str, object]) -> dict[str, float]:
 
 def test_names_are_those_of_the_catalogue() -> None:
     assert list(scores({}, {})) == list(METRICS)
-    assert [name for name, metric in METRICS.items() if not metric.higher_is_better] == ["edit_distance"]
+    lower_is_better = [name for name, metric in METRICS.items() if not metric.higher_is_better]
+    assert lower_is_better == ["json_repaired", "edit_distance"]
     assert list(StreamingEvaluator().compute()) == [*METRICS, "num"]
 
 
@@ -93,7 +94,7 @@ def test_exact_match_compares_parsed_values() -> None:
     assert scores({"a": {"b": 1}}, {"a": [{"b": 1}]})["exact_match"] == 0.0
 
 
-@pytest.mark.parametrize("text", ["", "no", '{"menu": [', "[]", "NaN", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "no", '{"menu" [', "[]", "NaN", "[" * 100_000])
 def test_what_cannot_be_read_is_scored_as_empty(text: str) -> None:
     got, empty = scores(text, TARGET), scores("{}", TARGET)
     assert got["json_validity"] == 0.0
@@ -101,6 +102,18 @@ def test_what_cannot_be_read_is_scored_as_empty(text: str) -> None:
     assert got | {"json_validity": 1.0} == empty
     assert scores(text, {})["exact_match"] == 0.0
     assert scores(text, {})["field_f1"] == scores(text, {})["ted_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ['{"menu": {"nm": "tea"', '```json\n{"menu": {"nm": "tea"}}\n```', "Here: {'menu': {'nm': 'tea'}}"]
+)
+def test_what_can_be_repaired_is_scored_as_repaired_and_counted(text: str) -> None:
+    target = {"menu": [{"nm": "tea"}]}
+    got, strict = scores(text, target), scores('{"menu": {"nm": "tea"}}', target)
+    assert (got["json_validity"], got["json_repaired"]) == (0.0, 1.0)
+    assert (strict["json_validity"], strict["json_repaired"]) == (1.0, 0.0)
+    assert got | {"json_validity": 1.0, "json_repaired": 0.0} == strict
+    assert scores(text, {"menu": {"nm": "tea"}})["exact_match"] == 0.0  # of strict JSON alone
 
 
 def test_field_f1_equals_donuts_cal_f1() -> None:
