@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from im2json.cli import GroupedCommand, option_flags, preset_flag, quiet_libraries, user_errors
+from im2json.cli import GroupedCommand, option_flags, preset_flag, quiet_libraries, resumable, user_errors
 from im2json.options import TrainConfig
 from im2json.runs import WEIGHTS, RunFolder, check_output, claim, fresh_options, locked, new_run, resumed_config
 
@@ -24,7 +24,7 @@ from im2json.runs import WEIGHTS, RunFolder, check_output, claim, fresh_options,
 def main(context: click.Context, preset: str | None, resume: str | None) -> None:
     """Fine-tune PaliGemma with QLoRA to turn pictures of documents into JSON."""
     given: dict[str, Any] = context.obj or {}
-    with user_errors("go on with train.py --resume and the run folder"):
+    with user_errors("no step was taken yet"):
         if resume is not None:
             stopped = RunFolder(Path(resume))
             train(resumed_config(stopped, given, preset), stopped)
@@ -55,7 +55,7 @@ def train(config: TrainConfig, stopped: RunFolder | None = None) -> dict[str, An
     bench = set_up(config, accelerator, precision, adapter=own_adapter)
     model = bench.model
     (run,) = broadcast_object_list([stopped or (new_run(config) if accelerator.is_main_process else None)])
-    with locked(run, accelerator.is_main_process):
+    with resumable(run.path), locked(run, accelerator.is_main_process):
         if accelerator.is_main_process:
             claim(run, config, fresh=stopped is None)
         accelerator.print(f"run folder: {run.path}   watch it: tensorboard --logdir {run.path.parent}")

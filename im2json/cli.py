@@ -6,8 +6,11 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -82,22 +85,44 @@ preset_flag = click.option(
 )
 
 
+class Interrupted(click.ClickException):
+    exit_code = 128 + signal.SIGINT  # as shells have it
+
+
 @contextlib.contextmanager
 def user_errors(interrupted: str = "nothing was lost") -> Iterator[None]:
-    """Turn an error that is the user's to mend into one clear message and exit status 1; Ctrl-C says `interrupted`.
+    """Turn an error that is the user's to mend into one clear message and exit status 1.
 
     ValueError is how every room reports a user's mistake, OSError is the system's word on a file.
-    IM2JSON_TRACEBACK=1 shows where it came from.
+    IM2JSON_TRACEBACK=1 shows where it came from. Ctrl-C and SIGTERM exit with 130, saying what the KeyboardInterrupt
+    says, or else `interrupted`.
     """
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
     try:
         yield
-    except KeyboardInterrupt:
-        raise click.ClickException(f"interrupted: {interrupted}") from None
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"interrupted: {stop if str(stop) else interrupted}") from None
     except (ValueError, OSError, RuntimeError) as error:
         out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
         if os.environ.get("IM2JSON_TRACEBACK") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
         raise click.ClickException(f"{first_line(error)} {LESS_MEMORY}" if out_of_memory else str(error)) from error
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def resumable(path: Path) -> Iterator[None]:
+    """Have what stops a run, other than the user's mistake, say how to go on with it."""
+    advice = f"go on with train.py --resume {path}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(advice) from None
+    except OSError as error:
+        raise OSError(f"{error}; what was saved is kept: {advice}") from error
 
 
 LESS_MEMORY = (

@@ -42,14 +42,16 @@ def option(
     at_most: float | None = None,
     choices: tuple[str, ...] = (),
     free: bool = False,
+    later: bool = False,
 ) -> Any:
     """A dataclass field that knows how to explain and check itself.
 
     `free` marks an option that changes how a run is carried out but not what it computes: it may differ on --resume
-    and takes no part in a sweep point's identity.
+    and takes no part in a sweep point's identity. `later` marks one that does change the result, and may be given
+    another value on --resume all the same, which holds from there on.
     """
-    metadata = dict(help=help, unit=unit, at_least=at_least, above=above, at_most=at_most, choices=choices, free=free)
-    return dataclasses.field(default=default, metadata=metadata)
+    bounds = dict(at_least=at_least, above=above, at_most=at_most, choices=choices)
+    return dataclasses.field(default=default, metadata=dict(help=help, unit=unit, free=free, later=later, **bounds))
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,10 @@ class TrainOptions:
     warmup: float = option(0.03, "share of the steps that raise the learning rate from 0", at_least=0, at_most=1)
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", at_least=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
-    epochs: float = option(3.0, "passes over the training split, unless --steps says otherwise", unit="epochs", above=0)
-    steps: int | None = option(None, "optimizer updates; wins over --epochs", unit="steps", at_least=1)
+    epochs: float = option(
+        3.0, "passes over the training split, unless --steps says otherwise", unit="epochs", above=0, later=True
+    )
+    steps: int | None = option(None, "optimizer updates; wins over --epochs", unit="steps", at_least=1, later=True)
     batch_size: int = option(
         4, "examples per step, all processes and microbatches together", unit="examples", at_least=1
     )
@@ -139,13 +143,15 @@ class TrainOptions:
         "AdamW with its state in 8 bits and paged, in 8 bits, or plain",
         choices=("paged_adamw_8bit", "adamw_8bit", "adamw"),
     )
-    eval_every: int = option(100, "validate generated text every N steps; 0: never", unit="steps", at_least=0)
+    eval_every: int = option(
+        100, "validate generated text every N steps; 0: never", unit="steps", at_least=0, later=True
+    )
     eval_examples: int | None = option(
         None, "validation examples used each time; all unless given", unit="examples", at_least=1
     )
     metric: str = option("field_f1", "what the best adapter and --patience go by", choices=METRIC_NAMES)
     patience: int | None = option(
-        None, "stop after this many evaluations without a gain", unit="evaluations", at_least=1
+        None, "stop after this many evaluations without a gain", unit="evaluations", at_least=1, later=True
     )
     save_every: int | None = option(
         None,
@@ -156,7 +162,7 @@ class TrainOptions:
     )
     keep: int = option(2, "checkpoints kept", unit="checkpoints", at_least=1, free=True)
     seed: int = option(0, "of LoRA's first values, the order of the examples and dropout", at_least=0)
-    test: bool = option(True, "score the test split before and after training")
+    test: bool = option(True, "score the test split before and after training", later=True)
     output: str | None = option(None, "run folder; a fresh one under runs/ unless given", free=True)
     track: str | None = option(
         None,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -22,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from im2json.options import FIELDS, PRESETS, TrainConfig, flag_name
 EMBEDDED = ("tiny", "receipts")  # the model and the data set that are no paths
 WEIGHTS = "adapter_model.safetensors"  # PEFT's names
 ADAPTER_CONFIG = "adapter_config.json"
+CHECKSUMS = "checksums.json"  # in a checkpoint: {file: SHA-256}
+LONGER = {"steps", "epochs"}  # the options that a finished run can be resumed with
 PROMPT = "im2json.json"  # beside them: {"prompt": ...}
 VERSIONED = (
     "im2json",
@@ -96,14 +99,16 @@ class RunFolder:
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{self.config} does not hold a run's options: {error}") from error
 
-    def write_config(self, config: TrainConfig) -> None:
+    def write_config(self, config: TrainConfig, changes: Sequence[dict[str, Any]] = ()) -> None:
+        """`changes`: what each --resume made different, {"step", "options": {name: {"from", "to"}}}."""
         versions = {name: _version(name) for name in VERSIONED} | {"python": sys.version.split()[0]}
-        write_json(self.config, {"options": config.flat(), "versions": versions, "git": _git_revision()})
+        stored = {"options": config.flat(), "versions": versions, "git": _git_revision(), "changes": list(changes)}
+        write_json(self.config, stored)
 
     def latest_checkpoint(self) -> Path | None:
-        """The complete checkpoint with the most steps."""
-        steps = complete_checkpoints(self.checkpoints)
-        return steps[-1] if steps else None
+        """The whole checkpoint with the most steps."""
+        steps = reversed(complete_checkpoints(self.checkpoints))
+        return next((path for path in steps if damage(path) is None), None)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -156,7 +161,7 @@ def new_run(config: TrainConfig) -> RunFolder:
 def claim(run: RunFolder, config: TrainConfig, fresh: bool) -> None:
     """Look again, with the folder locked, whether it is free for a fresh run or still has one to go on with.
 
-    A fresh run's config.json is written here.
+    A fresh run's config.json is written here, and what a resumed run changes is added to it.
 
     Raises:
         ValueError: if another process was faster.
@@ -164,8 +169,17 @@ def claim(run: RunFolder, config: TrainConfig, fresh: bool) -> None:
     if fresh:
         check_output(str(run.path))
         run.write_config(config)
-    elif run.done:
+        return
+    before, after = run.read_config().flat(), config.flat()
+    changed = {name: {"from": before[name], "to": value} for name, value in after.items() if before[name] != value}
+    if run.done and not changed.keys() & LONGER:
         raise ValueError(f"--resume {run.path}: this run was finished meanwhile")
+    run.result.unlink(missing_ok=True)
+    if changed:
+        checkpoint = run.latest_checkpoint()
+        changes = json.loads(run.config.read_text("utf-8")).get("changes", [])
+        step = step_of(checkpoint) if checkpoint else 0
+        run.write_config(config, [*changes, {"step": step, "options": changed}])
 
 
 @contextlib.contextmanager
@@ -198,20 +212,20 @@ def rewind(run: RunFolder, step: int) -> None:
 
 
 def resumed_config(run: RunFolder, given: dict[str, Any], preset: str | None = None) -> TrainConfig:
-    """A stopped run's options, with those that do not change its result replaced by what was given now.
+    """A stopped run's options, with those that may change replaced by what was given now.
 
     Raises:
-        ValueError: if the run is finished, or an option that does change the result differs.
+        ValueError: if the run is finished and not made longer, or an option differs that may not change.
     """
     config = run.read_config()
-    if run.done:
-        raise ValueError(f"--resume {run.path}: this run is finished; nothing is left to resume")
-    if preset is not None:
-        given = {**PRESETS[preset], **given}
+    if run.done and not LONGER & given.keys():
+        raise ValueError(f"--resume {run.path}: this run is finished; --steps or --epochs would make it longer")
+    given = _absolute(given if preset is None else {**PRESETS[preset], **given})
     if given.get("output") not in (None, str(run.path)):
         raise ValueError(f"--resume {run.path} goes on in that folder: leave --output out")
     stored = config.flat()
-    differing = [name for name, value in given.items() if value != stored[name] and not FIELDS[name].metadata["free"]]
+    fixed = {name for name, field in FIELDS.items() if not (field.metadata["free"] or field.metadata["later"])}
+    differing = [name for name, value in given.items() if value != stored[name] and name in fixed]
     if differing:
         said = ", ".join(f"{flag_name(name)} was {stored[name]}, not {given[name]}" for name in differing)
         raise ValueError(f"--resume {run.path} goes on with the options it began with: {said}; start a new run instead")
@@ -227,12 +241,7 @@ def fresh_options(given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if --adapter holds no LoRA adapter, or an option given contradicts it.
     """
-    given = {
-        name: os.path.abspath(value)
-        if name in ("model", "dataset", "adapter") and value not in EMBEDDED and Path(value).exists()
-        else value
-        for name, value in given.items()
-    }
+    given = _absolute(given)
     if given.get("adapter") is None:
         return given
     shape, more = _adapter_options(adapter_folder(Path(given["adapter"])))
@@ -243,6 +252,15 @@ def fresh_options(given: dict[str, Any]) -> dict[str, Any]:
     if modules is not None and sorted(modules.split(",")) != sorted(shape["target_modules"].split(",")):
         raise ValueError(f"--target-modules: --adapter {given['adapter']} has layers of its own, leave it out")
     return {**more, **given, **shape}
+
+
+def _absolute(given: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: os.path.abspath(value)
+        if name in ("model", "dataset", "adapter") and value not in EMBEDDED and Path(value).exists()
+        else value
+        for name, value in given.items()
+    }
 
 
 def _adapter_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -297,16 +315,33 @@ def atomically(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_atomically(path: Path) -> Iterator[Path]:
-    """The same for a folder, which must not exist yet."""
+    """The same for a folder, which must not exist yet; it gets checksums, by which `damage` tells."""
     aside = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed here
     aside.mkdir(parents=True)
     yield aside
+    (aside / CHECKSUMS).write_text(json.dumps({file.name: _sha256(file) for file in sorted(aside.iterdir())}, indent=2))
     for file in aside.rglob("*"):
         _sync(file)
     _sync(aside)
     os.rename(aside, path)
     _sync(path.parent)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that `folder_atomically` wrote; None where it is whole."""
+    try:
+        for name, digest in json.loads((folder / CHECKSUMS).read_text("utf-8")).items():
+            if _sha256(folder / name) != digest:
+                return f"{name} is not as it was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

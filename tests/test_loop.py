@@ -520,19 +520,152 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_one_clear_line(stopped, cli, tmp_path, damage):
+def test_a_damaged_checkpoint_is_passed_over(stopped, cli, uninterrupted, tmp_path, damage):
     run = RunFolder(Path(shutil.copytree(stopped, tmp_path / "run")))
     DAMAGE[damage](run.checkpoints / "step-3")
-    error = clear_error(cli("train", "--resume", run.path))
-    assert str(run.checkpoints / "step-3") in error
-    assert "remove it to resume from the checkpoint before" in error
-    assert not run.done
+    result = cli("train", "--resume", run.path)
+    assert result.exit_code == 0, result.output
+    (said,) = (line for line in result.stdout.splitlines() if "is damaged" in line)
+    assert said.startswith(str(run.checkpoints / "step-3")) and "kept as damaged-step-3" in said
+    assert (run.checkpoints / "damaged-step-3").is_dir()
+    assert_same_runs(run, uninterrupted)
 
 
-def test_following_that_advice_resumes_from_the_checkpoint_before(stopped, resume, uninterrupted, tmp_path):
+def test_a_run_without_a_whole_checkpoint_begins_anew(stopped, resume, uninterrupted, tmp_path):
     run = RunFolder(Path(shutil.copytree(stopped, tmp_path / "run")))
-    shutil.rmtree(run.checkpoints / "step-3")
+    for path in complete_checkpoints(run.checkpoints):
+        (path / "checksums.json").unlink()
     assert_same_runs(resume(run), uninterrupted)
+
+
+# --- asking a run to stop, and making it longer
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: int) -> None:
+    """Send these signals to the run as its step ends."""
+    import im2json.training.loop as loop
+
+    original = loop.report
+
+    def report(tracker: Any, bar: Any, state: Any, *more: Any) -> None:
+        original(tracker, bar, state, *more)
+        if state.step == step:
+            for number in numbers:
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(loop, "report", report)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
+    cli, resume, base_args, uninterrupted, tmp_path, number
+):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    run = RunFolder(tmp_path / "run")
+    seldom = ("--save-every", 6) if number == signal.SIGTERM else ()
+    with pytest.MonkeyPatch.context() as patch:
+        signalled(patch, 3, number)
+        result = cli("train", *base_args, *RESUMED, *seldom, "--output", run.path)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == f"Error: interrupted: go on with train.py --resume {run.path}"
+    assert complete_checkpoints(run.checkpoints)[-1].name in ("step-3", "step-4")
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    resume(run, "--save-every", 1)
+    assert_same(metrics(run), metrics(uninterrupted))
+    assert_same(checkpoint(run, 6), checkpoint(uninterrupted, 6))
+
+
+def test_asked_twice_a_run_stops_at_once(cli, base_args, tmp_path, monkeypatch):
+    signalled(monkeypatch, 3, signal.SIGINT, signal.SIGINT)
+    run = RunFolder(tmp_path / "run")
+    result = cli("train", *base_args, "--no-test", "--output", run.path)
+    assert result.exit_code == 130 and f"--resume {run.path}" in result.stderr
+    assert [path.name for path in complete_checkpoints(run.checkpoints)] == ["step-2"]
+
+
+def test_a_finished_run_can_be_made_longer(train, resume, cli, tmp_path):
+    flags = ("--schedule", "constant", "--warmup", 0, "--keep", 9, "--no-test")
+    whole = train(tmp_path / "whole", *flags, "--steps", 6)
+    run = train(tmp_path / "run", *flags, "--steps", 4)
+    assert "--steps or --epochs would make it longer" in clear_error(cli("train", "--resume", run.path))
+    resume(run, "--steps", 6, "--patience", 9)
+    assert_same_runs(run, whole)
+    stored = json.loads(run.config.read_text())
+    assert (stored["options"]["steps"], stored["options"]["patience"]) == (6, 9)
+    assert stored["changes"] == [
+        {"step": 4, "options": {"steps": {"from": 4, "to": 6}, "patience": {"from": None, "to": 9}}}
+    ]
+    assert "--seed was 0, not 1" in clear_error(cli("train", "--resume", run.path, "--steps", 8, "--seed", 1))
+
+
+# --- what the first step has to show
+
+
+def test_a_layer_that_no_gradient_reaches_is_refused(cli, base_args, tmp_path, monkeypatch):
+    import im2json.training.loop as loop
+
+    original = loop.sum_over_processes
+
+    def without_one(values: Any, parameters: Any, accelerator: Any) -> Any:
+        parameters[1].grad = torch.zeros_like(parameters[1])
+        return original(values, parameters, accelerator)
+
+    monkeypatch.setattr(loop, "sum_over_processes", without_one)
+    error = clear_error(cli("train", *base_args, "--no-test", "--output", tmp_path / "run"))
+    assert "no gradient reaches 1 of" in error and "lora_B" in error and "--target-modules" in error
+
+
+@pytest.mark.parametrize("wrong", ["prompt learned", "EOS left out"])
+def test_labels_that_are_not_the_target_are_refused(cli, base_args, tmp_path, monkeypatch, wrong):
+    original = Collator.__call__
+
+    def collate(self: Collator, examples: Any) -> Batch:
+        batch = original(self, examples)
+        if wrong == "prompt learned":
+            batch.labels[0, len(self.prefix_ids) - 1] = 5
+        else:
+            batch.labels[batch.labels == self.processor.tokenizer.eos_token_id] = -100
+        return batch
+
+    monkeypatch.setattr(Collator, "__call__", collate)
+    error = clear_error(cli("train", *base_args, "--no-test", "--output", tmp_path / "run"))
+    assert "its labels are not exactly the target's tokens" in error
+
+
+# --- what the system does to a run
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\nEnforce fail")
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_saved(cli, resume, base_args, uninterrupted, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        original = torch.save
+
+        def save(value: Any, path: Path) -> None:
+            (full_disk if "step-4" in str(path) else original)(value, path)
+
+        patch.setattr(torch, "save", save)
+        error = clear_error(cli("train", *base_args, *RESUMED, "--output", run.path))
+    assert "step-4 cannot be written: PytorchStreamWriter failed" in error and f"--resume {run.path}" in error
+    assert_same_runs(resume(run), uninterrupted)
+
+
+def test_a_folder_that_vanished_is_one_line(cli, base_args, tmp_path, monkeypatch):
+    import im2json.training.loop as loop
+
+    run = RunFolder(tmp_path / "run")
+    original = loop.report
+
+    def report(*given: Any) -> None:
+        shutil.rmtree(run.path, ignore_errors=True)
+        original(*given)
+
+    monkeypatch.setattr(loop, "report", report)
+    error = clear_error(cli("train", *base_args, "--no-test", "--output", run.path))
+    assert "No such file or directory" in error and str(run.path) in error
 
 
 def test_tensorboard_shows_a_resumed_run_as_one(stopped, resume, tmp_path):

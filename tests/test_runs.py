@@ -18,6 +18,7 @@ from im2json.runs import (
     check_output,
     claim,
     complete_checkpoints,
+    damage,
     folder_atomically,
     keep_lines,
     locked,
@@ -131,16 +132,24 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     assert not path.exists()
     with folder_atomically(path) as aside:
         (aside / "new").touch()
-    assert [p.name for p in path.iterdir()] == ["new"]
+    assert sorted(p.name for p in path.iterdir()) == ["checksums.json", "new"]
+    assert damage(path) is None
+    (path / "new").write_text("other")
+    assert damage(path) == "new is not as it was written"
     assert [p.name for p in path.parent.iterdir()] == ["step-5"]
 
 
 def test_checkpoints_come_in_the_order_of_their_steps(run):
     assert run.latest_checkpoint() is None
-    for name in ("step-9", "step-10", "step-100", ".step-200.tmp", "step-x", "step-3.tmp"):
+    for name in (".step-200.tmp", "step-x", "step-3.tmp"):
         (run.checkpoints / name).mkdir(parents=True)
+    for name in ("step-9", "step-10", "step-100"):
+        with folder_atomically(run.checkpoints / name):
+            pass
     assert [path.name for path in complete_checkpoints(run.checkpoints)] == ["step-9", "step-10", "step-100"]
     assert run.latest_checkpoint() == run.checkpoints / "step-100"
+    (run.checkpoints / "step-100" / "checksums.json").unlink()
+    assert run.latest_checkpoint() == run.checkpoints / "step-10"
 
 
 def test_lines_are_appended_kept_and_a_cut_one_is_passed_over(tmp_path):
@@ -171,7 +180,8 @@ def test_rewinding_drops_what_came_after_the_checkpoint(run):
         run.path / ".during-validation.tmp-7",
     ]  # fmt: skip
     debris[0].mkdir(parents=True)
-    (run.checkpoints / "step-2").mkdir()
+    with folder_atomically(run.checkpoints / "step-2"):
+        pass
     for path in debris[1:]:
         path.touch()
     rewind(run, 2)

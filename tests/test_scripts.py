@@ -551,19 +551,14 @@ def test_a_mistake_prints_one_line_in_a_shell(base_args, tmp_path):
     ]
 
 
-def test_ctrl_c_says_how_to_go_on(monkeypatch, tmp_path):
-    from click.testing import CliRunner
-
-    import train
-
+def test_ctrl_c_before_the_first_step(cli, monkeypatch, tmp_path):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train", interrupted)
-    result = CliRunner().invoke(train.main, ["--output", str(tmp_path / "run")])
-    assert result.exit_code == 1
-    assert "--resume" in result.output
-    assert "Traceback" not in result.output
+    monkeypatch.setattr("im2json.inference.workbench.set_up", interrupted)
+    result = cli("train", "--output", tmp_path / "run")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "Error: interrupted: no step was taken yet"
 
 
 @pytest.mark.parametrize("name", ["nosuchtracker", "tensorboard"])

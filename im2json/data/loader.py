@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +51,7 @@ class StepLoader:
                 num_workers=self.workers,
                 pin_memory=self.pin_memory,
                 generator=torch.Generator(),  # or the loader would draw from the one that dropout uses
+                worker_init_fn=_leave_ctrl_c_to_the_run,
             )
         )
         for step in plan:
@@ -58,3 +60,7 @@ class StepLoader:
             except ValueError as error:  # from a worker it comes with that process's traceback
                 raise ValueError(str(error).rsplit("\nValueError: ", 1)[-1].rstrip()) from error
             yield microbatches
+
+
+def _leave_ctrl_c_to_the_run(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from im2json.runs import (
     RunFolder,
     atomically,
     complete_checkpoints,
+    damage,
     folder_atomically,
     rewind,
     step_of,
@@ -38,25 +41,40 @@ _DAMAGED = (OSError, RuntimeError, TypeError, ValueError, KeyError, EOFError, pi
 def begin(
     run: RunFolder, model: PeftModel, processor: PaliGemmaProcessor, prompt: str, accelerator: Accelerator
 ) -> Path | None:
-    """Make the run folder ready for its next step; the checkpoint to go on from, if there is one.
+    """Make the run folder ready for its next step; the last whole checkpoint to go on from, if there is one.
 
     adapter/ gets what stays the same for the whole run: PEFT's config, the processor and the prompt.
     """
-    checkpoint = run.latest_checkpoint()
     if accelerator.is_main_process:
+        for path in complete_checkpoints(run.checkpoints):
+            if problem := damage(path):
+                put_aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(put_aside, ignore_errors=True)
+                path.rename(put_aside)
+                accelerator.print(f"{path} is damaged ({problem}): passed over, and kept as {put_aside.name}")
+        checkpoint = run.latest_checkpoint()
         rewind(run, step_of(checkpoint) if checkpoint else 0)
         run.adapter.mkdir(exist_ok=True)
         processor.save_pretrained(run.adapter)
         model.peft_config["default"].save_pretrained(str(run.adapter))
         write_json(run.adapter / PROMPT, {"prompt": prompt})
     accelerator.wait_for_everyone()
-    return checkpoint
+    return run.latest_checkpoint()
 
 
 def write_adapter(model: PeftModel, run: RunFolder) -> None:
     """Make the present adapter the run's best: one file, replaced atomically."""
-    with atomically(run.adapter / WEIGHTS) as aside:
+    with writing(run.adapter / WEIGHTS), atomically(run.adapter / WEIGHTS) as aside:
         write_adapter_weights(model, aside)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Have torch and safetensors report a full disk as the system does."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {first_line(error)}") from error
 
 
 def save_checkpoint(
@@ -70,7 +88,7 @@ def save_checkpoint(
     path = run.checkpoints / f"step-{state.step}"
     if path.exists():
         return
-    with folder_atomically(path) as aside:
+    with writing(path), folder_atomically(path) as aside:
         write_adapter_weights(model, aside / WEIGHTS)
         model.peft_config["default"].save_pretrained(str(aside))
         torch.save(

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from im2json.data.collate import Batch
+from im2json.data.collate import IGNORE, Batch, Collator
 from im2json.data.loader import StepLoader
 from im2json.model.lora import trained
 from im2json.model.loss import summed_loss
@@ -24,6 +24,7 @@ from im2json.scoring import METRICS
 from im2json.training.checkpoint import load_checkpoint, save_checkpoint, write_adapter
 from im2json.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from im2json.training.state import TrainState
+from im2json.training.stopping import StopRequest
 from im2json.training.tracking import Tracker
 
 MAX_SKIPPED_RUNNING = 10  # fp16 overflows in a row after which the scale is not the problem
@@ -37,6 +38,7 @@ class NonFiniteError(ValueError):
 class StepOutcome:
     loss: float  # nats per target token, over all processes
     grad_norm: float  # of all LoRA gradients together, before clipping
+    stop: bool  # some process was asked to stop
     non_finite: bool  # the loss or a gradient; the optimizer was not touched
     skipped: bool  # fp16 only: a gradient overflowed, the loss scale was halved and the update left out
 
@@ -63,7 +65,8 @@ def fit(
 
     Raises:
         NonFiniteError: a loss or gradient is not finite.
-        ValueError: the checkpoint cannot be read.
+        ValueError: the checkpoint cannot be read, or the first step shows that something is not learned.
+        KeyboardInterrupt: Ctrl-C or SIGTERM asked for it; the step was finished and a checkpoint written.
     """
     options = config.train
     parameters = trained(model)
@@ -73,8 +76,8 @@ def fit(
     if out_of_patience(state, options):  # resumed after its last step
         total = state.step
 
-    with progress_bar(state.step, total, accelerator) as bar:
-        clock = time.perf_counter()
+    with progress_bar(state.step, total, accelerator) as bar, StopRequest() as stop:
+        first, clock = True, time.perf_counter()
         for batches in loader.steps(state.step, total):
             indices = loader.order.step(state.step)
             target_tokens = sum(target_lengths[i] for i in indices)
@@ -82,9 +85,13 @@ def fit(
             set_learning_rate(optimizer, rate)
             seed_dropout(options.seed, state.step, accelerator.process_index)
 
+            if first:
+                check_labels(batches, loader.collator)
             outcome = train_step(
-                model, batches, target_tokens, parameters, optimizer, accelerator, options.max_grad_norm
-            )
+                model, batches, target_tokens, parameters, optimizer, accelerator, options.max_grad_norm,
+                stop=stop, inspect=check_gradients if first else None,
+            )  # fmt: skip
+            first = False
             if outcome.non_finite:
                 ids = loader.split.ids
                 raise NonFiniteError(_non_finite_message(outcome, state.step, [ids[i] for i in indices]))
@@ -98,8 +105,12 @@ def fit(
             if options.eval_every and (state.step % options.eval_every == 0 or last):
                 keep_if_best(state, evaluate(state.step), options, model, accelerator, run)
                 last = last or out_of_patience(state, options)
-            if save_due(state.step, last, options) and accelerator.is_main_process:
+            stopping = outcome.stop and not last
+            if (stopping or save_due(state.step, last, options)) and accelerator.is_main_process:
+                tracker.flush()
                 save_checkpoint(run, model, optimizer, accelerator.scaler, state, options.keep)
+            if stopping:
+                raise KeyboardInterrupt
             if last:
                 break
             clock = time.perf_counter()
@@ -117,11 +128,15 @@ def train_step(
     optimizer: Any,
     accelerator: Accelerator,
     max_grad_norm: float,
+    *,
+    stop: StopRequest | None = None,
+    inspect: Callable[[PeftModel], None] | None = None,
 ) -> StepOutcome:
     """One optimizer update from this process's microbatches.
 
     Each microbatch's loss is a sum, divided by the target tokens of the whole step: gradients add up to those of the
-    mean over all target tokens, however the step was split.
+    mean over all target tokens, however the step was split. `inspect` sees the model with its gradients, before they
+    are clipped.
     """
     loss = torch.zeros((), device=accelerator.device)
     for batch in batches:
@@ -130,36 +145,74 @@ def train_step(
             part = summed_loss(model, batch.inputs, batch.labels) / target_tokens
         accelerator.backward(part)
         loss += part.detach()
-    loss = sum_over_processes(loss, parameters, accelerator)
+    asked = float(stop is not None and stop.made)
+    sums = sum_over_processes(torch.stack([loss, loss.new_tensor(asked)]), parameters, accelerator)
+    if inspect is not None:
+        inspect(model)
     grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
     assert grad_norm is not None
-    loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the step's one wait for the device
+    loss_value, asked, norm_value = torch.cat([sums, grad_norm.view(1)]).tolist()  # the step's one wait for the device
     scaled = accelerator.scaler is not None  # then an overflow of the scaled gradients is the scaler's to handle
     non_finite = not math.isfinite(loss_value) or not (math.isfinite(norm_value) or scaled)
     if not non_finite:
         optimizer.step()
     optimizer.zero_grad()
-    return StepOutcome(loss_value, norm_value, non_finite, scaled and optimizer.step_was_skipped)
+    return StepOutcome(loss_value, norm_value, asked > 0, non_finite, scaled and optimizer.step_was_skipped)
 
 
 def sum_over_processes(
-    loss: torch.Tensor, parameters: list[torch.nn.Parameter], accelerator: Accelerator
+    values: torch.Tensor, parameters: list[torch.nn.Parameter], accelerator: Accelerator
 ) -> torch.Tensor:
-    """Add up the gradients, in place, and the loss of all processes, in one all-reduce.
+    """Add up the gradients, in place, and a few values of all processes, in one all-reduce. values: (n,)
 
     Nothing but LoRA's gradients goes over the wire, once a step, so a process that a short last step left without
     examples takes part with zeros.
     """
     if accelerator.num_processes == 1:
-        return loss
+        return values
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = accelerator.reduce(torch.cat([loss.view(1), *(grad.flatten() for grad in grads)]), "sum")
-    for grad, summed in zip(grads, flat[1:].split([grad.numel() for grad in grads])):
+    flat = accelerator.reduce(torch.cat([values, *(grad.flatten() for grad in grads)]), "sum")
+    for grad, summed in zip(grads, flat[len(values) :].split([grad.numel() for grad in grads])):
         grad.copy_(summed.view_as(grad))
-    return flat[0]
+    return flat[: len(values)]
+
+
+def check_labels(batches: list[Batch], collator: Collator) -> None:
+    """Hold a step's labels to what the loss is meant to be taken on: the whole target, EOS last, and nothing before.
+
+    Raises:
+        ValueError: naming the first example where they are not.
+    """
+    start, eos = len(collator.prefix_ids), collator.processor.tokenizer.eos_token_id
+    for batch in batches:
+        causal = batch.inputs["token_type_ids"] * batch.inputs["attention_mask"]  # B x S: 1 on the suffix
+        for id, labels, suffix in zip(batch.ids, batch.labels, causal):
+            learned = labels != IGNORE  # S
+            if learned[:start].any() or not torch.equal(learned.long(), suffix) or labels[learned][-1] != eos:
+                raise ValueError(f"example {id}: its labels are not exactly the target's tokens with EOS at their end")
+
+
+def check_gradients(model: PeftModel) -> None:
+    """See that the first step reaches every LoRA matrix. The first of a pair begins without a gradient, for the
+    second is zero then.
+
+    Raises:
+        ValueError: naming the layers that none reaches, which would be saved as trained.
+    """
+    reached = [
+        (name, parameter.grad is not None and (".lora_A." in name or bool(parameter.grad.any())))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+    missing = [name for name, there in reached if not there]
+    if missing:
+        raise ValueError(
+            f"no gradient reaches {len(missing)} of {len(reached)} LoRA matrices, {missing[0]} among them: "
+            "leave these layers out with --target-modules"
+        )
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

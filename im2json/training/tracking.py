@@ -76,6 +76,11 @@ class Tracker:
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, step)
 
+    def flush(self) -> None:
+        """Put on disk what a resumed run will not log again."""
+        if self.writer is not None:
+            self.writer.flush()
+
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
