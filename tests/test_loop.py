@@ -342,11 +342,16 @@ def checkpoint(run: RunFolder, step: int) -> dict[str, Any]:
     best = folder / "best.safetensors"
     return {
         "adapter": load_file(folder / "adapter_model.safetensors"),
-        "config": json.loads((folder / "adapter_config.json").read_text()),
+        "config": adapter_config(folder),
         "best": load_file(best) if best.exists() else None,
         "optimizer": torch.load(folder / "optimizer.pt", weights_only=True),
         "state": state,
     }
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    stored = json.loads((folder / "adapter_config.json").read_text())
+    return {**stored, "target_modules": sorted(stored["target_modules"])}  # PEFT holds a set
 
 
 def leftovers(run: RunFolder) -> dict[str, Any]:
@@ -360,7 +365,7 @@ def leftovers(run: RunFolder) -> dict[str, Any]:
         "predictions": list(read_lines(run.predictions)),
         "result": result,
         "adapter": load_file(run.adapter / "adapter_model.safetensors"),
-        "adapter config": json.loads((run.adapter / "adapter_config.json").read_text()),
+        "adapter config": adapter_config(run.adapter),
         "checkpoints": {step: checkpoint(run, step) for step in steps},
     }
 

@@ -55,8 +55,9 @@ def begin(
         checkpoint = run.latest_checkpoint()
         rewind(run, step_of(checkpoint) if checkpoint else 0)
         run.adapter.mkdir(exist_ok=True)
-        processor.save_pretrained(run.adapter)
-        model.peft_config["default"].save_pretrained(str(run.adapter))
+        with writing(run.adapter):
+            processor.save_pretrained(run.adapter)
+            model.peft_config["default"].save_pretrained(str(run.adapter))
         write_json(run.adapter / PROMPT, {"prompt": prompt})
     accelerator.wait_for_everyone()
     return run.latest_checkpoint()
@@ -70,10 +71,13 @@ def write_adapter(model: PeftModel, run: RunFolder) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Have torch and safetensors report a full disk as the system does."""
+    """Have a full disk reported as the system does: torch, safetensors and tokenizers each raise an error of their own,
+    the last a bare Exception."""
     try:
         yield
-    except (RuntimeError, SafetensorError) as error:
+    except OSError:
+        raise
+    except Exception as error:
         raise OSError(f"{path} cannot be written: {first_line(error)}") from error
 
 

@@ -1,0 +1,194 @@
+"""What a machine does to a run, injected: nothing is lost, and the run that goes on is the one that never stopped.
+
+`pytest -m slow -s tests/test_faults.py` prints the table: faults injected, survived, lost.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from test_loop import RESUMED, assert_same_runs
+from test_processes import launch
+
+from im2json.runs import RunFolder, complete_checkpoints
+
+pytestmark = pytest.mark.slow
+
+KILLS = 10
+FLAGS = (*map(str, RESUMED),)
+
+# train.py in a process of its own that counts what it puts on disk, and kills itself at the event of that number.
+PROGRAM = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from im2json.cli import quiet_libraries
+quiet_libraries()
+import safetensors.torch, torch
+import im2json.model.lora, im2json.runs, im2json.training.loop, im2json.inference.evaluate
+events = 0
+
+def counted(call):
+    def do(*given, **more):
+        global events
+        events += 1
+        if events == {at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*given, **more)
+    return do
+
+for owner, names in (
+    (os, ("replace", "rename", "fsync")), (torch, ("save",)), (im2json.model.lora, ("save_file",)),
+    (im2json.runs, ("append_lines",)), (im2json.inference.evaluate, ("append_lines", "generate")),
+    (im2json.training.loop, ("report", "train_step", "save_checkpoint", "write_adapter")),
+):
+    for name in names:
+        setattr(owner, name, counted(getattr(owner, name)))
+import train
+try:
+    train.main()
+finally:
+    os.write(1, f"\\nevents {{events}}\\n".encode())
+"""
+
+
+@pytest.fixture(scope="module")
+def tally() -> Iterator[dict[str, list[bool]]]:
+    """Fault -> whether each injection of it was survived; printed as a table at the end."""
+    survived: dict[str, list[bool]] = {}
+    yield survived
+    print(f"\n{'fault':<44}{'injected':>9}{'survived':>9}{'lost':>6}")
+    for fault, outcomes in survived.items():
+        print(f"{fault:<44}{len(outcomes):>9}{sum(outcomes):>9}{outcomes.count(False):>6}")
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory) -> RunFolder:
+    return train(tmp_path_factory.mktemp("whole") / "run", *RESUMED)
+
+
+def start(folder: Path, base_args: list[str], at: int, before: str = "") -> subprocess.Popen:
+    program = before + PROGRAM.format(root=str(ROOT), at=at)
+    command = [sys.executable, "-c", program, "--output", str(folder), *base_args, *FLAGS]
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=folder.parent, **pipes)
+
+
+def survives(run: RunFolder, whole: RunFolder) -> bool:
+    assert_same_runs(run, whole)
+    return True
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(base_args, whole, resume, tally, tmp_path):
+    """kill -9, between steps, inside a checkpoint's writing and inside an evaluation: wherever the draw falls."""
+    counting = start(tmp_path / "counting", base_args, at=-1)
+    output, _ = counting.communicate()
+    total = int(output.rsplit("events ", 1)[1])
+    assert_same_runs(RunFolder(tmp_path / "counting"), whole)
+    places = sorted(random.Random(0).sample(range(1, total + 1), KILLS))
+    outcomes = tally.setdefault("kill -9 at a random one of the run's writes", [])
+    for first, second in zip(places[::2], places[1::2]):
+        runs = {at: RunFolder(tmp_path / f"killed-{at}") for at in (first, second)}
+        processes = {at: start(run.path, base_args, at) for at, run in runs.items()}
+        for at, process in processes.items():
+            process.communicate()
+            assert process.returncode == -signal.SIGKILL, at
+            outcomes.append(False)
+            assert not runs[at].done or at == total
+            if runs[at].config.exists() and not runs[at].done:
+                resume(runs[at])
+                outcomes[-1] = survives(runs[at], whole)
+            else:  # killed before there was anything to lose
+                outcomes[-1] = not complete_checkpoints(runs[at].checkpoints)
+    assert all(outcomes)
+
+
+LIMITED = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+
+
+@pytest.mark.parametrize("kilobytes", [4, 60, 300])
+def test_a_run_that_may_not_write_further_stops_in_one_line(base_args, whole, resume, tally, tmp_path, kilobytes):
+    """As on a full disk, at a file of that size: a log, an adapter, or a checkpoint."""
+    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes << 10}, resource.RLIM_INFINITY))\n"
+    run = RunFolder(tmp_path / "run")
+    process = start(run.path, base_args, at=-1, before=LIMITED + limit)
+    _, errors = process.communicate()
+    outcomes = tally.setdefault("no room for a file", [])
+    outcomes.append(False)
+    assert process.returncode == 1, errors
+    assert "Traceback" not in errors, errors[errors.index("Traceback"):]
+    (said,) = (line for line in errors.splitlines() if line.startswith("Error: "))
+    if "--resume" in said:
+        assert str(run.path) in said
+        resume(run)
+        assert_same_runs(run, whole)
+    outcomes[-1] = True
+
+
+def test_ctrl_c_in_a_shell_reaches_workers_too_and_saves(base_args, whole, resume, tally, tmp_path):
+    """A terminal sends it to the whole process group."""
+    run = RunFolder(tmp_path / "run")
+    slow = "import im2json.training.loop as loop, time\nreport = loop.report\n"
+    slow += "loop.report = lambda *given: (time.sleep(0.5), report(*given))\n"
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + slow + "import train; train.main()"
+    command = [sys.executable, "-c", program, "--output", str(run.path), *base_args, *FLAGS, "--workers", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    outcomes = tally.setdefault("Ctrl-C to the process group, with workers", [])
+    outcomes.append(False)
+    wait_for(run.checkpoints / "step-2", process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1].endswith(f"go on with train.py --resume {run.path}")
+    resume(run)
+    outcomes[-1] = survives(run, whole)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(base_args, tally, tmp_path):
+    """Of two processes one is killed: the launcher ends within seconds and says so; resumed, the run equals one that
+    was left alone."""
+    flags = (*base_args, *FLAGS)
+    whole, run = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "run")
+    launch("train.py", "--output", whole.path, *flags)
+    program = (
+        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import im2json.training.loop as loop\n"
+        "report = loop.report\n"
+        "def dying(tracker, bar, state, *more):\n"
+        "    if os.environ['RANK'] == '1' and state.step == 4:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    report(tracker, bar, state, *more)\n"
+        "loop.report = dying\n"
+        "import train; train.main()"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD", "LOCAL_"))}
+    outcomes = tally.setdefault("one of two processes killed", [])
+    outcomes.append(False)
+    process = subprocess.Popen(
+        [*launcher, "--", sys.executable, "-c", program, "--output", str(run.path), *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+    wait_for(run.checkpoints / "step-3", process)
+    noticed = time.monotonic()
+    printed, _ = process.communicate(timeout=90)
+    assert time.monotonic() - noticed < 45
+    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in printed
+    assert not run.done
+    launch("train.py", "--resume", run.path)
+    outcomes[-1] = survives(run, whole)
