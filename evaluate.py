@@ -17,6 +17,7 @@ import click
 from PIL import Image
 
 from im2json.cli import option_flags, quiet_libraries, user_errors
+from im2json.options import flag_name
 from im2json.runs import RunFolder, adapter_folder, locked
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -45,6 +46,8 @@ def main(
         raise click.UsageError("give a RUN or --predictions FILE, one of the two")
     if (against and run is None) or (targets and predictions is None):
         raise click.UsageError("--against goes with a RUN, --targets with --predictions")
+    if context.obj and (against or predictions):
+        raise click.UsageError(f"nothing is generated here: leave {', '.join(map(flag_name, context.obj))} out")
     with user_errors():
         from im2json.report import comparison
 

@@ -29,7 +29,7 @@ def main(context: click.Context, preset: str | None, resume: str | None) -> None
             stopped = RunFolder(Path(resume))
             train(resumed_config(stopped, given, preset), stopped)
         else:
-            config = TrainConfig.resolve(fresh_options(given), preset)
+            config = TrainConfig.resolve(fresh_options(given, preset), preset)
             check_output(config.train.output)
             train(config)
 
@@ -83,7 +83,8 @@ def summary(run: RunFolder, result: dict[str, Any]) -> str:
     """The closing words of a run: before and after, and where to look."""
     from im2json.report.table import before_after_table
 
-    lines = [f"{result['step']} steps in {result['seconds']:.0f} s, best adapter from step {result['best_step']}"]
+    kept = "the last adapter" if result["best_step"] is None else f"best adapter from step {result['best_step']}"
+    lines = [f"{result['step']} steps in {result['seconds']:.0f} s, {kept}"]
     if result["test"] is not None:
         lines += [
             "",

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SEED_TARGET_MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+LANGUAGE_MODULES = rf".*language_model.*\.({SEED_TARGET_MODULES.replace(',', '|')})"  # what `language` stands for
 METRIC_NAMES = (
     "field_f1",
     "field_precision",
@@ -300,7 +301,7 @@ def check(name: str, value: Any) -> str | None:
     return None
 
 
-_KIND_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_KIND_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
 
 def flag_name(name: str) -> str:

@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from im2json.options import FIELDS, PRESETS, TrainConfig, flag_name
+from im2json.options import FIELDS, LANGUAGE_MODULES, PRESETS, TrainConfig, flag_name
 
-EMBEDDED = ("tiny", "receipts")  # the model and the data set that are no paths
+PATHS = {"model": "tiny", "dataset": "receipts", "adapter": None}  # options that may be paths, but for the embedded
 WEIGHTS = "adapter_model.safetensors"  # PEFT's names
 ADAPTER_CONFIG = "adapter_config.json"
 CHECKSUMS = "checksums.json"  # in a checkpoint: {file: SHA-256}
@@ -129,10 +129,12 @@ def check_output(output: str | None) -> None:
         ValueError: saying what to do instead.
     """
     if output is None:
+        if os.path.lexists("runs") and not Path("runs").is_dir():
+            raise ValueError("runs, where a fresh run's folder would be made, is a file here: give --output")
         return
     run = RunFolder(Path(output))
-    if run.path.exists() and not run.path.is_dir():
-        raise ValueError(f"--output {output} is a file: name a folder")
+    if os.path.lexists(run.path) and not run.path.is_dir():
+        raise ValueError(f"--output {output} is no folder: name one, or what can become one")
     if run.done:
         raise ValueError(f"--output {output} holds a finished run: choose another folder, or see evaluate.py {output}")
     if run.config.exists():
@@ -146,7 +148,10 @@ def new_run(config: TrainConfig) -> RunFolder:
     """Make the folder of a fresh run, at --output or under a new name in runs/."""
     if config.train.output is not None:
         path = Path(config.train.output)
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--output {path} cannot be made: {error.strerror}; choose another") from error
     else:
         name = f"{Path(config.model.model).name}-r{config.model.r}-{time.strftime('%Y%m%d-%H%M%S')}"
         Path("runs").mkdir(exist_ok=True)
@@ -217,7 +222,10 @@ def resumed_config(run: RunFolder, given: dict[str, Any], preset: str | None = N
     Raises:
         ValueError: if the run is finished and not made longer, or an option differs that may not change.
     """
-    config = run.read_config()
+    try:
+        config = run.read_config()
+    except ValueError as error:
+        raise ValueError(f"--resume {error}") from error
     if run.done and not LONGER & given.keys():
         raise ValueError(f"--resume {run.path}: this run is finished; --steps or --epochs would make it longer")
     given = _absolute(given if preset is None else {**PRESETS[preset], **given})
@@ -232,11 +240,11 @@ def resumed_config(run: RunFolder, given: dict[str, Any], preset: str | None = N
     return config.replace(**given)
 
 
-def fresh_options(given: dict[str, Any]) -> dict[str, Any]:
+def fresh_options(given: dict[str, Any], preset: str | None = None) -> dict[str, Any]:
     """The options given for a fresh run, with those that --adapter has settled.
 
-    These are LoRA's shape, and the base and the prompt unless others are given. Folders are made absolute, so that
-    the run can be gone on with from anywhere.
+    These are LoRA's shape, and base and prompt unless others are given (the base by a preset, too). Folders are made
+    absolute, so that the run can be gone on with from anywhere.
 
     Raises:
         ValueError: if --adapter holds no LoRA adapter, or an option given contradicts it.
@@ -244,20 +252,31 @@ def fresh_options(given: dict[str, Any]) -> dict[str, Any]:
     given = _absolute(given)
     if given.get("adapter") is None:
         return given
-    shape, more = _adapter_options(adapter_folder(Path(given["adapter"])))
+    try:
+        shape, more = _adapter_options(adapter_folder(Path(given["adapter"])))
+    except ValueError as error:
+        raise ValueError(f"--adapter {error}") from error
+    if preset is not None and "model" in PRESETS.get(preset, {}):
+        more.pop("model", None)
     for name, value in shape.items():
         if name in given and given[name] != value and name != "target_modules":
             raise ValueError(f"{flag_name(name)} {given[name]}: --adapter {given['adapter']} was made with {value}")
-    modules = given.get("target_modules")
-    if modules is not None and sorted(modules.split(",")) != sorted(shape["target_modules"].split(",")):
-        raise ValueError(f"--target-modules: --adapter {given['adapter']} has layers of its own, leave it out")
+    modules = given.get("target_modules", shape["target_modules"])
+    if _names(modules) != _names(shape["target_modules"]):
+        raise ValueError(
+            f"--target-modules {modules}: --adapter {given['adapter']} was made with {shape['target_modules']}"
+        )
     return {**more, **given, **shape}
+
+
+def _names(modules: str) -> list[str]:
+    return sorted(name.strip() for name in modules.split(","))
 
 
 def _absolute(given: dict[str, Any]) -> dict[str, Any]:
     return {
         name: os.path.abspath(value)
-        if name in ("model", "dataset", "adapter") and value not in EMBEDDED and Path(value).exists()
+        if name in PATHS and value not in (None, PATHS[name]) and Path(value).exists()
         else value
         for name, value in given.items()
     }
@@ -277,11 +296,14 @@ def _adapter_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "dropout": float(config["lora_dropout"]),
             "rslora": bool(config.get("use_rslora")),
             "dora": bool(config.get("use_dora")),
-            "target_modules": modules if isinstance(modules, str) else ",".join(sorted(modules)),
+            "target_modules": ",".join(sorted(modules)) if isinstance(modules, list) else modules,
         }
+        if modules == LANGUAGE_MODULES:
+            shape["target_modules"] = "language"
         more = {"model": config["base_model_name_or_path"]} if config.get("base_model_name_or_path") else {}
-        kept = folder / PROMPT
-        return shape, more | (json.loads(kept.read_text("utf-8")) if kept.is_file() else {})
+        if (folder / PROMPT).is_file():
+            more["prompt"] = json.loads((folder / PROMPT).read_text("utf-8"))["prompt"]
+        return shape, more
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a LoRA adapter: {error}") from error
 

@@ -31,7 +31,7 @@ from im2json.model.lora import (
     write_adapter_weights,
 )
 from im2json.model.loss import summed_loss
-from im2json.options import ModelOptions
+from im2json.options import LANGUAGE_MODULES, SEED_TARGET_MODULES, ModelOptions
 from im2json.runs import RunFolder, fresh_options
 
 CPU = torch.device("cpu")
@@ -374,6 +374,12 @@ def test_a_warm_start_takes_base_and_prompt_of_its_adapter(finished, tmp_path):
     assert fresh_options({"adapter": str(folder), "prompt": "mine", "model": "a/b"}).items() >= {
         ("prompt", "mine"), ("model", "a/b"), ("r", 4),
     }  # fmt: skip
+    assert "model" not in fresh_options({"adapter": str(folder)}, "cord")  # the preset's it is
+    names = SEED_TARGET_MODULES.replace(",", ", ")
+    assert fresh_options({"adapter": str(folder), "target_modules": names})["r"] == 4
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"target_modules": LANGUAGE_MODULES}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert fresh_options({"adapter": str(folder), "target_modules": "language"})["target_modules"] == "language"
 
 
 @pytest.mark.parametrize(
@@ -394,13 +400,16 @@ def test_a_warm_start_from_another_kind_of_adapter_is_refused(finished, tmp_path
         fresh_options({"adapter": str(folder)})
 
 
-def test_a_warm_start_is_resumed_without_the_adapter_it_began_with(finished, train, resume, tmp_path):
+@pytest.mark.parametrize("left", [0, 2])
+def test_a_warm_start_is_resumed_without_the_adapter_it_began_with(finished, train, resume, tmp_path, left):
+    """Neither from its first checkpoint, which holds what it began with, nor from a later one."""
     begun_with = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
-    flags = ("--adapter", begun_with, "--steps", 4, "--no-test")
+    flags = ("--adapter", begun_with, "--steps", 4, "--no-test", "--keep", 3)
     whole = train(tmp_path / "whole", *flags)
     run = train(tmp_path / "run", *flags)
     run.result.unlink()
-    shutil.rmtree(run.checkpoints / "step-4")
+    for step in range(left + 1, 5):
+        shutil.rmtree(run.checkpoints / f"step-{step}", ignore_errors=True)
     shutil.rmtree(begun_with)
     weights = [load_file(r.adapter / "adapter_model.safetensors") for r in (whole, resume(run))]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

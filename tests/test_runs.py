@@ -20,6 +20,7 @@ from im2json.runs import (
     complete_checkpoints,
     damage,
     folder_atomically,
+    fresh_options,
     keep_lines,
     locked,
     new_run,
@@ -70,8 +71,17 @@ def test_an_output_that_holds_a_run_is_refused(run, tmp_path):
     with pytest.raises(ValueError, match="finished run: choose another"):
         check_output(str(run.path))
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is a file"):
-        check_output(str(tmp_path / "file"))
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "dangling"):
+        with pytest.raises(ValueError, match=f"--output .*{name} is no folder"):
+            check_output(str(tmp_path / name))
+    with pytest.raises(ValueError, match="--output /proc/x/run cannot be made"):
+        new_run(config(output="/proc/x/run"))
+    (tmp_path / "runs").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        with pytest.raises(ValueError, match="give --output"):
+            check_output(None)
     with pytest.raises(ValueError, match=r"--output .*file is not a folder that can be written to"):
         check_output(str(tmp_path / "file" / "run"))
     (tmp_path / "empty").mkdir()
@@ -228,6 +238,15 @@ def test_resuming_takes_the_options_that_the_run_began_with(run):
     write_json(run.result, {})
     with pytest.raises(ValueError, match="finished"):
         resumed_config(run, {})
+
+
+def test_resuming_with_the_relative_path_that_the_run_began_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    given = {"dataset": "data", "output": "run"}
+    run = begun(TrainConfig.resolve(fresh_options(given)))
+    assert run.read_config().data.dataset == str(tmp_path / "data")
+    assert resumed_config(run, {"dataset": "data"}).data.dataset == str(tmp_path / "data")
 
 
 def test_resuming_nothing_is_refused(tmp_path):

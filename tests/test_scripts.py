@@ -463,7 +463,7 @@ def test_a_bad_picture_that_a_worker_finds(cli, base_args, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("im2json.training.tracking.Tracker.describe", spoil)
         error = clear_error(cli("train", *base_args, *flags, "--output", tmp_path / "run"))
-    assert f"{folder / 'train' / 'metadata.jsonl'}" in error or f"{folder / 'train' / '3.png'}" in error
+    assert str(folder / "train" / "3.png") in error and "is not a picture" in error
 
 
 def test_out_of_memory_says_what_takes_less(cli, base_args, tmp_path, monkeypatch):
@@ -482,6 +482,8 @@ def test_help_lists_every_option_room_by_room(cli):
         "Run options:", "Data options:", "Model options:", "Decode options:", "Train options:",
     ]  # fmt: skip
     assert all(f" {flag_name(name)}" in result.output for name in FIELDS)
+    said = " ".join(cli("train", "--help").output.split())
+    assert "go by: one of field_f1, field_precision" in said and "edit_distance [default: field_f1]" in said
 
 
 def test_an_output_that_holds_a_run(finished, cli, base_args, tmp_path):

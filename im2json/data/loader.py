@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -58,7 +59,7 @@ class StepLoader:
             try:
                 microbatches = [next(batches) for _ in step]
             except ValueError as error:  # from a worker it comes with that process's traceback
-                raise ValueError(str(error).rsplit("\nValueError: ", 1)[-1].rstrip()) from error
+                raise ValueError(re.split(r"\n[\w.]*Error: ", str(error))[-1].rstrip()) from error
             yield microbatches
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
 from im2json.cli import first_line
-from im2json.options import SEED_TARGET_MODULES, ModelOptions
+from im2json.options import LANGUAGE_MODULES, ModelOptions
 from im2json.runs import adapter_folder
 
 
@@ -62,7 +62,7 @@ def target_modules(base: torch.nn.Module, wanted: str) -> list[str] | str:
     linear = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
     endings = sorted({name.rsplit(".", 1)[-1] for name in linear} - {"lm_head"})
     if wanted == "language":
-        return rf".*language_model.*\.({SEED_TARGET_MODULES.replace(',', '|')})"
+        return LANGUAGE_MODULES
     if re.fullmatch(r"[\w.]+(,\s*[\w.]+)*", wanted):
         names = [name.strip() for name in wanted.split(",")]
         missing = [name for name in names if not any(f".{full}".endswith(f".{name}") for full in linear)]

@@ -87,7 +87,10 @@ def kept_predictions(run: RunFolder, split: str, stage: str = "after") -> list[R
     wanted = (row for row in read_lines(run.predictions) if (row.get("split"), row.get("stage")) == (split, stage))
     rows = [{name: row[name] for name in ("id", "text", "target")} for row in wanted]
     if not rows:
-        raise ValueError(f"{run.path} holds no predictions of the {split} split {stage} training")
+        raise ValueError(
+            f"{run.path} holds no predictions of the {split} split {stage} training: "
+            f"`evaluate.py {run.path} --split {split}` makes them"
+        )
     return rows
 
 

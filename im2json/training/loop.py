@@ -60,7 +60,7 @@ def fit(
     Args:
         target_lengths: target tokens of each training example, EOS included.
         evaluate: metrics of the present adapter on the validation split, given the step; called every
-            --eval-every steps and after the last one, on every process.
+            --eval-every steps and after the last one, on every process; never where that is 0.
         checkpoint: where to go on from.
 
     Raises:
@@ -72,6 +72,8 @@ def fit(
     parameters = trained(model)
     optimizer = accelerator.prepare(make_optimizer(parameters, options))
     state = load_checkpoint(checkpoint, run, model, optimizer, accelerator) if checkpoint else TrainState()
+    if checkpoint is None and config.model.adapter and accelerator.is_main_process:
+        save_checkpoint(run, model, optimizer, accelerator.scaler, state, options.keep)  # a resume needs that no more
     total = options.steps or loader.order.steps(options.epochs)
     if out_of_patience(state, options):  # resumed after its last step
         total = state.step
@@ -238,7 +240,7 @@ def keep_if_best(
     accelerator: Accelerator,
     run: RunFolder,
 ) -> None:
-    """Note an evaluation's result, and keep the adapter if none was better."""
+    """Note an evaluation's result, and keep the adapter if it is better than all before; of equals the first stays."""
     value = metrics[options.metric]
     sign = 1 if METRICS[options.metric].higher_is_better else -1
     if state.best is not None and sign * value <= sign * state.best:
