@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from im2json.data.check import check_split
 from im2json.data.example import Split
 from im2json.data.pictures import MAX_PIXELS, decode_picture
-from im2json.data.sources import check_split, load_splits
+from im2json.data.sources import load_splits
 
 NotFound = datasets.exceptions.DatasetNotFoundError
 SCANS = Path(os.environ.get("IM2JSON_SCANS", Path(__file__).parents[2] / "shared" / "data" / "scans"))

@@ -14,12 +14,13 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from peft import PeftModel
 
+from im2json.data.check import check_split
 from im2json.data.collate import Collator
 from im2json.data.example import Split
 from im2json.data.lengths import TargetLengths
 from im2json.data.loader import StepLoader
 from im2json.data.order import Order
-from im2json.data.sources import check_split, load_splits
+from im2json.data.sources import load_splits
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
 from im2json.model.lora import add_lora
