@@ -56,8 +56,14 @@ def option(
 
 @dataclass(frozen=True)
 class DataOptions:
-    dataset: str = option("receipts", "receipts (embedded, synthetic), a folder, or a data set on the hub")
+    dataset: str = option(
+        "receipts", "receipts (embedded, synthetic), a folder, a file of JSON lines, or a data set on the hub"
+    )
+    dataset_config: str | None = option(None, "which configuration of the data set, where it has several")
+    revision: str | None = option(None, "branch, tag or commit of a data set on the hub")
     train_split: str = option("train", "the split to train on")
+    image_column: str | None = option(None, "the column of the pictures or their paths; found unless given")
+    target_column: str | None = option(None, "the column of the targets; found unless given")
     prompt: str = option("extract JSON.", "what the model is asked; kept with the adapter")
     max_target_tokens: int | None = option(
         None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from functools import cache
 from io import BytesIO
 
 import numpy as np
@@ -74,6 +75,12 @@ def decode_picture(data: bytes, where: str) -> Image.Image:
         return _to_rgb(_turn_upright(picture))
     except (OSError, *_DAMAGE) as error:
         raise ValueError(f"{where}: the picture is damaged or cut short ({error})") from None
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """How the names of picture files end, in lower case."""
+    return frozenset(suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS)
 
 
 def _turn_upright(picture: Image.Image) -> Image.Image:

@@ -20,7 +20,7 @@ from im2json.data.example import Split
 from im2json.data.lengths import TargetLengths
 from im2json.data.loader import StepLoader
 from im2json.data.order import Order
-from im2json.data.sources import load_splits
+from im2json.data.sources import open_splits
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
 from im2json.model.lora import add_lora
@@ -119,7 +119,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, ada
         ValueError: naming the option, file or row that is wrong.
     """
     notes: list[str] = []
-    splits = load_splits(config.data.dataset, train_split=config.data.train_split, notes=notes)
+    splits = open_splits(config.data, notes)
     for note in notes:
         accelerator.print(note)
     check_split(*splits.values())
