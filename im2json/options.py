@@ -64,6 +64,7 @@ class DataOptions:
     train_split: str = option("train", "the split to train on")
     image_column: str | None = option(None, "the column of the pictures or their paths; found unless given")
     target_column: str | None = option(None, "the column of the targets; found unless given")
+    skip_bad: int = option(0, "leave out up to this many rows that cannot be used", unit="rows", at_least=0)
     prompt: str = option("extract JSON.", "what the model is asked; kept with the adapter")
     max_target_tokens: int | None = option(
         None,

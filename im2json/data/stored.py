@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -86,6 +86,10 @@ class StoredSplit:
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
+    def without(self, left_out: Collection[int]) -> StoredSplit:
+        """The same split but for these rows, counted as in `self[i]`."""
+        return StoredSplit(self.name, self.rows, [row for i, row in enumerate(self.chosen) if i not in left_out])
+
 
 def _or_problem(read: Callable[[int], dict[str, Any]], row: int) -> dict[str, Any] | str:
     try:
@@ -94,15 +98,16 @@ def _or_problem(read: Callable[[int], dict[str, Any]], row: int) -> dict[str, An
         return str(error)
 
 
-def bad_rows(problems: Sequence[str], total: int, shown: int = 20) -> ValueError:
-    """One error for all bad rows: how many of `total`, the first `shown` a line each, a count of the rest."""
-    lines = [
-        f"{len(problems)} of {total} rows cannot be used:",
-        *(f"  {problem}" for problem in problems[:shown]),
-    ]
-    if len(problems) > shown:
-        lines.append(f"  ... and {len(problems) - shown} more")
-    return ValueError("\n".join(lines))
+def bad_rows(problems: Sequence[str], total: int) -> ValueError:
+    """One error for all bad rows: how many of `total`, the first 20 a line each, a count of the rest."""
+    remedy = f"mend them, or leave them out with --skip-bad {len(problems)}"
+    return ValueError(listed(f"{len(problems)} of {total} rows cannot be used: {remedy}", problems))
+
+
+def listed(title: str, lines: Sequence[str], shown: int | None = 20) -> str:
+    """A title with the first lines below it, all of them where `shown` is None, and a count of the rest."""
+    rest = [] if shown is None or len(lines) <= shown else [f"... and {len(lines) - shown} more"]
+    return "\n  ".join([title, *lines[:shown], *rest])
 
 
 def parse_target(raw: Any, where: str) -> dict[str, Any]:

@@ -119,10 +119,10 @@ def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, ada
         ValueError: naming the option, file or row that is wrong.
     """
     notes: list[str] = []
-    splits = open_splits(config.data, notes)
-    for note in notes:
+    checkup = check_split(*open_splits(config.data, notes).values(), skip_bad=config.data.skip_bad)
+    for note in [*notes, *checkup.notes()]:
         accelerator.print(note)
-    check_split(*splits.values())
+    splits = checkup.splits
     collator = Collator(load_processor(config.model.model), config.data.prompt)
     lengths = TargetLengths.count(splits, collator)
     accelerator.print(lengths.summary())
