@@ -65,6 +65,7 @@ class DataOptions:
     image_column: str | None = option(None, "the column of the pictures or their paths; found unless given")
     target_column: str | None = option(None, "the column of the targets; found unless given")
     skip_bad: int = option(0, "leave out up to this many rows that cannot be used", unit="rows", at_least=0)
+    letterbox: bool = option(False, "pad pictures to a square with white instead of squashing them")
     prompt: str = option("extract JSON.", "what the model is asked; kept with the adapter")
     max_target_tokens: int | None = option(
         None,

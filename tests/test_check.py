@@ -97,12 +97,13 @@ def test_a_run_says_what_it_left_out_and_what_is_there_twice(cli, base_args, dat
     add_copy(data, "train/3.png", "test/copy.bmp")
     flags = [*base_args, "--dataset", data, "--output", tmp_path / "run", "--steps", 1, "--eval-every", 0]
     assert "1 of 18 rows cannot be used" in clear_first_line(cli("train", *flags))
-    result = cli("train", *flags, "--skip-bad", 1)
+    result = cli("train", *flags, "--skip-bad", 1, "--letterbox")
     assert result.exit_code == 0, result.output
     assert "rows left out (--skip-bad): 1 of 18" in result.output
     assert "train/3.png (train) = test/copy.bmp (test)" in result.output
     ids = {row["id"] for row in read_lines(RunFolder(tmp_path / "run").predictions)}
     assert ids == {"test/1.png", "test/2.png", "test/copy.bmp"}
+    assert RunFolder(tmp_path / "run").read_config().data.letterbox
     again = cli("evaluate", tmp_path / "run")
     assert again.exit_code == 0, again.output
     assert "rows left out (--skip-bad): 1 of 18" in again.stderr

@@ -123,7 +123,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, ada
     for note in [*notes, *checkup.notes()]:
         accelerator.print(note)
     splits = checkup.splits
-    collator = Collator(load_processor(config.model.model), config.data.prompt)
+    collator = Collator(load_processor(config.model.model), config.data.prompt, config.data.letterbox)
     lengths = TargetLengths.count(splits, collator)
     accelerator.print(lengths.summary())
     base = load_base(config.model.model, precision, config.model.quant, accelerator.device)
