@@ -1,12 +1,13 @@
-"""Every row is looked at before the first step: bad rows and copies."""
+"""Every row is looked at before the first step: bad rows, copies, and what train.py --check says of a data set."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from conftest import write_dataset
+from conftest import clear_error, write_dataset
 from PIL import Image
 
 from im2json.data.check import check_split
@@ -112,3 +113,92 @@ def test_a_run_says_what_it_left_out_and_what_is_there_twice(cli, base_args, dat
 def clear_first_line(result) -> str:
     assert result.exit_code == 1
     return next(line for line in result.stderr.splitlines() if line.startswith("Error: "))
+
+
+# --- train.py --check
+
+
+@pytest.fixture
+def check(cli, small_model, tmp_path):
+    """`check(*flags)` runs train.py --check and returns what it printed and the page's text."""
+
+    def run(*flags: object, status: int = 0) -> tuple[str, str]:
+        page = tmp_path / "pages" / "page.html"
+        result = cli("train", "--check", "--model", small_model, "--output", page, *flags)
+        assert result.exit_code == status, result.output
+        assert f"preview  {page}" in result.output
+        return result.output, page.read_text("utf-8")
+
+    return run
+
+
+def test_check_tells_what_the_data_holds(check, data):
+    add_copy(data, "train/3.png", "test/copy.bmp")
+    add_copy(data, "train/4.png", "train/copy.bmp")
+    said, _ = check("--dataset", data)
+    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.strip()}
+    assert "pictures in more than one split: 1\n  train/3.png (train) = test/copy.bmp (test)" in said
+    assert re.search(r"^train +11 +0 +1$", said, re.M)
+    assert re.search(r"^test +4 +0 +0$", said, re.M)
+    assert rows["menu"] == rows["menu.nm"] == rows["total"] == ["0.895"]  # 17 of 19
+    assert rows["copy"] == ["0.105"]
+    assert "bad rows" not in said
+
+
+def test_check_finds_the_longest_target(check, data):
+    metadata = data / "train" / "metadata.jsonl"
+    lines = metadata.read_text().splitlines()
+    lines[6] = json.dumps({"file_name": "6.png", "ground_truth": {"total": "9" * 90}})
+    metadata.write_text("\n".join(lines))
+    said, _ = check("--dataset", data, "--max-target-tokens", 70)
+    assert "longest of train: train/6.png" in said
+    assert re.search(r"^longer than --max-target-tokens 70: [1-9]\d* of 17$", said, re.M)
+    assert "longer than --max-target-tokens 5000: 0 of 17" in check("--dataset", data, "--max-target-tokens", 5000)[0]
+
+
+def test_check_lists_every_bad_row_and_its_status_says_so(check, data):
+    names = [f"train/{i}.png" for i in range(9)]
+    spoil(data, *names, *(f"validation/{i}.png" for i in range(4)))
+    said, page = check("--dataset", data, status=1)
+    assert "bad rows: 13 of 17" in said
+    for name in names:
+        assert f"  {data / name}: is not a picture" in said
+    assert "train/9.png" in page
+    check("--dataset", data, "--skip-bad", 13, status=1)  # nothing is left of validation
+    write_dataset(data.parent / "other")
+    spoil(data.parent / "other", *names)
+    check("--dataset", data.parent / "other", "--skip-bad", 8, status=1)
+    check("--dataset", data.parent / "other", "--skip-bad", 9)
+
+
+def test_the_page_shows_where_the_labels_start(check, data):
+    metadata = data / "train" / "metadata.jsonl"
+    lines = metadata.read_text().splitlines()
+    lines[0] = json.dumps({"file_name": "0.png", "ground_truth": {"nm": "<b>&é"}})
+    metadata.write_text("\n".join(lines))
+    _, page = check("--dataset", data, "--prompt", "read it")
+    assert "<b>" not in page
+    assert "http" not in page and 'src="data:image/jpeg;base64,' in page  # nothing from outside
+    assert page.count("<section>") == 6
+    section = page[page.index("<section>") : page.index("</section>")]
+    tokens = re.findall(r"<span( class=learned)?>(.*?)</span>", section, re.S)
+    given = "".join(text for learned, text in tokens if not learned)
+    learned = "".join(text for learned, text in tokens if learned)
+    assert re.fullmatch(r"&lt;image&gt; x \d+&lt;bos&gt;read it\n", given)
+    assert learned == "{&quot;nm&quot;:&quot;&lt;b&gt;&amp;&lt;0xC3&gt;&lt;0xA9&gt;&quot;}&lt;eos&gt;"
+    assert [bool(flag) for flag, _ in tokens] == sorted(bool(flag) for flag, _ in tokens)
+
+
+def test_check_trains_nothing_and_names_its_page(cli, small_model, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = cli("train", "--check", "--model", small_model, "--dataset", data)
+    assert result.exit_code == 0, result.output
+    assert "preview  runs/data-check.html" in result.output
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["data-check.html"]
+
+
+def test_check_of_nothing_is_one_clear_line(cli, tmp_path):
+    assert "there is no such folder" in clear_error(cli("train", "--check", "--dataset", tmp_path / "nowhere"))
+    result = cli("train", "--check", "--resume", tmp_path)
+    assert result.exit_code == 2
+    assert "not with --resume" in result.output
