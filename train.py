@@ -2,10 +2,12 @@
 
 accelerate launch train.py --r 16          the embedded base and receipts, no network and no GPU needed
 accelerate launch train.py --preset cord   PaliGemma-3B on CORD v2, one 16 GB GPU
+python train.py --check --dataset FOLDER   look at the data first: bad rows, copies, lengths, keys, and a page of it
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,36 @@ from im2json.runs import WEIGHTS, RunFolder, check_output, claim, fresh_options,
 @preset_flag
 @option_flags()
 @click.option("--resume", metavar="RUN", help="go on with a stopped run, from its last checkpoint")
+@click.option("--check", "only_check", is_flag=True, help="look at the data without training, and write a page of it")
 @click.pass_context
-def main(context: click.Context, preset: str | None, resume: str | None) -> None:
+def main(context: click.Context, preset: str | None, resume: str | None, only_check: bool) -> None:
     """Fine-tune PaliGemma with QLoRA to turn pictures of documents into JSON."""
     given: dict[str, Any] = context.obj or {}
+    if only_check and resume is not None:
+        raise click.UsageError("--check goes with the options of a fresh run, not with --resume")
     with user_errors("no step was taken yet"):
         if resume is not None:
             stopped = RunFolder(Path(resume))
             train(resumed_config(stopped, given, preset), stopped)
         else:
             config = TrainConfig.resolve(fresh_options(given, preset), preset)
+            if only_check:
+                sys.exit(0 if check(config) else 1)
             check_output(config.train.output)
             train(config)
+
+
+def check(config: TrainConfig) -> bool:
+    """Print what the data set holds and where it is bad, and write a page of its first examples to --output.
+
+    Returns whether no more rows are bad than --skip-bad allows.
+    """
+    quiet_libraries()
+    from im2json.data.doctor import diagnose
+    from im2json.model.base import load_processor
+
+    page = Path(config.train.output or f"runs/{Path(config.data.dataset).name}-check.html")
+    return diagnose(config.data, lambda: load_processor(config.model.model), page, click.echo)
 
 
 def train(config: TrainConfig, stopped: RunFolder | None = None) -> dict[str, Any]:

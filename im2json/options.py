@@ -57,8 +57,16 @@ def option(
 
 @dataclass(frozen=True)
 class DataOptions:
-    dataset: str = option("receipts", "receipts (embedded, synthetic), a folder, or a data set on the hub")
+    dataset: str = option(
+        "receipts", "receipts (embedded, synthetic), a folder, a file of JSON lines, or a data set on the hub"
+    )
+    dataset_config: str | None = option(None, "which configuration of the data set, where it has several")
+    revision: str | None = option(None, "branch, tag or commit of a data set on the hub")
     train_split: str = option("train", "the split to train on")
+    image_column: str | None = option(None, "the column of the pictures or their paths; found unless given")
+    target_column: str | None = option(None, "the column of the targets; found unless given")
+    skip_bad: int = option(0, "leave out up to this many rows that cannot be used", unit="rows", at_least=0)
+    letterbox: bool = option(False, "pad pictures to a square with white instead of squashing them")
     prompt: str = option("extract JSON.", "what the model is asked; kept with the adapter")
     max_target_tokens: int | None = option(
         None,

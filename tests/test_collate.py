@@ -17,6 +17,7 @@ from im2json.data.example import Example
 from im2json.data.lengths import TargetLengths
 from im2json.data.loader import StepLoader
 from im2json.data.order import Order
+from im2json.data.pictures import on_square
 from im2json.data.sources import load_splits
 from im2json.model.base import load_processor
 from im2json.scoring.text import canonical
@@ -179,6 +180,29 @@ def test_pictures_are_squashed_and_not_cropped(collator):
     (pixels,) = collator.pixels([wide])  # 3 x H x W
     assert pixels.shape == (3, 28, 28)
     assert pixels[:, :, :10].max() < -0.95 and pixels[:, :, -10:].min() > 0.95
+
+
+def test_a_letterboxed_picture_keeps_its_shape_on_white(processor):
+    collator = Collator(processor, PROMPT, letterbox=True)
+    for size in ((400, 100), (100, 400)):
+        (pixels,) = collator.pixels([Image.new("RGB", size, "black")])  # 3 x H x W
+        tall = pixels if size[0] > size[1] else pixels.transpose(1, 2)
+        assert tall.shape == (3, 28, 28)
+        assert tall[:, :9].min() > 0.95 and tall[:, -9:].min() > 0.95
+        assert tall[:, 12:16].max() < -0.95  # the middle quarter, 7 of 28 lines, from edge to edge
+    square = [Image.new("RGB", (50, 50), "red")]
+    assert torch.equal(collator.pixels(square), Collator(processor, PROMPT).pixels(square))
+    pictures = [noise(0, (60, 20)), noise(1)]
+    assert torch.equal(collator.prefixes(pictures)["pixel_values"], collator.pixels(pictures))
+
+
+def test_a_strip_of_paper_is_scaled_down_before_it_would_need_a_vast_square(monkeypatch):
+    monkeypatch.setattr("im2json.data.pictures.MAX_PIXELS", 10_000)
+    strip = Image.new("RGB", (2, 4000), "black")
+    square = on_square(strip)
+    assert (square.size, strip.size) == ((100, 100), (2, 4000))
+    assert square.getpixel((49, 50)) == (0, 0, 0)
+    assert square.getpixel((48, 50)) == square.getpixel((50, 50)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -14,7 +14,9 @@ from im2json.options import FIELDS, METRIC_NAMES, PRESETS, TrainConfig, flag_nam
 from im2json.scoring import METRICS
 
 OTHER_VALUES = {
-    "dataset": "a-folder", "train_split": "training", "prompt": "read it", "max_target_tokens": 90, "workers": 3,
+    "dataset": "a-folder", "dataset_config": "en", "revision": "v2", "train_split": "training",
+    "image_column": "scan", "target_column": "label", "skip_bad": 2, "letterbox": True,
+    "prompt": "read it", "max_target_tokens": 90, "workers": 3,
     "model": "somewhere", "adapter": "there", "r": 8, "alpha": 5.0, "dropout": 0.25, "target_modules": "q_proj",
     "rslora": True, "dora": True, "quant": "none", "precision": "fp32", "gradient_checkpointing": False,
     "max_new_tokens": 77, "eval_batch_size": 3, "lr": 0.5, "schedule": "linear", "warmup": 0.5, "weight_decay": 0.1,

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from im2json.data.check import check_split
 from im2json.data.example import Split
 from im2json.data.pictures import MAX_PIXELS, decode_picture
-from im2json.data.sources import check_split, load_splits
+from im2json.data.sources import load_splits, open_splits
+from im2json.options import DataOptions
 
 NotFound = datasets.exceptions.DatasetNotFoundError
 SCANS = Path(os.environ.get("IM2JSON_SCANS", Path(__file__).parents[2] / "shared" / "data" / "scans"))
@@ -147,6 +149,193 @@ def test_columns_by_name(tmp_path):
     write_split(tmp_path / "train", [{"ground_truth": "no", "label": {"i": i}} for i in range(5)])
     splits = load_splits(str(tmp_path), target_column="label")
     assert sorted(t["i"] for s in splits.values() for t in s.targets) == list(range(5))
+
+
+# --- a file of JSON lines
+
+
+def write_lines(file: Path, rows: list[dict]) -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def write_pictures(folder: Path, names: list[str]) -> None:
+    """Pictures of different colours."""
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture_bytes((i, 0, 0)))
+
+
+def test_json_lines(tmp_path, monkeypatch):
+    names = [f"scans/{i}.png" for i in range(10)]
+    write_pictures(tmp_path / "data", names)
+    file = write_lines(tmp_path / "data" / "all.jsonl", [{"image": n, "target": {"n": n}} for n in names])
+    notes: list[str] = []
+    splits = load_splits(file, notes=notes)
+    assert [len(split) for split in splits.values()] == [8, 1, 1]
+    assert len(notes) == 2
+    assert sorted(i for split in splits.values() for i in split.ids) == names
+    assert all(example.target == {"n": example.id} for split in splits.values() for example in split)
+    monkeypatch.chdir(tmp_path)  # paths are relative to the file, wherever the run is started
+    assert load_splits("data/all.jsonl")["test"][0].id == splits["test"].ids[0]
+
+
+def test_json_lines_with_other_columns_and_split_folders(tmp_path):
+    names = ["train/a.png", "val/b.png", "test/c.png", "d.png"]
+    write_pictures(tmp_path, names)
+    rows = [{"image": "no.png", "scan": n, "target": "no", "label": json.dumps({"n": n})} for n in names]
+    splits = load_splits(write_lines(tmp_path / "x.jsonl", rows), image_column="scan", target_column="label")
+    assert {name: split.ids for name, split in splits.items()} == {
+        "train": ["train/a.png", "d.png"], "validation": ["val/b.png"], "test": ["test/c.png"],
+    }  # fmt: skip
+    assert splits["test"].targets == [{"n": "test/c.png"}]
+    check_split(*splits.values())
+
+
+def test_json_lines_that_are_bad(tmp_path):
+    names = ["train/a.png", "val/b.png", "test/c.png"]
+    write_pictures(tmp_path / "data", names)
+    write_pictures(tmp_path, ["secret.png"])
+    outside = ["../secret.png", str(tmp_path / "secret.png")]
+    rows = [{"image": name, "target": {}} for name in [*names, *outside]]
+    file = write_lines(tmp_path / "data" / "x.jsonl", [*rows, {"picture": "train/a.png", "target": {}}])
+    with pytest.raises(ValueError, match="3 of 6 rows") as caught:
+        check_split(*load_splits(file).values())
+    lines = [line.strip() for line in str(caught.value).splitlines()[1:]]
+    assert lines[0] == f"{file}:4: '../secret.png' leads out of the data set's folder; give a path within it"
+    assert lines[1].startswith(f"{file}:5: '{tmp_path}/secret.png' leads out of")
+    assert lines[2].startswith(f"{file}:6: names no picture")
+    with pytest.raises(ValueError, match="names no picture; scan must be its path"):
+        check_split(load_splits(file, image_column="scan")["train"])
+    with pytest.raises(ValueError, match="its split train is empty"):
+        load_splits(write_lines(tmp_path / "none.jsonl", []))
+
+
+# --- pairs of files
+
+
+def write_sroie(root: Path, names: list[str], start: int = 0) -> None:
+    """Pictures in img/ with key/NAME.json each."""
+    for i, name in enumerate(names, start):
+        for folder in ("img", "key"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / "img" / f"{name}.jpg").write_bytes(picture_bytes((8 * i, 0, 0), form="JPEG"))
+        target = {"company": "TAN CHAY YEE", "date": "10/10/2018", "total": f"{i}.00"}
+        (root / "key" / f"{name}.json").write_text(json.dumps(target, indent=4))
+
+
+def test_sroie(tmp_path):
+    write_sroie(tmp_path, [f"{i:03}" for i in range(10)])
+    (tmp_path / "box").mkdir()
+    (tmp_path / "box" / "000.csv").write_text("72,25,326,25,326,64,72,64,TAN CHAY YEE")
+    splits = load_splits(str(tmp_path))
+    assert [len(split) for split in splits.values()] == [8, 1, 1]
+    by_id = {example.id: example.target for split in splits.values() for example in split}
+    assert by_id.keys() == {f"img/{i:03}.jpg" for i in range(10)}
+    assert by_id["img/007.jpg"] == {"company": "TAN CHAY YEE", "date": "10/10/2018", "total": "7.00"}
+    check_split(*splits.values())
+
+
+def test_sroie_in_split_folders(tmp_path):
+    write_sroie(tmp_path / "train", ["000", "001"])
+    write_sroie(tmp_path / "val", ["000"], start=5)
+    write_sroie(tmp_path / "test", ["000"], start=6)
+    notes: list[str] = []
+    splits = load_splits(str(tmp_path), notes=notes)
+    assert not notes
+    assert {name: split.ids for name, split in splits.items()} == {
+        "train": ["train/img/000.jpg", "train/img/001.jpg"],
+        "validation": ["val/img/000.jpg"],
+        "test": ["test/img/000.jpg"],
+    }
+    assert splits["test"].targets[0]["total"] == "6.00"
+
+
+def test_json_beside_its_picture(tmp_path):
+    names = ["train/a.b.png", "train/deep/c.PNG", "validation/a.png", "test/a.png"]
+    write_pictures(tmp_path, names)
+    for name in names:
+        (tmp_path / name).with_suffix(".json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"n": name}).encode())
+    (tmp_path / "train" / "._c.png").write_bytes(b"what macOS leaves")
+    splits = load_splits(str(tmp_path))
+    assert [(e.id, e.target) for split in splits.values() for e in split] == [(n, {"n": n}) for n in names]
+
+
+def test_bad_pairs_are_listed_by_name(tmp_path):
+    for start, split in enumerate(("train", "validation", "test")):
+        write_sroie(tmp_path / split, ["000", "001"], start=2 * start)
+    train = tmp_path / "train"
+    (train / "key" / "000.json").unlink()
+    (train / "key" / "005.json").write_text("{}")
+    (train / "key" / "007.json").write_bytes(b'{"company": "\xe9"}')
+    for name in ("006.jpg", "006.png", "007.jpg"):
+        (train / "img" / name).write_bytes(picture_bytes())
+    (train / "key" / "006.json").write_text("{}")
+    (tmp_path / "test" / "key" / "001.json").write_text('{"total": 1,}')
+    with pytest.raises(ValueError, match="5 of 9 rows") as caught:
+        check_split(*load_splits(str(tmp_path)).values())
+    for line, expected in zip(
+        str(caught.value).splitlines()[1:],
+        [
+            f"{train}/img/000.jpg: has no 000.json beside it",
+            f"{train}/key/005.json: has no picture of that name",
+            f"{train}/img/006.jpg, {train}/img/006.png, {train}/key/006.json: share a name",
+            f"{train}/key/007.json: is not UTF-8 text",
+            f"{tmp_path}/test/key/001.json: does not parse as JSON",
+        ],
+        strict=True,
+    ):
+        assert line.strip().startswith(expected)
+
+
+# --- what save_to_disk wrote
+
+
+def test_saved_to_disk(tmp_path):
+    cord_dataset(10, "train").save_to_disk(tmp_path / "one")
+    splits = load_splits(str(tmp_path / "one"))
+    assert [len(split) for split in splits.values()] == [8, 1, 1]
+    assert splits["train"].ids[0].startswith("one-train-")
+    splits = {name: cord_dataset(2, name) for name in ("train", "validation", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "three")
+    splits = load_splits(str(tmp_path / "three"))
+    assert [split.ids[1] for split in splits.values()] == ["three-train-1", "three-validation-1", "three-test-1"]
+    assert splits["test"][1].image.getpixel((0, 0)) == (161, 0, 0)
+    assert splits["test"][1].target == {"total": "test1"}
+    check_split(*splits.values())
+
+
+def test_saved_to_disk_but_broken(tmp_path):
+    cord_dataset(3, "train").save_to_disk(tmp_path / "elsewhere")
+    datasets.DatasetDict({"train": cord_dataset(3, "train")}).save_to_disk(tmp_path / "set")
+    state = tmp_path / "set" / "train" / "state.json"
+    state.write_text(state.read_text().replace("data-00000", "../../elsewhere/data-00000"))
+    with pytest.raises(ValueError, match=r"set: cannot be loaded .*state\.json: '\.\./.*leads out of"):
+        load_splits(str(tmp_path / "set"))
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["../elsewhere"]}')
+    with pytest.raises(ValueError, match=r"cannot be loaded .*'\.\./elsewhere' leads out of"):
+        load_splits(str(tmp_path / "set"))
+    (tmp_path / "set" / "dataset_dict.json").write_text("{}")
+    with pytest.raises(ValueError, match="set: cannot be loaded as what save_to_disk writes"):
+        load_splits(str(tmp_path / "set"))
+
+
+# --- options that a form of data does not have
+
+
+def test_options_that_a_form_does_not_have(tmp_path):
+    write_split(tmp_path / "folder" / "train", cord_rows(3))
+    write_sroie(tmp_path / "pairs", ["0", "1", "2"])
+    for dataset, option, flag in [
+        ("receipts", {"target_column": "x"}, "--target-column"),
+        (tmp_path / "folder", {"revision": "x"}, "--revision"),
+        (tmp_path / "folder", {"config": "x"}, "--dataset-config"),
+        (tmp_path / "folder" / "train" / "metadata.jsonl", {"revision": "x"}, "--revision"),
+        (tmp_path / "pairs", {"image_column": "x"}, "--image-column"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{flag} x: .*{Path(dataset).name} is of a form that has none"):
+            load_splits(str(dataset), **option)
 
 
 # --- missing splits
@@ -305,6 +494,8 @@ def test_folders_that_are_no_data_set(tmp_path):
         load_splits(str(tmp_path))
     with pytest.raises(ValueError, match="there is no such folder"):
         load_splits(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="there is no such folder or file"):
+        load_splits("nowhere.jsonl")
     (tmp_path / "file.json").write_text("{}")
     with pytest.raises(ValueError, match="is a file"):
         load_splits(str(tmp_path / "file.json"))
@@ -367,6 +558,19 @@ def test_hub_id(monkeypatch):
     assert chosen.target == {"total": "train" + chosen.id.rsplit("-", 1)[1]}
 
 
+def test_options_of_a_hub_id(monkeypatch):
+    def load_dataset(path, name=None, revision=None):
+        assert (path, name, revision) == ("some/set", "en", "v2")
+        columns = {"ground_truth": "label"}
+        return datasets.DatasetDict({"all": cord_dataset(10, "train").rename_columns(columns | {"image": "scan"})})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    options = DataOptions("some/set", "en", "v2", "all", "scan", "label")
+    splits = open_splits(options, notes := [])
+    assert [len(split) for split in splits.values()] == [8, 1, 1]
+    assert len(notes) == 2
+
+
 def test_bad_rows_of_a_table(tmp_path, monkeypatch):
     (tmp_path / "secret.png").write_bytes(picture_bytes())
     table = datasets.Dataset.from_dict(
@@ -411,6 +615,12 @@ def test_columns_of_a_table(monkeypatch):
         of(text=["x"], target=["{}"])
     with pytest.raises(ValueError, match=r"has no target .*it has image, label"):
         of(image=[picture], label=[1])
+
+
+def test_a_column_without_pictures(tmp_path):
+    datasets.Dataset.from_dict({"n": [1, 2, 3], "target": ["{}"] * 3}).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match="split train of set: its column 'n' holds no pictures"):
+        load_splits(str(tmp_path / "set"), image_column="n")
 
 
 def test_json_columns_keep_everything(monkeypatch):

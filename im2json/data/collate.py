@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import PaliGemmaProcessor
 
 from im2json.data.example import Example
+from im2json.data.pictures import on_square
 from im2json.scoring.text import canonical
 
 # B examples, S positions, P prefix positions (image tokens, BOS, prompt and newline), T target tokens with EOS.
@@ -42,9 +43,10 @@ class Collator:
     A target is never cut, and what it holds is text: a literal `<eos>` in it is spelled out, not a special token.
     """
 
-    def __init__(self, processor: PaliGemmaProcessor, prompt: str) -> None:
+    def __init__(self, processor: PaliGemmaProcessor, prompt: str, letterbox: bool = False) -> None:
         self.processor = processor
         self.prompt = prompt
+        self.letterbox = letterbox
         tokenizer = processor.tokenizer
         image_tokens = processor.image_token * processor.image_seq_length
         prefix = tokenizer(f"{image_tokens}{tokenizer.bos_token}{prompt}\n", add_special_tokens=False)
@@ -59,8 +61,9 @@ class Collator:
         return [*ids, tokenizer.eos_token_id]
 
     def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Pictures squashed to the square that the tower sees; B x 3 x H x W."""
-        return self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        """Pictures squashed to the square that the tower sees, or with `letterbox` on white; B x 3 x H x W."""
+        shown = [on_square(image) if self.letterbox else image for image in images]
+        return self.processor.image_processor(shown, return_tensors="pt")["pixel_values"]
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """A training batch."""

@@ -35,6 +35,11 @@ class TargetLengths:
             for name, lengths in self.by_split.items()
         )
 
+    def longer_than(self, limit: int) -> str:
+        """How many of how many."""
+        everything = [length for lengths in self.by_split.values() for length in lengths]
+        return f"{sum(length > limit for length in everything)} of {len(everything)}"
+
     def check(self, limit: int | None, prefix: int, positions: int) -> None:
         """Refuse targets that would not fit.
 
@@ -46,18 +51,16 @@ class TargetLengths:
         Raises:
             ValueError: naming how many targets are too long, and the length needed.
         """
-        everything = [length for lengths in self.by_split.values() for length in lengths]
         if limit is not None and self.longest > limit:
-            cut = sum(length > limit for length in everything)
             raise ValueError(
-                f"--max-target-tokens {limit} would cut {cut} of {len(everything)} targets, which are never cut: "
+                f"--max-target-tokens {limit} would cut {self.longer_than(limit)} targets, which are never cut: "
                 f"the longest needs {self.longest}; raise the limit or leave those rows out"
             )
         if prefix + self.longest > positions:
-            cut = sum(prefix + length > positions for length in everything)
+            cut = self.longer_than(positions - prefix)
             raise ValueError(
-                f"{cut} of {len(everything)} targets are longer than the model can hold: {prefix} positions of picture "
-                f"and prompt and {self.longest} of the longest target exceed its {positions}; leave those rows out"
+                f"{cut} targets are longer than the model can hold: {prefix} positions of picture and prompt and "
+                f"{self.longest} of the longest target exceed its {positions}; leave those rows out"
             )
 
     def new_token_limit(self, given: int | None, room: int) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
+from functools import cache
 from io import BytesIO
 
 import numpy as np
@@ -74,6 +76,23 @@ def decode_picture(data: bytes, where: str) -> Image.Image:
         return _to_rgb(_turn_upright(picture))
     except (OSError, *_DAMAGE) as error:
         raise ValueError(f"{where}: the picture is damaged or cut short ({error})") from None
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """How the names of picture files end, in lower case."""
+    return frozenset(suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS)
+
+
+def on_square(picture: Image.Image) -> Image.Image:
+    """The picture centred on a white square of its longer side, scaled down where that had too many pixels."""
+    side = min(max(picture.size), math.isqrt(MAX_PIXELS))
+    if side < max(picture.size):
+        picture = picture.copy()
+        picture.thumbnail((side, side))
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
 
 
 def _turn_upright(picture: Image.Image) -> Image.Image:

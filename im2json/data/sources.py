@@ -1,13 +1,12 @@
-"""Where examples come from: the embedded receipts, a folder, or a data set on the Hugging Face Hub."""
+"""Where examples come from: the embedded receipts, files in one of several forms, or the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,21 +14,26 @@ from im2json.data.example import Split
 from im2json.data.stored import (
     ALIASES,
     ArrowRows,
+    Columns,
     FolderRows,
     Line,
     Rows,
     StoredSplit,
-    bad_rows,
     find_target,
-    read_metadata,
+    inside,
+    read_lines,
+    read_pairs,
 )
+from im2json.options import DataOptions, flag_name
 
 RECEIPTS = "receipts"
+COLUMN_OPTIONS = ("image_column", "target_column")
 METADATA_EXAMPLE = '{"file_name": "001.jpg", "ground_truth": "{\\"gt_parse\\": {\\"total\\": \\"9.30\\"}}"}'
 FOLDER_HELP = (
     "a folder must hold train/metadata.jsonl (and validation/, test/ where there are such splits), "
     f"a line a picture: {METADATA_EXAMPLE}; "
-    "or Parquet files named by split, such as data/train-00000-of-00001.parquet"
+    "or pictures with a .json of the same name each, train/001.jpg and train/001.json, or train/img/ and train/key/; "
+    "or Parquet files named by split, such as data/train-00000-of-00001.parquet; or what save_to_disk wrote"
 )
 
 _log = logging.getLogger(__name__)
@@ -51,11 +55,16 @@ def load_splits(
     `dataset` is one of
     - receipts: the embedded synthetic ones, drawn from `seed` (./receipts is a folder of that name);
     - a folder in imagefolder form: a metadata.jsonl in each split's folder, with file_name and the target;
-    - a folder of Parquet files as the hub lays them out;
+    - a JSON-lines file, each line with a picture's path from the file's folder on, and the target;
+    - a folder of pictures with a .json of the same name each, which is the target (see read_pairs);
+    - a folder of Parquet files as the hub lays them out, with `config` where it has several;
+    - a folder that `save_to_disk` of `datasets` wrote;
     - a hub id such as naver-clova-ix/cord-v2, with `config` and `revision` where it has several.
 
-    Pictures are in the column image (or the only picture column), targets in ground_truth, target or json,
-    unless `image_column` and `target_column` say otherwise. A target is a JSON object or the text of one;
+    Where files are not told apart by split, those in a folder of a split's name belong to it, others to train.
+
+    Pictures are in the column image or file_name (or the only picture column), targets in ground_truth, target or
+    json, unless `image_column` and `target_column` say otherwise. A target is a JSON object or the text of one;
     gt_parse is unwrapped, and of gt_parses the first is taken. Nothing in it is changed, but for struct
     columns (see ArrowRows).
 
@@ -65,20 +74,26 @@ def load_splits(
     What a reader of the results should know is appended to `notes`, a line each, or logged if that is None.
 
     Rows are not checked here, `check_split` does that. Raises ValueError, in one line that says what would be
-    right, where the data set, a split or a column is not there, or a split is empty.
+    right, where the data set, a split or a column is not there, a split is empty, or something was asked for that
+    this form of data does not have.
     """
     said: list[str] = [] if notes is None else notes
+    asked = dict(dataset_config=config, revision=revision, image_column=image_column, target_column=target_column)
+    columns = (image_column, target_column)
     if dataset == RECEIPTS:
+        _refuse_all_but((), asked, RECEIPTS)
         splits = _receipts(train_split, seed, said)
     else:
-        columns = (image_column, target_column)
-        folder = Path(dataset).expanduser()
-        if folder.is_dir():
-            available = _open_folder(folder, config, columns, said)
-        elif folder.exists():
-            raise ValueError(f"--dataset {dataset}: is a file; {FOLDER_HELP}")
+        path = Path(dataset).expanduser()
+        if path.is_dir():
+            available = _open_folder(path, asked, columns, said)
+        elif path.suffix == ".jsonl" and path.is_file():
+            _refuse_all_but(COLUMN_OPTIONS, asked, dataset)
+            available = _split_by_folder(path.parent, read_lines(path, columns))
+        elif path.exists():
+            raise ValueError(f"--dataset {dataset}: is a file, but not one of JSON lines (NAME.jsonl); {FOLDER_HELP}")
         elif _looks_like_path(dataset):
-            raise ValueError(f"--dataset {dataset}: there is no such folder; {FOLDER_HELP}")
+            raise ValueError(f"--dataset {dataset}: there is no such folder or file; {FOLDER_HELP}")
         else:
             available = _open_hub(dataset, config, revision, columns, said)
         splits = _three_splits(available, dataset, train_split, said)
@@ -88,32 +103,17 @@ def load_splits(
     return splits
 
 
-def check_split(*splits: Split, on_row: Callable[[], object] | None = None) -> None:
-    """Open every row of these splits: its target must be a JSON object, its picture must decode to the end.
-
-    Raises one ValueError that lists the bad rows, 20 at most and a count of the rest. `on_row` is called
-    after each row, for a progress bar. The embedded receipts are drawn by ourselves and passed over.
-    """
-    from im2json.data.receipts import Receipts
-
-    def problem(split: Split, i: int) -> str | None:
-        try:
-            split[i]
-        except ValueError as error:
-            return str(error)
-        return None
-
-    places = [(split, i) for split in splits if not isinstance(split, Receipts) for i in range(len(split))]
-    problems = []
-    # Pillow lets go of the interpreter while it decodes, so threads are enough.
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for found in pool.map(problem, *zip(*places)) if places else ():
-            if found is not None:
-                problems.append(found)
-            if on_row is not None:
-                on_row()
-    if problems:
-        raise bad_rows(problems, len(places))
+def open_splits(options: DataOptions, notes: list[str]) -> dict[str, Split]:
+    """The splits that a run's options ask for; as load_splits."""
+    return load_splits(
+        options.dataset,
+        train_split=options.train_split,
+        config=options.dataset_config,
+        revision=options.revision,
+        image_column=options.image_column,
+        target_column=options.target_column,
+        notes=notes,
+    )
 
 
 def _receipts(train_split: str, seed: int, notes: list[str]) -> dict[str, Split]:
@@ -126,37 +126,84 @@ def _receipts(train_split: str, seed: int, notes: list[str]) -> dict[str, Split]
 
 
 def _looks_like_path(dataset: str) -> bool:
-    return not dataset or dataset.startswith(("/", ".", "~")) or "\\" in dataset or dataset.count("/") > 1
+    return (
+        dataset.startswith(("/", ".", "~"))
+        or dataset.endswith(".jsonl")
+        or "\\" in dataset
+        or dataset.count("/") > 1
+        or not dataset
+    )
 
 
 # --- folders
 
 
-def _open_folder(
-    root: Path, config: str | None, columns: tuple[str | None, str | None], notes: list[str]
-) -> dict[str, Rows]:
+def _open_folder(root: Path, asked: Mapping[str, str | None], columns: Columns, notes: list[str]) -> dict[str, Rows]:
     found = sorted(path.parent for path in root.glob("*/metadata.jsonl"))
-    if not found and (root / "metadata.jsonl").is_file():
-        return _split_by_folder(root, read_metadata(root / "metadata.jsonl", columns[1]))
-    if found:
-        known = {name for names in ALIASES.values() for name in names}
-        for sub in sorted(root.iterdir()):
-            if sub.is_dir() and sub.name in known and sub not in found:
-                raise ValueError(f"{sub}: has no metadata.jsonl; {FOLDER_HELP}")
-        return {sub.name: FolderRows(sub, root, read_metadata(sub / "metadata.jsonl", columns[1])) for sub in found}
-    if next(root.rglob("*.parquet"), None) is None:
+    if found or (root / "metadata.jsonl").is_file():
+        _refuse_all_but(COLUMN_OPTIONS, asked, str(root))
+        return _open_imagefolder(root, found, columns)
+    whole = root.resolve()
+    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+        _refuse_all_but(COLUMN_OPTIONS, asked, str(root))
+        return _arrow_splits(_load_saved(root), whole.name, columns, [whole], notes)
+    if next(root.rglob("*.parquet"), None) is not None:
+        _refuse_all_but(("dataset_config", *COLUMN_OPTIONS), asked, str(root))
+        return _arrow_splits(_load_parquet(root, asked["dataset_config"]), whole.name, columns, [whole], notes)
+    pairs = read_pairs(root)
+    if all(pair.problem for pair in pairs):
         raise ValueError(f"{root}: holds neither metadata.jsonl nor Parquet files; {FOLDER_HELP}")
+    _refuse_all_but((), asked, str(root))
+    return _split_by_folder(root, pairs)
+
+
+def _refuse_all_but(known: Sequence[str], asked: Mapping[str, str | None], where: str) -> None:
+    for name, value in asked.items():
+        if value is not None and name not in known:
+            raise ValueError(f"{flag_name(name)} {value}: {where} is of a form that has none; leave the option out")
+
+
+def _open_imagefolder(root: Path, found: Sequence[Path], columns: Columns) -> dict[str, Rows]:
+    if not found:
+        return _split_by_folder(root, read_lines(root / "metadata.jsonl", columns))
+    known = {name for names in ALIASES.values() for name in names}
+    for sub in sorted(root.iterdir()):
+        if sub.is_dir() and sub.name in known and sub not in found:
+            raise ValueError(f"{sub}: has no metadata.jsonl; {FOLDER_HELP}")
+    return {sub.name: FolderRows(sub, root, read_lines(sub / "metadata.jsonl", columns)) for sub in found}
+
+
+def _load_parquet(root: Path, config: str | None) -> Any:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(str(root), name=config)
+        return datasets.load_dataset(str(root), name=config)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         raise ValueError(f"{root}: cannot be loaded ({_first_line(error)})") from error
-    return _arrow_splits(loaded, root.resolve().name, columns, [root.resolve()], notes)
+
+
+def _load_saved(root: Path) -> Any:
+    """What `save_to_disk` wrote; a data set without splits is train.
+
+    The folder names its splits and Arrow files itself: none may lie elsewhere.
+    """
+    import datasets
+
+    saved = root / "dataset_dict.json"
+    try:
+        names = json.loads(saved.read_text("utf-8"))["splits"] if saved.is_file() else ["."]
+        for name in names:
+            state = inside(root, name, str(saved)) / "state.json"
+            for file in json.loads(state.read_text("utf-8"))["_data_files"]:
+                inside(state.parent, file["filename"], str(state))
+        loaded = datasets.load_from_disk(str(root))
+    except (datasets.exceptions.DatasetsError, LookupError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{root}: cannot be loaded as what save_to_disk writes ({_first_line(error)})") from error
+    return loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
 
 
 def _split_by_folder(root: Path, lines: Sequence[Line]) -> dict[str, Rows]:
-    """One metadata.jsonl above the splits' folders: test/001.jpg belongs to test, 001.jpg to train."""
+    """Lines above the splits' folders: test/001.jpg belongs to test, 001.jpg to train."""
     known = {name for names in ALIASES.values() for name in names}
     groups: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
@@ -172,7 +219,7 @@ def _open_hub(
     dataset: str,
     config: str | None,
     revision: str | None,
-    columns: tuple[str | None, str | None],
+    columns: Columns,
     notes: list[str],
 ) -> dict[str, Rows]:
     import datasets
@@ -212,7 +259,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _arrow_splits(
-    loaded: Any, name: str, columns: tuple[str | None, str | None], folders: Sequence[Path], notes: list[str]
+    loaded: Mapping[str, Any], name: str, columns: Columns, folders: Sequence[Path], notes: list[str]
 ) -> dict[str, Rows]:
     import datasets
 
@@ -221,7 +268,10 @@ def _arrow_splits(
         where = f"split {split} of {name}"
         image = _find_image(rows.features, columns[0], where)
         target = find_target(rows.column_names, columns[1], where)
-        rows = rows.cast_column(image, datasets.Image(decode=False))
+        try:
+            rows = rows.cast_column(image, datasets.Image(decode=False))
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise ValueError(f"{where}: its column {image!r} holds no pictures ({_first_line(error)})") from error
         splits[split] = ArrowRows(rows, name, split, image, target, folders)
         if isinstance(rows.features[target], dict):
             notes.append(f"{where}: {target} is a struct: keys that are null are left out; JSON text keeps them")

@@ -1,28 +1,31 @@
-"""Splits whose rows lie on disk: metadata.jsonl beside picture files, or an Arrow table.
+"""Splits whose rows lie on disk: lines of JSON or pairs of files that name their pictures, or an Arrow table.
 
-Rows are counted from 0, as `datasets` does; lines of metadata.jsonl from 1, as editors do.
+Rows are counted from 0, as `datasets` does; lines of a JSON-lines file from 1, as editors do.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from im2json.data.example import Example
-from im2json.data.pictures import decode_picture
+from im2json.data.pictures import decode_picture, suffixes
 from im2json.scoring.text import canonical
 
+IMAGE_COLUMNS = ("file_name", "image")
 TARGET_COLUMNS = ("ground_truth", "target", "json")
 ALIASES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }  # the names that `datasets` takes for the same splits
+Columns = tuple[str | None, str | None]
+"""Those of picture and target that were asked for."""
 
 
 class Rows(Protocol):
@@ -83,6 +86,10 @@ class StoredSplit:
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
+    def without(self, left_out: Collection[int]) -> StoredSplit:
+        """The same split but for these rows, counted as in `self[i]`."""
+        return StoredSplit(self.name, self.rows, [row for i, row in enumerate(self.chosen) if i not in left_out])
+
 
 def _or_problem(read: Callable[[int], dict[str, Any]], row: int) -> dict[str, Any] | str:
     try:
@@ -91,15 +98,16 @@ def _or_problem(read: Callable[[int], dict[str, Any]], row: int) -> dict[str, An
         return str(error)
 
 
-def bad_rows(problems: Sequence[str], total: int, shown: int = 20) -> ValueError:
-    """One error for all bad rows: how many of `total`, the first `shown` a line each, a count of the rest."""
-    lines = [
-        f"{len(problems)} of {total} rows cannot be used:",
-        *(f"  {problem}" for problem in problems[:shown]),
-    ]
-    if len(problems) > shown:
-        lines.append(f"  ... and {len(problems) - shown} more")
-    return ValueError("\n".join(lines))
+def bad_rows(problems: Sequence[str], total: int) -> ValueError:
+    """One error for all bad rows: how many of `total`, the first 20 a line each, a count of the rest."""
+    remedy = f"mend them, or leave them out with --skip-bad {len(problems)}"
+    return ValueError(listed(f"{len(problems)} of {total} rows cannot be used: {remedy}", problems))
+
+
+def listed(title: str, lines: Sequence[str], shown: int | None = 20) -> str:
+    """A title with the first lines below it, all of them where `shown` is None, and a count of the rest."""
+    rest = [] if shown is None or len(lines) <= shown else [f"... and {len(lines) - shown} more"]
+    return "\n  ".join([title, *lines[:shown], *rest])
 
 
 def parse_target(raw: Any, where: str) -> dict[str, Any]:
@@ -181,16 +189,16 @@ def read_file(path: Path, where: str) -> bytes:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of metadata.jsonl; `problem` is set where it does not even name its picture."""
+    """A line of a JSON-lines file, or a pair of files; `problem` is set where it does not even name its picture."""
 
-    where: str  # FILE:LINE
-    file_name: str  # relative to the folder of metadata.jsonl
+    where: str  # FILE:LINE, or the .json of a pair
+    file_name: str  # relative to the folder of the JSON-lines file or of the pairs
     target: Any = None  # JSON text or a value
     problem: str | None = None
 
 
 class FolderRows:
-    """Rows of `datasets`' imagefolder form, read without `datasets`: objects stay exactly as written."""
+    """Rows of picture files with a line each, read without `datasets`: objects stay exactly as written."""
 
     def __init__(self, folder: Path, root: Path, lines: Sequence[Line]) -> None:
         self.folder = folder
@@ -231,8 +239,8 @@ def _made_unique(names: Sequence[str]) -> list[str]:
     return ids
 
 
-def read_metadata(path: Path, target_column: str | None) -> list[Line]:
-    """Every row of a metadata.jsonl; a bad one is kept with its problem, so that all are listed at once."""
+def read_lines(path: Path, columns: Columns) -> list[Line]:
+    """Every row of a JSON-lines file; a bad one is kept with its problem, so that all are listed at once."""
     lines = []
     for number, data in enumerate(path.read_bytes().split(b"\n"), start=1):  # text has other line ends inside strings
         if number == 1:
@@ -241,23 +249,58 @@ def read_metadata(path: Path, target_column: str | None) -> list[Line]:
             continue
         where = f"{path}:{number}"
         try:
-            lines.append(_read_line(data, where, target_column))
+            lines.append(_read_line(data, where, columns))
         except ValueError as error:
             lines.append(Line(where, f"{path.name}:{number}", problem=str(error)))
     return lines
 
 
-def _read_line(data: bytes, where: str, target_column: str | None) -> Line:
+def _read_line(data: bytes, where: str, columns: Columns) -> Line:
     try:
         row = read_json(data.decode(), where)
     except UnicodeDecodeError:
         raise ValueError(f"{where}: is not UTF-8 text") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a row must be a JSON object, not {_kind(row)}")
-    if not isinstance(row.get("file_name"), str) or not row["file_name"]:
-        raise ValueError(f"{where}: names no picture; file_name must be its path within the folder")
-    column = find_target(row, target_column, where)
-    return Line(where, row["file_name"], row[column])
+    asked, target = columns
+    image = asked or next((name for name in IMAGE_COLUMNS if name in row), IMAGE_COLUMNS[0])
+    if not isinstance(row.get(image), str) or not row[image]:
+        raise ValueError(f"{where}: names no picture; {image} must be its path within the folder")
+    return Line(where, row[image], row[find_target(row, target, where)])
+
+
+def read_pairs(root: Path) -> list[Line]:
+    """Pictures with a .json of the same name: beside each other, or in img/ and key/ as in SROIE; hidden files apart.
+
+    One without the other is kept with its problem, like two of one name.
+    """
+    files: dict[Path, tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))  # pictures and .json by name
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root)
+        is_json = path.suffix.lower() == ".json"
+        if (is_json or path.suffix.lower() in suffixes()) and not any(part.startswith(".") for part in name.parts):
+            shared = Path(*(part for part in name.parent.parts if part not in ("img", "key")), name.stem)
+            files[shared][is_json].append(path)
+    return [_pair(root, *files[shared]) for shared in sorted(files)]
+
+
+def _pair(root: Path, pictures: list[Path], targets: list[Path]) -> Line:
+    both = [*pictures, *targets]
+    where, file_name = str(both[-1]), both[0].relative_to(root).as_posix()
+    if len(pictures) > 1 or len(targets) > 1:
+        problem = f"{', '.join(map(str, both))}: share a name; one picture goes with one .json"
+    elif not targets:
+        problem = f"{where}: has no {pictures[0].stem}.json beside it, or in key/ beside img/"
+    elif not pictures:
+        problem = f"{where}: has no picture of that name beside it, or in img/ beside key/"
+    else:
+        try:
+            return Line(where, file_name, targets[0].read_text("utf-8-sig"))
+        except UnicodeDecodeError:
+            problem = f"{where}: is not UTF-8 text"
+        except OSError as error:
+            problem = f"{where}: cannot be read ({error.strerror or error})"
+    return Line(where, file_name, problem=problem)
 
 
 def find_target(columns: Any, asked: str | None, where: str) -> str:

@@ -14,12 +14,13 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from peft import PeftModel
 
+from im2json.data.check import check_split
 from im2json.data.collate import Collator
 from im2json.data.example import Split
 from im2json.data.lengths import TargetLengths
 from im2json.data.loader import StepLoader
 from im2json.data.order import Order
-from im2json.data.sources import check_split, load_splits
+from im2json.data.sources import open_splits
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
 from im2json.model.lora import add_lora
@@ -118,11 +119,11 @@ def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, ada
         ValueError: naming the option, file or row that is wrong.
     """
     notes: list[str] = []
-    splits = load_splits(config.data.dataset, train_split=config.data.train_split, notes=notes)
-    for note in notes:
+    checkup = check_split(*open_splits(config.data, notes).values(), skip_bad=config.data.skip_bad)
+    for note in [*notes, *checkup.notes()]:
         accelerator.print(note)
-    check_split(*splits.values())
-    collator = Collator(load_processor(config.model.model), config.data.prompt)
+    splits = checkup.splits
+    collator = Collator(load_processor(config.model.model), config.data.prompt, config.data.letterbox)
     lengths = TargetLengths.count(splits, collator)
     accelerator.print(lengths.summary())
     base = load_base(config.model.model, precision, config.model.quant, accelerator.device)

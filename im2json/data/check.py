@@ -1,0 +1,115 @@
+"""Look at every row before the first step: which are bad, and which pictures are there more than once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from PIL import Image
+
+from im2json.data.example import Split
+from im2json.data.stored import StoredSplit, bad_rows, listed
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What opening every row of a data set's splits showed."""
+
+    splits: dict[str, Split]  # without the bad rows
+    problems: dict[str, list[str]]  # a bad row each, by split
+    copies: list[list[tuple[str, str]]]  # split and id of the rows that show the same picture, pixel by pixel
+
+    @property
+    def bad(self) -> list[str]:
+        return [problem for problems in self.problems.values() for problem in problems]
+
+    @property
+    def total(self) -> int:
+        """Rows, the bad ones included."""
+        return len(self.bad) + sum(map(len, self.splits.values()))
+
+    def copies_between(self) -> list[str]:
+        """A line for each picture that is in more than one split: where."""
+        return [
+            " = ".join(f"{row} ({split})" for split, row in group)
+            for group in self.copies
+            if len({split for split, _ in group}) > 1
+        ]
+
+    def copies_within(self) -> dict[str, int]:
+        """How many rows of a split repeat a picture of that split, where any do."""
+        counts = [Counter(split for split, _ in group) for group in self.copies]
+        repeated = {name: sum(max(0, count[name] - 1) for count in counts) for name in self.splits}
+        return {name: count for name, count in repeated.items() if count}
+
+    def notes(self) -> list[str]:
+        """What a reader of the results should know: the rows left out, and what is learned as well as tested."""
+        notes = []
+        if self.bad:
+            notes.append(listed(f"rows left out (--skip-bad): {len(self.bad)} of {self.total}", self.bad, None))
+        if shared := self.copies_between():
+            notes.append(listed(f"pictures in more than one split, which flatters scores: {len(shared)}", shared, 5))
+        return notes
+
+
+def check_split(*splits: Split, skip_bad: int = 0, on_row: Callable[[], object] | None = None) -> Checkup:
+    """Open every row of these splits: its target must be a JSON object, its picture must decode to the end.
+
+    Up to `skip_bad` rows that are bad are left out. Raises one ValueError that lists the bad rows where there are
+    more, 20 at most and a count of the rest, and where a split has no row left. `on_row` is called after each row,
+    for a progress bar. The embedded receipts are drawn by ourselves and passed over.
+    """
+    found = examine(splits, on_row)
+    if len(found.bad) > skip_bad:
+        raise bad_rows(found.bad, found.total)
+    for name, split in found.splits.items():
+        if len(split) == 0:
+            raise ValueError(listed(f"of split {name} no row can be used:", found.problems[name]))
+    return found
+
+
+def examine(splits: Iterable[Split], on_row: Callable[[], object] | None = None) -> Checkup:
+    """The same without judging how many bad rows are too many."""
+    splits = list(splits)
+    stored = [split for split in splits if isinstance(split, StoredSplit)]
+    places = [(split, i) for split in stored for i in range(len(split))]
+    bad: dict[str, dict[int, str]] = {split.name: {} for split in splits}
+    alike: dict[bytes, list[tuple[StoredSplit, int]]] = defaultdict(list)
+    same: dict[bytes, list[tuple[StoredSplit, int]]] = defaultdict(list)
+    # Pillow lets go of the interpreter while it decodes, so threads are enough.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for (split, i), outcome in zip(places, pool.map(lambda place: _open(*place), places)):
+            if isinstance(outcome, str):
+                bad[split.name][i] = outcome
+            else:
+                alike[outcome].append((split, i))
+            if on_row is not None:
+                on_row()
+        # Hashing every pixel would make this half as slow again; few pictures are worth it, and opened twice.
+        suspects = [place for group in alike.values() if group[1:] for place in group]
+        for place, key in zip(suspects, pool.map(lambda place: _digest(place[0][place[1]].image), suspects)):
+            same[key].append(place)
+    return Checkup(
+        {split.name: split for split in splits}
+        | {split.name: split.without(bad[split.name]) for split in stored if bad[split.name]},
+        {name: list(problems.values()) for name, problems in bad.items()},
+        [[(split.name, split.rows.id(split.chosen[i])) for split, i in group] for group in same.values() if group[1:]],
+    )
+
+
+def _open(split: StoredSplit, i: int) -> bytes | str:
+    """What tells the picture of a row from nearly all others, or what is wrong with the row."""
+    try:
+        picture = split[i].image
+    except ValueError as error:
+        return str(error)
+    return repr(picture.size).encode() + _digest(picture.resize((64, 64), Image.Resampling.NEAREST))
+
+
+def _digest(picture: Image.Image) -> bytes:
+    """Equal for pictures in RGB of one size that are equal pixel by pixel, whatever files they came from."""
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()

@@ -1,0 +1,101 @@
+"""What train.py --check says of a data set, without training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PaliGemmaProcessor
+
+from im2json.data.check import Checkup, examine
+from im2json.data.collate import IGNORE, Collator
+from im2json.data.example import Example, Split
+from im2json.data.lengths import TargetLengths
+from im2json.data.sources import open_splits
+from im2json.data.stored import listed
+from im2json.options import DataOptions
+from im2json.report.preview import Preview, preview_page
+from im2json.report.table import table
+from im2json.scoring.metrics import key_paths
+
+PREVIEWS = 6
+"""Examples on the page, of train."""
+
+
+def diagnose(
+    options: DataOptions, load_processor: Callable[[], PaliGemmaProcessor], page: Path, say: Callable[[str], object]
+) -> bool:
+    """Say all that is known of the data part by part, and write the page; whether a run would take its rows.
+
+    Raises ValueError where the data set or the processor cannot be opened at all.
+    """
+    notes: list[str] = []
+    checkup = examine(open_splits(options, notes).values())
+    rows = rows_report(checkup)
+    say("\n".join([*notes, rows]))
+    splits = {name: split for name, split in checkup.splits.items() if len(split)}
+    if splits:
+        collator = Collator(load_processor(), options.prompt, options.letterbox)
+        lengths = lengths_report(splits, collator, options.max_target_tokens)
+        say("\n".join(["", lengths, "", keys_report(splits)]))
+        first = next(iter(splits.values()))
+        previews = (preview(first[i], collator) for i in range(min(PREVIEWS, len(first))))
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(preview_page(f"{options.dataset}: {first.name}", f"{rows}\n\n{lengths}", previews), "utf-8")
+        say(f"\npreview  {page}")
+    return len(checkup.bad) <= options.skip_bad and len(splits) == len(checkup.splits)
+
+
+def rows_report(checkup: Checkup) -> str:
+    """Rows by split, then every bad one, and every picture that is there twice."""
+    repeated = checkup.copies_within()
+    counts = [
+        [name, len(split), len(checkup.problems[name]), repeated.get(name, 0)] for name, split in checkup.splits.items()
+    ]
+    parts = [table(counts, ["split", "rows", "bad", "repeated"])]
+    if checkup.bad:
+        parts.append(listed(f"bad rows: {len(checkup.bad)} of {checkup.total}", checkup.bad, None))
+    shared = checkup.copies_between()
+    parts.append(listed(f"pictures in more than one split: {len(shared)}", shared, None))
+    return "\n\n".join(parts)
+
+
+def lengths_report(splits: Mapping[str, Split], collator: Collator, limit: int | None) -> str:
+    """How long the targets are, which is the longest, and what --max-target-tokens would refuse."""
+    lengths = TargetLengths.count(splits, collator)
+    longest = [
+        f"longest of {name}: {split.ids[int(np.argmax(lengths.by_split[name]))]}" for name, split in splits.items()
+    ]
+    refused = [] if limit is None else [f"longer than --max-target-tokens {limit}: {lengths.longer_than(limit)}"]
+    return "\n".join([lengths.summary(), *longest, *refused])
+
+
+def keys_report(splits: Mapping[str, Split]) -> str:
+    """A line a key path, list positions left out: the share of the examples that have it, frequent ones first."""
+    targets = [target for split in splits.values() for target in split.targets]
+    counts = Counter(path.strip("\0").replace("\0", ".") for target in targets for path in key_paths(target))
+    frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return table([[path, count / len(targets)] for path, count in frequent], ["key", "share of examples"])
+
+
+def preview(example: Example, collator: Collator) -> Preview:
+    """The example as a batch of its own holds it."""
+    batch = collator([example])
+    tokenizer, processor = collator.processor.tokenizer, collator.processor.image_processor
+    images = collator.processor.image_seq_length
+    ids, labels = batch.inputs["input_ids"][0, images:].tolist(), batch.labels[0, images:].tolist()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    pixels = (batch.inputs["pixel_values"][0] * std + mean).clamp(0, 1) * 255  # 3 x H x W
+    seen = Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    texts = [tokenizer.decode([token]) for token in ids]
+    tokens = [
+        (piece if "\ufffd" in text else text, label != IGNORE)  # a byte of a rare character is no text by itself
+        for piece, text, label in zip(pieces, texts, labels)
+    ]
+    start = (f"{collator.processor.image_token} x {images}", False)
+    return Preview(example.id, example.image, seen, example.target, [start, *tokens])

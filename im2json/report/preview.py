@@ -1,0 +1,81 @@
+"""A page of examples as training sees them: the document, the target, and which tokens are learned."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+
+LONGEST_SIDE = 700
+"""Pixels of a document; larger ones are scaled down."""
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1300px; padding: 0 1em;
+       color: #1d232b; background: #eef0f3 }
+section { background: #fff; border: 1px solid #c9ced6; margin: 1.5em 0; padding: 1em; display: grid;
+          grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 1.5em }
+h2 { grid-column: 1 / -1; margin: 0; font-size: 1.1em; overflow-wrap: anywhere }
+img { max-width: 100%; border: 1px solid #c9ced6; display: block; margin-bottom: 1em }
+pre, .tokens { font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 1em }
+.tokens span { border-radius: 3px; padding: 1px 2px; margin-right: 2px; color: #6b7480; background: #eef0f3 }
+.tokens span.learned { color: #1d232b; background: #cfe9d8 }
+"""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """An example of a batch."""
+
+    id: str
+    document: Image.Image
+    seen: Image.Image  # what the model is shown
+    target: dict[str, Any]
+    tokens: list[tuple[str, bool]]  # the text of each, and whether it is a label
+
+
+def preview_page(title: str, notes: str, previews: Iterable[Preview]) -> str:
+    """One HTML file with everything in it: notes, and a section an example."""
+    sections = "\n".join(map(_section, previews))
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{html.escape(title)}</title>
+<style>{_STYLE}</style>
+<h1>{html.escape(title)}</h1>
+<pre>{html.escape(notes)}</pre>
+<p class="tokens">Below, <span>grey tokens</span> are given to the model; <span class="learned">green ones</span> are
+what it learns to write, and all that the loss counts.</p>
+{sections}
+</html>
+"""
+
+
+def _section(example: Preview) -> str:
+    tokens = "".join(
+        f"<span{' class=learned' if learned else ''}>{html.escape(text)}</span>" for text, learned in example.tokens
+    )
+    learned = sum(learned for _, learned in example.tokens)
+    target = json.dumps(example.target, ensure_ascii=False, indent=2)
+    width, height = example.seen.size
+    return f"""<section>
+<h2>{html.escape(example.id)}</h2>
+<div>{_picture(example.document)}as the model sees it, {width} x {height}:{_picture(example.seen)}</div>
+<div><pre>{html.escape(target)}</pre>
+<div class="tokens">{tokens}</div>
+{learned} tokens are learned</div>
+</section>"""
+
+
+def _picture(picture: Image.Image) -> str:
+    shown = picture.copy()
+    shown.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    stream = BytesIO()
+    shown.save(stream, "JPEG", quality=85)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}">'

@@ -1,0 +1,204 @@
+"""Every row is looked at before the first step: bad rows, copies, and what train.py --check says of a data set."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import clear_error, write_dataset
+from PIL import Image
+
+from im2json.data.check import check_split
+from im2json.data.sources import load_splits
+from im2json.runs import RunFolder, read_lines
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write_dataset(tmp_path / "data")
+
+
+def checked(folder: Path, skip_bad: int = 0):
+    return check_split(*load_splits(str(folder)).values(), skip_bad=skip_bad)
+
+
+def add_copy(folder: Path, source: str, copy: str) -> None:
+    """The same pixels in another file format, with another target."""
+    Image.open(folder / source).save(folder / copy)
+    path = folder / copy
+    with (path.parent / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": path.name, "ground_truth": {"copy": copy}}) + "\n")
+
+
+def spoil(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).write_text("I am a text")
+
+
+# --- copies
+
+
+def test_copies_are_found_by_their_pixels(data):
+    add_copy(data, "train/3.png", "test/copy.bmp")
+    add_copy(data, "train/3.png", "validation/copy.tiff")
+    add_copy(data, "train/5.png", "train/copy.webp")  # lossy: another picture
+    add_copy(data, "train/6.png", "train/copy.bmp")
+    found = checked(data)
+    assert found.copies == [
+        [("train", "train/3.png"), ("validation", "validation/copy.tiff"), ("test", "test/copy.bmp")],
+        [("train", "train/6.png"), ("train", "train/copy.bmp")],
+    ]
+    assert found.copies_between() == ["train/3.png (train) = validation/copy.tiff (validation) = test/copy.bmp (test)"]
+    assert found.copies_within() == {"train": 1}
+    (note,) = found.notes()
+    assert note.startswith("pictures in more than one split, which flatters scores: 1\n  train/3.png (train) = ")
+
+
+def test_one_pixel_makes_another_picture(data):
+    """Of pictures that agree wherever a sample is taken, every pixel is compared."""
+    for name, dot in (("a", 0), ("b", 0), ("c", 1)):
+        page = Image.new("RGB", (1000, 1000), "white")
+        page.putpixel((501, 500 + dot), (0, 0, 0))
+        page.save(data / "train" / f"{name}.png")
+        with (data / "train" / "metadata.jsonl").open("a") as file:
+            file.write(json.dumps({"file_name": f"{name}.png", "ground_truth": {}}) + "\n")
+    assert checked(data).copies == [[("train", "train/a.png"), ("train", "train/b.png")]]
+
+
+# --- rows that are left out
+
+
+def test_up_to_so_many_bad_rows_are_left_out(data):
+    spoil(data, "train/3.png", "test/0.png")
+    with pytest.raises(ValueError, match=r"2 of 17 rows cannot be used: .*--skip-bad 2"):
+        checked(data, skip_bad=1)
+    found = checked(data, skip_bad=2)
+    assert {name: len(split) for name, split in found.splits.items()} == {"train": 9, "validation": 4, "test": 2}
+    train = found.splits["train"]
+    assert train.ids == [f"train/{i}.png" for i in range(10) if i != 3]
+    assert [e.target for e in (train[i] for i in range(9))] == train.targets
+    assert train.targets[3]["total"] == "148"
+    (note,) = found.notes()
+    assert note.splitlines()[0] == "rows left out (--skip-bad): 2 of 17"
+    assert [line.strip().split(": ")[0] for line in note.splitlines()[1:]] == [
+        str(data / "train/3.png"), str(data / "test/0.png"),
+    ]  # fmt: skip
+
+
+def test_a_split_of_bad_rows_alone_is_refused(data):
+    spoil(data, *(f"test/{i}.png" for i in range(3)))
+    with pytest.raises(ValueError, match=r"of split test no row can be used:\n.*test/0\.png"):
+        checked(data, skip_bad=5)
+
+
+def test_a_run_says_what_it_left_out_and_what_is_there_twice(cli, base_args, data, tmp_path):
+    spoil(data, "test/0.png")
+    add_copy(data, "train/3.png", "test/copy.bmp")
+    flags = [*base_args, "--dataset", data, "--output", tmp_path / "run", "--steps", 1, "--eval-every", 0]
+    assert "1 of 18 rows cannot be used" in clear_first_line(cli("train", *flags))
+    result = cli("train", *flags, "--skip-bad", 1, "--letterbox")
+    assert result.exit_code == 0, result.output
+    assert "rows left out (--skip-bad): 1 of 18" in result.output
+    assert "train/3.png (train) = test/copy.bmp (test)" in result.output
+    ids = {row["id"] for row in read_lines(RunFolder(tmp_path / "run").predictions)}
+    assert ids == {"test/1.png", "test/2.png", "test/copy.bmp"}
+    assert RunFolder(tmp_path / "run").read_config().data.letterbox
+    again = cli("evaluate", tmp_path / "run")
+    assert again.exit_code == 0, again.output
+    assert "rows left out (--skip-bad): 1 of 18" in again.stderr
+
+
+def clear_first_line(result) -> str:
+    assert result.exit_code == 1
+    return next(line for line in result.stderr.splitlines() if line.startswith("Error: "))
+
+
+# --- train.py --check
+
+
+@pytest.fixture
+def check(cli, small_model, tmp_path):
+    """`check(*flags)` runs train.py --check and returns what it printed and the page's text."""
+
+    def run(*flags: object, status: int = 0) -> tuple[str, str]:
+        page = tmp_path / "pages" / "page.html"
+        result = cli("train", "--check", "--model", small_model, "--output", page, *flags)
+        assert result.exit_code == status, result.output
+        assert f"preview  {page}" in result.output
+        return result.output, page.read_text("utf-8")
+
+    return run
+
+
+def test_check_tells_what_the_data_holds(check, data):
+    add_copy(data, "train/3.png", "test/copy.bmp")
+    add_copy(data, "train/4.png", "train/copy.bmp")
+    said, _ = check("--dataset", data)
+    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.strip()}
+    assert "pictures in more than one split: 1\n  train/3.png (train) = test/copy.bmp (test)" in said
+    assert re.search(r"^train +11 +0 +1$", said, re.M)
+    assert re.search(r"^test +4 +0 +0$", said, re.M)
+    assert rows["menu"] == rows["menu.nm"] == rows["total"] == ["0.895"]  # 17 of 19
+    assert rows["copy"] == ["0.105"]
+    assert "bad rows" not in said
+
+
+def test_check_finds_the_longest_target(check, data):
+    metadata = data / "train" / "metadata.jsonl"
+    lines = metadata.read_text().splitlines()
+    lines[6] = json.dumps({"file_name": "6.png", "ground_truth": {"total": "9" * 90}})
+    metadata.write_text("\n".join(lines))
+    said, _ = check("--dataset", data, "--max-target-tokens", 70)
+    assert "longest of train: train/6.png" in said
+    assert re.search(r"^longer than --max-target-tokens 70: [1-9]\d* of 17$", said, re.M)
+    assert "longer than --max-target-tokens 5000: 0 of 17" in check("--dataset", data, "--max-target-tokens", 5000)[0]
+
+
+def test_check_lists_every_bad_row_and_its_status_says_so(check, data):
+    names = [f"train/{i}.png" for i in range(9)]
+    spoil(data, *names, *(f"validation/{i}.png" for i in range(4)))
+    said, page = check("--dataset", data, status=1)
+    assert "bad rows: 13 of 17" in said
+    for name in names:
+        assert f"  {data / name}: is not a picture" in said
+    assert "train/9.png" in page
+    check("--dataset", data, "--skip-bad", 13, status=1)  # nothing is left of validation
+    write_dataset(data.parent / "other")
+    spoil(data.parent / "other", *names)
+    check("--dataset", data.parent / "other", "--skip-bad", 8, status=1)
+    check("--dataset", data.parent / "other", "--skip-bad", 9)
+
+
+def test_the_page_shows_where_the_labels_start(check, data):
+    metadata = data / "train" / "metadata.jsonl"
+    lines = metadata.read_text().splitlines()
+    lines[0] = json.dumps({"file_name": "0.png", "ground_truth": {"nm": "<b>&é"}})
+    metadata.write_text("\n".join(lines))
+    _, page = check("--dataset", data, "--prompt", "read it")
+    assert "<b>" not in page
+    assert "http" not in page and 'src="data:image/jpeg;base64,' in page  # nothing from outside
+    assert page.count("<section>") == 6
+    section = page[page.index("<section>") : page.index("</section>")]
+    tokens = re.findall(r"<span( class=learned)?>(.*?)</span>", section, re.S)
+    given = "".join(text for learned, text in tokens if not learned)
+    learned = "".join(text for learned, text in tokens if learned)
+    assert re.fullmatch(r"&lt;image&gt; x \d+&lt;bos&gt;read it\n", given)
+    assert learned == "{&quot;nm&quot;:&quot;&lt;b&gt;&amp;&lt;0xC3&gt;&lt;0xA9&gt;&quot;}&lt;eos&gt;"
+    assert [bool(flag) for flag, _ in tokens] == sorted(bool(flag) for flag, _ in tokens)
+
+
+def test_check_trains_nothing_and_names_its_page(cli, small_model, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = cli("train", "--check", "--model", small_model, "--dataset", data)
+    assert result.exit_code == 0, result.output
+    assert "preview  runs/data-check.html" in result.output
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["data-check.html"]
+
+
+def test_check_of_nothing_is_one_clear_line(cli, tmp_path):
+    assert "there is no such folder" in clear_error(cli("train", "--check", "--dataset", tmp_path / "nowhere"))
+    result = cli("train", "--check", "--resume", tmp_path)
+    assert result.exit_code == 2
+    assert "not with --resume" in result.output
