@@ -79,7 +79,7 @@ def train(config: TrainConfig, stopped: RunFolder | None = None) -> dict[str, An
         if accelerator.is_main_process:
             claim(run, config, fresh=stopped is None)
         accelerator.print(f"run folder: {run.path}   watch it: tensorboard --logdir {run.path.parent}")
-        checkpoint = begin(run, model, bench.collator.processor, config.data.prompt, accelerator)
+        checkpoint = begin(run, model, bench.collator.processor, config.data, accelerator)
         tracker = Tracker(run, config, accelerator, checkpoint)
         tracker.describe(bench.lengths)
         evaluation = bench.evaluation(run, tracker)

@@ -35,7 +35,8 @@ WEIGHTS = "adapter_model.safetensors"  # PEFT's names
 ADAPTER_CONFIG = "adapter_config.json"
 CHECKSUMS = "checksums.json"  # in a checkpoint: {file: SHA-256}
 LONGER = {"steps", "epochs"}  # the options that a finished run can be resumed with
-PROMPT = "im2json.json"  # beside them: {"prompt": ...}
+ASKED = "im2json.json"  # beside them: how the adapter wants to be asked, and shown the picture
+ASKED_OPTIONS = ("prompt", "letterbox")
 VERSIONED = (
     "im2json",
     "torch",
@@ -243,8 +244,8 @@ def resumed_config(run: RunFolder, given: dict[str, Any], preset: str | None = N
 def fresh_options(given: dict[str, Any], preset: str | None = None) -> dict[str, Any]:
     """The options given for a fresh run, with those that --adapter has settled.
 
-    These are LoRA's shape, and base and prompt unless others are given (the base by a preset, too). Folders are made
-    absolute, so that the run can be gone on with from anywhere.
+    These are LoRA's shape, and base, prompt and letterboxing unless given otherwise (the base by a preset, too).
+    Folders are made absolute, so that the run can be gone on with from anywhere.
 
     Raises:
         ValueError: if --adapter holds no LoRA adapter, or an option given contradicts it.
@@ -301,8 +302,9 @@ def _adapter_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if modules == LANGUAGE_MODULES:
             shape["target_modules"] = "language"
         more = {"model": config["base_model_name_or_path"]} if config.get("base_model_name_or_path") else {}
-        if (folder / PROMPT).is_file():
-            more["prompt"] = json.loads((folder / PROMPT).read_text("utf-8"))["prompt"]
+        if (folder / ASKED).is_file():
+            asked = json.loads((folder / ASKED).read_text("utf-8"))
+            more |= {name: asked[name] for name in ASKED_OPTIONS if name in asked}
         return shape, more
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a LoRA adapter: {error}") from error

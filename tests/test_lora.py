@@ -368,9 +368,10 @@ def test_a_warm_start_goes_on_with_the_adapter_and_its_own_options(finished, tra
 
 def test_a_warm_start_takes_base_and_prompt_of_its_adapter(finished, tmp_path):
     folder = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
-    (folder / "im2json.json").write_text('{"prompt": "read this"}')
+    (folder / "im2json.json").write_text('{"prompt": "read this", "letterbox": true, "r": 99}')
     taken = fresh_options({"adapter": str(folder), "lr": 0.1})
     assert (taken["prompt"], taken["model"], taken["lr"]) == ("read this", finished.read_config().model.model, 0.1)
+    assert (taken["letterbox"], taken["r"]) == (True, 4)
     assert fresh_options({"adapter": str(folder), "prompt": "mine", "model": "a/b"}).items() >= {
         ("prompt", "mine"), ("model", "a/b"), ("r", 4),
     }  # fmt: skip

@@ -105,7 +105,8 @@ def test_what_else_lies_in_a_run_folder(finished):
     names = {path.name for path in finished.path.iterdir() if not path.name.startswith(".")}
     assert names >= {"config.json", "metrics.jsonl", "predictions.jsonl", "checkpoints", "adapter", "tb", "result.json"}
     assert [path.name for path in sorted(finished.checkpoints.iterdir())] == ["step-2", "step-4"]
-    assert json.loads((finished.adapter / "im2json.json").read_text()) == {"prompt": "extract JSON."}
+    asked = json.loads((finished.adapter / "im2json.json").read_text())
+    assert asked == {"prompt": "extract JSON.", "letterbox": False}
     processor = load_processor(str(finished.adapter))
     assert processor.tokenizer("é")["input_ids"]
     assert not list(finished.path.rglob("*.tmp*"))
