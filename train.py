@@ -77,7 +77,7 @@ def train(config: TrainConfig, stopped: RunFolder | None = None) -> dict[str, An
     (run,) = broadcast_object_list([stopped or (new_run(config) if accelerator.is_main_process else None)])
     with resumable(run.path), locked(run, accelerator.is_main_process):
         if accelerator.is_main_process:
-            claim(run, config, fresh=stopped is None)
+            claim(run, config, fresh=stopped is None, data=bench.fingerprints())
         accelerator.print(f"run folder: {run.path}   watch it: tensorboard --logdir {run.path.parent}")
         checkpoint = begin(run, model, bench.collator.processor, config.data, accelerator)
         tracker = Tracker(run, config, accelerator, checkpoint)

@@ -100,11 +100,13 @@ class RunFolder:
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{self.config} does not hold a run's options: {error}") from error
 
-    def write_config(self, config: TrainConfig, changes: Sequence[dict[str, Any]] = ()) -> None:
+    def write_config(
+        self, config: TrainConfig, changes: Sequence[dict[str, Any]] = (), data: dict[str, str] | None = None
+    ) -> None:
         """`changes`: what each --resume made different, {"step", "options": {name: {"from", "to"}}}."""
         versions = {name: _version(name) for name in VERSIONED} | {"python": sys.version.split()[0]}
-        stored = {"options": config.flat(), "versions": versions, "git": _git_revision(), "changes": list(changes)}
-        write_json(self.config, stored)
+        more = {"versions": versions, "git": _git_revision(), "data": data or {}, "changes": list(changes)}
+        write_json(self.config, {"options": config.flat(), **more})
 
     def latest_checkpoint(self) -> Path | None:
         """The whole checkpoint with the most steps."""
@@ -164,28 +166,35 @@ def new_run(config: TrainConfig) -> RunFolder:
     return RunFolder(path)
 
 
-def claim(run: RunFolder, config: TrainConfig, fresh: bool) -> None:
+def claim(run: RunFolder, config: TrainConfig, fresh: bool, data: dict[str, str] | None = None) -> None:
     """Look again, with the folder locked, whether it is free for a fresh run or still has one to go on with.
 
-    A fresh run's config.json is written here, and what a resumed run changes is added to it.
+    A fresh run's config.json is written here, and what a resumed run changes is added to it. `data` tells by split
+    which examples there are.
 
     Raises:
-        ValueError: if another process was faster.
+        ValueError: if another process was faster, or the data are not those that the run began with.
     """
     if fresh:
         check_output(str(run.path))
-        run.write_config(config)
+        run.write_config(config, data=data)
         return
+    stored = json.loads(run.config.read_text("utf-8"))
+    other = [name for name, digest in (data or {}).items() if stored.get("data", {}).get(name, digest) != digest]
+    if other:
+        raise ValueError(
+            f"--resume {run.path}: the examples or targets of {', '.join(other)} have changed since it began; put "
+            f"{config.data.dataset} back as it was, or start a new run (--adapter {run.path} goes on from its best)"
+        )
     before, after = run.read_config().flat(), config.flat()
     changed = {name: {"from": before[name], "to": value} for name, value in after.items() if before[name] != value}
     if run.done and not changed.keys() & LONGER:
-        raise ValueError(f"--resume {run.path}: this run was finished meanwhile")
+        raise ValueError(f"--resume {run.path}: another process has finished this run meanwhile")
     run.result.unlink(missing_ok=True)
     if changed:
         checkpoint = run.latest_checkpoint()
-        changes = json.loads(run.config.read_text("utf-8")).get("changes", [])
-        step = step_of(checkpoint) if checkpoint else 0
-        run.write_config(config, [*changes, {"step": step, "options": changed}])
+        change = {"step": step_of(checkpoint) if checkpoint else 0, "options": changed}
+        run.write_config(config, [*stored.get("changes", []), change], stored.get("data"))
 
 
 @contextlib.contextmanager
@@ -227,8 +236,6 @@ def resumed_config(run: RunFolder, given: dict[str, Any], preset: str | None = N
         config = run.read_config()
     except ValueError as error:
         raise ValueError(f"--resume {error}") from error
-    if run.done and not LONGER & given.keys():
-        raise ValueError(f"--resume {run.path}: this run is finished; --steps or --epochs would make it longer")
     given = _absolute(given if preset is None else {**PRESETS[preset], **given})
     if given.get("output") not in (None, str(run.path)):
         raise ValueError(f"--resume {run.path} goes on in that folder: leave --output out")
@@ -238,7 +245,24 @@ def resumed_config(run: RunFolder, given: dict[str, Any], preset: str | None = N
     if differing:
         said = ", ".join(f"{flag_name(name)} was {stored[name]}, not {given[name]}" for name in differing)
         raise ValueError(f"--resume {run.path} goes on with the options it began with: {said}; start a new run instead")
-    return config.replace(**given)
+    resumed = config.replace(**given)
+    _check_length(run, config, resumed)
+    return resumed
+
+
+def _check_length(run: RunFolder, before: TrainConfig, after: TrainConfig) -> None:
+    """Raises ValueError where a run would be resumed to an end that it has passed."""
+    checkpoint = run.latest_checkpoint()
+    done = step_of(checkpoint) if checkpoint else 0
+    by_epochs = after.train.steps is None
+    longer = after.train.epochs > before.train.epochs if by_epochs else after.train.steps > done  # type: ignore[operator]
+    if run.done and (checkpoint is None or not longer):
+        advice = f"--steps above {done}" if not by_epochs else f"--epochs above {before.train.epochs:g}"
+        if checkpoint is None:
+            advice = "a whole checkpoint, which it has not,"
+        raise ValueError(f"--resume {run.path}: this run is finished; {advice} would make it longer")
+    if not by_epochs and not longer and after.train.steps != done:
+        raise ValueError(f"--resume {run.path}: --steps {after.train.steps} is less than the {done} that it has taken")
 
 
 def fresh_options(given: dict[str, Any], preset: str | None = None) -> dict[str, Any]:
@@ -376,7 +400,16 @@ def write_json(path: Path, value: Any) -> None:
 def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Add rows to a JSON-lines file."""
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(_line(row) + "\n" for row in rows)
+
+
+def _line(row: dict[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, which a model or a file name may hold and no UTF-8 file can
+        return json.dumps(row)
+    return text
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -150,7 +150,7 @@ def test_check_finds_the_longest_target(check, data):
     lines = metadata.read_text().splitlines()
     lines[6] = json.dumps({"file_name": "6.png", "ground_truth": {"total": "9" * 90}})
     metadata.write_text("\n".join(lines))
-    said, _ = check("--dataset", data, "--max-target-tokens", 70)
+    said, _ = check("--dataset", data, "--max-target-tokens", 70, status=1)
     assert "longest of train: train/6.png" in said
     assert re.search(r"^longer than --max-target-tokens 70: [1-9]\d* of 17$", said, re.M)
     assert "longer than --max-target-tokens 5000: 0 of 17" in check("--dataset", data, "--max-target-tokens", 5000)[0]

@@ -244,8 +244,11 @@ def test_against_needs_the_same_examples(cli, runs, tmp_path):
     fewer.predictions.write_text("".join(b.predictions.read_text().splitlines(keepends=True)[:30]))
     assert "70 examples are not the same" in clear_error(cli("evaluate", a.path, "--against", fewer.path))
     empty = clear_error(cli("evaluate", a.path, "--against", tmp_path / "nowhere"))
-    assert empty.startswith(f"{tmp_path / 'nowhere'} holds no predictions of the test split after training")
-    assert "`evaluate.py" in empty
+    assert empty == f"{tmp_path / 'nowhere'} is not a run folder: it has no config.json"
+    (tmp_path / "nowhere").mkdir()
+    (tmp_path / "nowhere" / "config.json").touch()
+    empty = clear_error(cli("evaluate", a.path, "--against", tmp_path / "nowhere"))
+    assert "holds no predictions of the test split after training: `evaluate.py" in empty
 
 
 def test_a_runs_own_predictions_file(cli, runs):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import MEASURED, ROOT, clear_error, metrics, reset_accelerate
+from conftest import MEASURED, ROOT, clear_error, metrics, reset_accelerate, write_dataset
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -592,7 +592,9 @@ def test_a_finished_run_can_be_made_longer(train, resume, cli, tmp_path):
     flags = ("--schedule", "constant", "--warmup", 0, "--keep", 9, "--no-test")
     whole = train(tmp_path / "whole", *flags, "--steps", 6)
     run = train(tmp_path / "run", *flags, "--steps", 4)
-    assert "--steps or --epochs would make it longer" in clear_error(cli("train", "--resume", run.path))
+    for given in ((), ("--steps", 4), ("--steps", 2)):
+        error = clear_error(cli("train", "--resume", run.path, *given))
+        assert error == f"--resume {run.path}: this run is finished; --steps above 4 would make it longer"
     resume(run, "--steps", 6, "--patience", 9)
     assert_same_runs(run, whole)
     stored = json.loads(run.config.read_text())
@@ -601,6 +603,51 @@ def test_a_finished_run_can_be_made_longer(train, resume, cli, tmp_path):
         {"step": 4, "options": {"steps": {"from": 4, "to": 6}, "patience": {"from": None, "to": 9}}}
     ]
     assert "--seed was 0, not 1" in clear_error(cli("train", "--resume", run.path, "--steps", 8, "--seed", 1))
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(train, cli, tmp_path):
+    run = train(tmp_path / "run", "--no-test", "--save-every", 0)
+    kept = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    assert "this run is finished; a whole checkpoint, which it has not" in clear_error(
+        cli("train", "--resume", run.path, "--steps", 9)
+    )
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == kept
+
+
+def test_an_end_that_was_passed_is_refused(stopped, cli, tmp_path):
+    run = RunFolder(Path(shutil.copytree(stopped, tmp_path / "run")))
+    error = clear_error(cli("train", "--resume", run.path, "--steps", 2))
+    assert error.endswith("--steps 2 is less than the 3 that it has taken")
+
+
+def test_a_request_in_the_last_evaluation_is_heeded(cli, resume, base_args, tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run")
+    original = Evaluation.validate
+
+    def validate(self: Evaluation, step: int) -> dict[str, float]:
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, "validate", validate)
+        result = cli("train", *base_args, "--output", run.path)
+    assert result.exit_code == 130 and not run.done
+    assert [row["step"] for row in read_lines(run.metrics) if row["split"] == "validation"] == [2, 4]
+    assert json.loads(resume(run).result.read_text())["test"]["after"]
+
+
+def test_data_that_changed_since_a_run_began_are_refused(train, cli, tmp_path):
+    folder = write_dataset(tmp_path / "data")
+    run = train(tmp_path / "run", "--dataset", folder, "--no-test")
+    run.result.unlink()
+    rows = folder / "train" / "metadata.jsonl"
+    before = rows.read_text()
+    rows.write_text(before.replace("37", "38", 1))
+    error = clear_error(cli("train", "--resume", run.path))
+    assert "the examples or targets of train have changed" in error and str(folder) in error
+    rows.write_text(before)
+    assert cli("train", "--resume", run.path).exit_code == 0
 
 
 # --- what the first step has to show

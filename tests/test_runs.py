@@ -98,7 +98,7 @@ def test_a_folder_that_another_process_took_or_finished_meanwhile_is_refused(tmp
     assert run.read_config() == one
     claim(run, one, fresh=False)
     write_json(run.result, {})
-    with pytest.raises(ValueError, match="finished meanwhile"):
+    with pytest.raises(ValueError, match="has finished this run meanwhile"):
         claim(run, one, fresh=False)
 
 
@@ -172,6 +172,8 @@ def test_lines_are_appended_kept_and_a_cut_one_is_passed_over(tmp_path):
     with path.open("a") as file:
         file.write('{"n": 4, "te')
     assert [row["n"] for row in read_lines(path)] == [0, 1, 2, 3]
+    append_lines(tmp_path / "odd", [{"id": "caf\udce9", "text": "\ud83d é"}])
+    assert list(read_lines(tmp_path / "odd")) == [{"id": "caf\udce9", "text": "\ud83d é"}]
     keep_lines(path, lambda row: row["n"] != 1)
     append_lines(path, [{"n": 5}])
     assert [row["n"] for row in read_lines(path)] == [0, 2, 3, 5]

@@ -29,25 +29,37 @@ PREVIEWS = 6
 def diagnose(
     options: DataOptions, load_processor: Callable[[], PaliGemmaProcessor], page: Path, say: Callable[[str], object]
 ) -> bool:
-    """Say all that is known of the data part by part, and write the page; whether a run would take its rows.
+    """Say all that is known of the data part by part, and write the page; whether a run would take the rows, as far as
+    --skip-bad and --max-target-tokens go.
 
-    Raises ValueError where the data set or the processor cannot be opened at all.
+    Raises ValueError where the data set or the processor cannot be opened at all, or `page` is another file.
     """
+    if page.exists() and page.suffix != ".html":
+        raise ValueError(f"--output {page} exists: with --check it names the .html to write")
+    fits = True
     notes: list[str] = []
     checkup = examine(open_splits(options, notes).values())
     rows = rows_report(checkup)
-    say("\n".join([*notes, rows]))
+    say(printable("\n".join([*notes, rows])))
     splits = {name: split for name, split in checkup.splits.items() if len(split)}
     if splits:
         collator = Collator(load_processor(), options.prompt, options.letterbox)
-        lengths = lengths_report(splits, collator, options.max_target_tokens)
-        say("\n".join(["", lengths, "", keys_report(splits)]))
+        counted = TargetLengths.count(splits, collator)
+        fits = options.max_target_tokens is None or counted.longest <= options.max_target_tokens
+        lengths = lengths_report(splits, counted, options.max_target_tokens)
+        say(printable("\n".join(["", lengths, "", keys_report(splits)])))
         first = next(iter(splits.values()))
         previews = (preview(first[i], collator) for i in range(min(PREVIEWS, len(first))))
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(preview_page(f"{options.dataset}: {first.name}", f"{rows}\n\n{lengths}", previews), "utf-8")
+        shown = preview_page(f"{options.dataset}: {first.name}", f"{rows}\n\n{lengths}", previews)
+        page.write_text(printable(shown), "utf-8")
         say(f"\npreview  {page}")
-    return len(checkup.bad) <= options.skip_bad and len(splits) == len(checkup.splits)
+    return len(checkup.bad) <= options.skip_bad and len(splits) == len(checkup.splits) and fits
+
+
+def printable(text: str) -> str:
+    """Lone surrogates, which names of files and texts may hold and UTF-8 may not, written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def rows_report(checkup: Checkup) -> str:
@@ -64,9 +76,8 @@ def rows_report(checkup: Checkup) -> str:
     return "\n\n".join(parts)
 
 
-def lengths_report(splits: Mapping[str, Split], collator: Collator, limit: int | None) -> str:
+def lengths_report(splits: Mapping[str, Split], lengths: TargetLengths, limit: int | None) -> str:
     """How long the targets are, which is the longest, and what --max-target-tokens would refuse."""
-    lengths = TargetLengths.count(splits, collator)
     longest = [
         f"longest of {name}: {split.ids[int(np.argmax(lengths.by_split[name]))]}" for name, split in splits.items()
     ]

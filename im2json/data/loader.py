@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,7 +52,7 @@ class StepLoader:
                 num_workers=self.workers,
                 pin_memory=self.pin_memory,
                 generator=torch.Generator(),  # or the loader would draw from the one that dropout uses
-                worker_init_fn=_leave_ctrl_c_to_the_run,
+                worker_init_fn=_leave_the_group,
             )
         )
         for step in plan:
@@ -63,5 +63,5 @@ class StepLoader:
             yield microbatches
 
 
-def _leave_ctrl_c_to_the_run(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process
+def _leave_the_group(worker: int) -> None:
+    os.setpgrp()  # a terminal's Ctrl-C and a scheduler's SIGTERM to the process group are for the run to heed

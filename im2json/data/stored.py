@@ -172,6 +172,8 @@ def _kind(value: Any) -> str:
 def inside(folder: Path, name: str, where: str) -> Path:
     """`folder`/`name`. Raises ValueError where the name leads out of the folder (a link in it may)."""
     path = PurePosixPath(name.replace("\\", "/"))
+    if "\0" in name:
+        raise ValueError(f"{where}: {name!r} cannot be the name of a file")
     if path.is_absolute() or ".." in path.parts or Path(name).is_absolute():
         raise ValueError(f"{where}: {name!r} leads out of the data set's folder; give a path within it")
     return folder / path
@@ -180,6 +182,8 @@ def inside(folder: Path, name: str, where: str) -> Path:
 def read_file(path: Path, where: str) -> bytes:
     """Raises ValueError where there is no file or it cannot be read."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{where}: is not a file")
         return path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{where}: there is no such picture file") from None
@@ -278,7 +282,8 @@ def read_pairs(root: Path) -> list[Line]:
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root)
         is_json = path.suffix.lower() == ".json"
-        if (is_json or path.suffix.lower() in suffixes()) and not any(part.startswith(".") for part in name.parts):
+        is_picture = path.suffix.lower() in (*suffixes(), ".pdf")  # a PDF is told what it is when it is opened
+        if (is_json or is_picture) and not any(part.startswith(".") for part in name.parts):
             shared = Path(*(part for part in name.parent.parts if part not in ("img", "key")), name.stem)
             files[shared][is_json].append(path)
     return [_pair(root, *files[shared]) for shared in sorted(files)]

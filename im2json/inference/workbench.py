@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from im2json.model.base import DTYPES, load_base, load_processor, resolve_precis
 from im2json.model.lora import add_lora
 from im2json.options import TrainConfig
 from im2json.runs import RunFolder
+from im2json.scoring.text import canonical
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,13 @@ class Workbench:
             batch_size=self.config.decode.eval_batch_size,
             count=self.config.train.eval_examples,
         )
+
+    def fingerprints(self) -> dict[str, str]:
+        """By split, what tells its examples and their targets from others."""
+        return {
+            name: hashlib.sha256(canonical([list(split.ids), split.targets]).encode()).hexdigest()[:16]
+            for name, split in self.splits.items()
+        }
 
     def step_loader(self) -> StepLoader:
         """What feeds the training loop on this process."""

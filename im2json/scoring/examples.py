@@ -86,6 +86,8 @@ def kept_predictions(run: RunFolder, split: str, stage: str = "after") -> list[R
     """The rows (id, text, target) that a run kept of a split. Raises ValueError where it kept none."""
     wanted = (row for row in read_lines(run.predictions) if (row.get("split"), row.get("stage")) == (split, stage))
     rows = [{name: row[name] for name in ("id", "text", "target")} for row in wanted]
+    if not run.config.exists() and not rows:
+        raise ValueError(f"{run.path} is not a run folder: it has no config.json")
     if not rows:
         raise ValueError(
             f"{run.path} holds no predictions of the {split} split {stage} training: "

@@ -29,6 +29,7 @@ from im2json.runs import (
     complete_checkpoints,
     damage,
     folder_atomically,
+    read_lines,
     rewind,
     step_of,
     write_json,
@@ -56,6 +57,8 @@ def begin(
                 path.rename(put_aside)
                 accelerator.print(f"{path} is damaged ({problem}): passed over, and kept as {put_aside.name}")
         checkpoint = run.latest_checkpoint()
+        if checkpoint is None and any(row["step"] for row in read_lines(run.metrics)):
+            accelerator.print("there is no whole checkpoint to go on from: this run begins anew")
         rewind(run, step_of(checkpoint) if checkpoint else 0)
         run.adapter.mkdir(exist_ok=True)
         with writing(run.adapter):

@@ -107,7 +107,7 @@ def fit(
             if options.eval_every and (state.step % options.eval_every == 0 or last):
                 keep_if_best(state, evaluate(state.step), options, model, accelerator, run)
                 last = last or out_of_patience(state, options)
-            stopping = outcome.stop and not last
+            stopping = outcome.stop or (stop.made and (last or accelerator.num_processes == 1))
             if (stopping or save_due(state.step, last, options)) and accelerator.is_main_process:
                 tracker.flush()
                 save_checkpoint(run, model, optimizer, accelerator.scaler, state, options.keep)
@@ -198,21 +198,17 @@ def check_labels(batches: list[Batch], collator: Collator) -> None:
 
 
 def check_gradients(model: PeftModel) -> None:
-    """See that the first step reaches every LoRA matrix. The first of a pair begins without a gradient, for the
-    second is zero then.
+    """See that the first step reaches every LoRA layer: what is not zero in a fresh adapter is the gradient of the
+    second matrix of a pair, and of DoRA's magnitudes.
 
     Raises:
         ValueError: naming the layers that none reaches, which would be saved as trained.
     """
-    reached = [
-        (name, parameter.grad is not None and (".lora_A." in name or bool(parameter.grad.any())))
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    ]
-    missing = [name for name, there in reached if not there]
+    telling = [(name, p.grad) for name, p in model.named_parameters() if p.requires_grad and ".lora_A." not in name]
+    missing = [name for name, gradient in telling if gradient is None or not gradient.any()]
     if missing:
         raise ValueError(
-            f"no gradient reaches {len(missing)} of {len(reached)} LoRA matrices, {missing[0]} among them: "
+            f"no gradient reaches {len(missing)} of {len(telling)} LoRA matrices, {missing[0]} among them: "
             "leave these layers out with --target-modules"
         )
 
