@@ -182,6 +182,7 @@ HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerat
         "import im2json.report, im2json.report.table, im2json.report.picture",
         "import runpy; sys.argv = ['train.py', '--help']; runpy.run_path('train.py', run_name='__main__')",
         "import runpy; sys.argv = ['evaluate.py', '--help']; runpy.run_path('evaluate.py', run_name='__main__')",
+        "import runpy; sys.argv = ['sweep.py', 'grid.json', '--list']; runpy.run_path('sweep.py', run_name='__main__')",
     ],
 )
 def test_no_torch_is_imported_before_it_is_needed(code):

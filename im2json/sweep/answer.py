@@ -1,0 +1,76 @@
+"""The end of a sweep: the leaderboard on disk and on the terminal, and the one look at the test split."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from im2json.report.table import before_after_table, table
+from im2json.runs import RunFolder, write_json
+from im2json.sweep.grid import Plan
+from im2json.sweep.launch import Job
+from im2json.sweep.leaderboard import Board, make_board, write_board
+from im2json.sweep.progress import duration
+
+
+def answer(plan: Plan, jobs: Sequence[Job], sweep: Path, evaluate: Path | None) -> None:
+    """Write and print what the finished points say. `evaluate`: the script that scores the test split; None leaves
+    that out.
+
+    Raises:
+        ValueError: if the winner's test split could not be scored.
+    """
+    board = make_board(plan, jobs)
+    if board is None:
+        click.echo("no point has a result yet")
+        return
+    write_board(board, sweep, None)  # before what may take long, or fail
+    test = None
+    if evaluate is not None:
+        test = score_test(board.settings[0].best_run(plan.metric), sweep, evaluate)
+        write_board(board, sweep, test)
+    click.echo(f"\n{text(board)}")
+    if test is not None:
+        click.echo(f"\ntest split, the base before and {board.settings[0].name} ({test['point']}) after:")
+        click.echo(before_after_table(test["before"], test["after"]))
+    click.echo(f"\nleaderboard  {sweep / 'leaderboard.md'}\ncurves       tensorboard --logdir {sweep / 'points'}")
+
+
+def text(board: Board) -> str:
+    """The leaderboard for the terminal."""
+    rows = []
+    for setting in board.settings:
+        low, high = setting.evaluator.intervals()[board.metric]
+        seconds = sum(result["seconds"] for result in setting.results) / len(setting.results)
+        rows.append([setting.name, len(setting.runs), setting.value(board.metric), low, high, duration(seconds)])
+    lines = [table(rows, ["config", "runs", board.metric, "low", "high", "time"]), ""]
+    lines += [axis["sentence"] for axis in board.axes]
+    return "\n".join(lines + ([f"without a result: {', '.join(board.missing)}"] if board.missing else []))
+
+
+def score_test(winner: RunFolder, sweep: Path, evaluate: Path) -> dict[str, Any]:
+    """{"point", "before", "after"}: metrics of the base and of the winner, kept in test.json for the next call.
+
+    Raises:
+        ValueError: if evaluate.py fails, with the end of what it said.
+    """
+    kept = sweep / "test.json"
+    if kept.exists():
+        test = json.loads(kept.read_text("utf-8"))
+        if test["point"] == winner.path.name:
+            return test
+    with (sweep / "test.log").open("wb") as log:
+        command = [sys.executable, str(evaluate), str(winner.path), "--json"]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+    if done.returncode != 0:
+        last = (sweep / "test.log").read_text("utf-8", "replace").strip().rsplit("\n", 1)[-1]
+        raise ValueError(f"the test split of {winner.path} could not be scored: {last} ({sweep / 'test.log'})")
+    test = {"point": winner.path.name, **json.loads(done.stdout)}
+    write_json(kept, test)
+    return test

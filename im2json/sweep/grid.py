@@ -1,0 +1,251 @@
+"""From grid.json to the points of a sweep: every value checked, every point with an id of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from im2json.options import FIELDS, PRESETS, TrainConfig, check, flag_name, scalar_type
+from im2json.runs import fresh_options
+
+PARTS = ("preset", "base", "grid", "ablate", "seeds")
+NOT_HERE = {  # options that a grid may not hold, and why
+    "output": "sweep.py names the run folders itself",
+    "test": "sweep.py scores the test split once, for the winner",
+}
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    id: str  # the same for the same options that decide the result, in any grid
+    config: TrainConfig
+    flags: list[str]  # of train.py, for these options and no others
+    place: Values  # axis -> its value as the grid has it ("2r" for alpha)
+    setting: str  # in words, what the grid makes different from its base; the same for all seeds
+    name: str  # the same with the seed, where the grid repeats its points
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All points of a grid, in its order."""
+
+    points: list[Point]
+    axes: list[str]
+    metric: str  # what points are ranked by
+    base: Values | None  # the place that the axes are varied around, one at a time; None where they are crossed
+
+
+def read_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
+    """The plan of a grid file, with some of its base replaced by NAME=VALUE.
+
+    Raises:
+        ValueError: naming the file, and the key or line that is wrong.
+    """
+    try:
+        stored = json.loads(path.read_text("utf-8"), object_pairs_hook=_no_key_twice)
+        if not isinstance(stored, dict):
+            raise ValueError('a grid is a JSON object, like {"base": {"steps": 300}, "grid": {"r": [8, 16]}}')
+        return make_plan(stored, dict(map(parse_override, overrides)))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not JSON: nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """NAME=VALUE as (name, value), the value read as its option's type wants it.
+
+    Raises:
+        ValueError: where there is no `=`.
+    """
+    name, equals, value = text.partition("=")
+    name = name.removeprefix("--").replace("-", "_")
+    if not equals:
+        raise ValueError(f"--set {text}: expected NAME=VALUE, like steps=50")
+    if name in FIELDS and scalar_type(name)[0] is str:
+        return name, value
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value  # "2r", or what the check will refuse
+
+
+def make_plan(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> Plan:
+    """`read_plan` for a grid that was read."""
+    for part in stored:
+        if part not in PARTS:
+            hint = "; options go into base, grid or ablate" if part in FIELDS else ""
+            raise ValueError(f"unknown key {part!r}: a grid holds {', '.join(PARTS)}{hint}")
+    preset = stored.get("preset")
+    if preset is not None and preset not in list(PRESETS):  # a list, as what JSON holds may not be hashable
+        raise ValueError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
+    if "grid" in stored and "ablate" in stored:
+        raise ValueError("grid and ablate: give one of the two, a grid crosses its axes, ablate varies one at a time")
+    part = "ablate" if "ablate" in stored else "grid"
+    base = {**_checked_base(stored.get("base", {})), **_checked_base(overrides, "--set")}
+    axes, seeds = _checked_axes(stored.get(part, {}), part), _checked_seeds(stored)
+    for name in base:
+        if part == "grid" and name in axes:
+            raise ValueError(f"{name} is in base (or --set) and an axis of grid: leave one out")
+    for where, names in (("base", base), (part, axes)):
+        if "seeds" in stored and "seed" in names:
+            raise ValueError(f"{where}.seed and seeds: leave one out")
+
+    places = _ablated(base, axes, preset) if part == "ablate" else _crossed(axes)
+    points = [
+        _point({**base, **values, **seed}, preset, place, _words(values), _words({**values, **seed}))
+        for place, values in places
+        for seed in seeds
+    ]
+    _refuse_copies(points)
+    if any(point.config.train.eval_every == 0 for point in points):
+        raise ValueError("eval_every: 0 leaves nothing to rank the points by: at least 1")
+    return Plan(points, list(axes), points[0].config.train.metric, places[0][0] if part == "ablate" else None)
+
+
+def _crossed(axes: Mapping[str, list[Any]]) -> list[tuple[Values, Values]]:
+    """(place, values) of every combination."""
+    combinations = (dict(zip(axes, values)) for values in itertools.product(*axes.values()))
+    return [(place, place) for place in combinations]
+
+
+def _ablated(base: Values, axes: Mapping[str, list[Any]], preset: str | None) -> list[tuple[Values, Values]]:
+    """(place, values) of the base, and of the base with one value changed.
+
+    A value that the base has already is no point more; it gives the base its name on that axis.
+    """
+    centre = _resolve(base, preset)
+    middle = {name: centre.flat()[name] for name in axes}
+    changes = []
+    for name, values in axes.items():
+        same = [value for value in values if point_id(_resolve({**base, name: value}, preset)) == point_id(centre)]
+        if len(same) > 1:
+            raise ValueError(f"ablate.{name}: {same[0]!r} and {same[1]!r} are the same point")
+        middle[name] = same[0] if same else middle[name]
+        changes += [(name, value) for value in values if value not in same]
+    return [(middle, {})] + [({**middle, name: value}, {name: value}) for name, value in changes]
+
+
+def _words(values: Values) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items()) or "base"
+
+
+def _point(given: Values, preset: str | None, place: Values, setting: str, name: str) -> Point:
+    config = _resolve(given, preset)
+    return Point(point_id(config), config, _flags(given, config, preset or "tiny"), place, setting, name)
+
+
+def _resolve(given: Values, preset: str | None) -> TrainConfig:
+    """The config of a point, as train.py would come to it."""
+    return TrainConfig.resolve(fresh_options({**_with_alpha(given, preset), "test": False}, preset), preset)
+
+
+def point_id(config: TrainConfig) -> str:
+    """A name that follows from the options that decide the result."""
+    decides = {name: value for name, value in config.flat().items() if not FIELDS[name].metadata["free"]}
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+    model, train = config.model, config.train
+    shown = f"r{model.r}-alpha{model.alpha:g}-dropout{model.dropout:g}-lr{train.lr:g}-seed{train.seed}"
+    return f"{shown}-{digest[:8]}"
+
+
+def _with_alpha(given: Values, preset: str | None) -> Values:
+    """The values with an alpha like "2r" worked out."""
+    alpha = given.get("alpha")
+    if not isinstance(alpha, str):
+        return given
+    others = {name: value for name, value in given.items() if name != "alpha"}
+    r = TrainConfig.resolve(fresh_options(others, preset), preset).model.r
+    return {**given, "alpha": float(alpha.removesuffix("r") or 1) * r}
+
+
+def _flags(given: Values, config: TrainConfig, preset: str) -> list[str]:
+    """The flags that make train.py resolve to this config: what was given, and what differs from the preset."""
+    usual = TrainConfig.resolve({}, preset).flat()
+    flags = ["--preset", preset]
+    for name, value in config.flat().items():
+        if value is None or (value == usual[name] and name not in given and name != "alpha"):
+            continue
+        flag = flag_name(name)
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            flags += [flag, f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)]
+    return flags
+
+
+def _checked_base(values: Any, where: str = "base") -> Values:
+    if not isinstance(values, dict):
+        raise ValueError(f'{where}: expected an object of options, like {{"steps": 300}}')
+    for name, value in values.items():
+        _check(f"{where}.{name}" if where == "base" else f"{where} {name}", name, value)
+    return values
+
+
+def _checked_axes(axes: Any, part: str) -> dict[str, list[Any]]:
+    if not isinstance(axes, dict):
+        raise ValueError(f'{part}: expected an object of axes, like {{"r": [8, 16, 32]}}')
+    for name, values in axes.items():
+        _check_values(f"{part}.{name}", name, values)
+        if name == "metric" or FIELDS[name].metadata["free"]:
+            why = "points are ranked by one metric" if name == "metric" else "it does not change the result"
+            raise ValueError(f"{part}.{name}: {why}; it belongs into base")
+    return axes
+
+
+def _checked_seeds(stored: Mapping[str, Any]) -> list[Values]:
+    if "seeds" not in stored:
+        return [{}]
+    _check_values("seeds", "seed", stored["seeds"])
+    return [{"seed": seed} for seed in stored["seeds"]]
+
+
+def _check_values(where: str, name: str, values: Any) -> None:
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{where}: expected a list of values, like [8, 16, 32], not {json.dumps(values)}")
+    for value in values:
+        _check(where, name, value)
+    for first, second in itertools.combinations(values, 2):
+        if first == second:
+            raise ValueError(f"{where}: {json.dumps(second)} comes twice")
+
+
+def _check(where: str, name: str, value: Any) -> None:
+    if name in NOT_HERE:
+        raise ValueError(f"{where}: leave it out, {NOT_HERE[name]}")
+    if name == "alpha" and isinstance(value, str):
+        if not re.fullmatch(r"(\d+\.?\d*)?r", value):
+            raise ValueError(f'{where}: {value!r} is neither a number nor a multiple of r, like "2r"')
+        return
+    if name == "preset":
+        raise ValueError(f"{where}: it stands beside base, not among the options")
+    if problem := check(name, value):
+        raise ValueError(f"{where}: {problem.removeprefix(f'{flag_name(name)}: ')}")
+
+
+def _refuse_copies(points: list[Point]) -> None:
+    known: dict[str, Point] = {}
+    for point in points:
+        if (other := known.setdefault(point.id, point)) is not point:
+            raise ValueError(f"{other.name} and {point.name} are the same point: leave one out")
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> Values:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"key {name!r} comes twice")
+    return dict(pairs)

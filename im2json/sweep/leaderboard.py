@@ -1,0 +1,211 @@
+"""What a sweep says in the end: the settings ranked, and axis by axis whether the best value is more than luck."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from im2json.runs import RunFolder, atomically, read_lines, write_json
+from im2json.scoring import METRICS, StreamingEvaluator, compare
+from im2json.scoring.text import scoring_text
+from im2json.sweep.grid import Plan, Values
+from im2json.sweep.launch import Job
+from im2json.sweep.progress import duration
+
+OPTIONS = ("r", "alpha", "dropout", "lr")  # shown whether they are axes or not; `config` tells of other axes
+SHOWN = ("field_f1", "ted_accuracy", "exact_match", "json_validity", "edit_distance")  # of the metrics, in Markdown
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The finished points that differ in nothing but their seed."""
+
+    name: str
+    place: Values
+    options: Values
+    runs: list[RunFolder]
+    results: list[dict[str, Any]]  # what each run's result.json holds
+    examples: dict[int, dict[str, str]]  # seed -> the id of each validation example -> its target
+    evaluator: StreamingEvaluator  # of the validation answers that all runs kept from their best steps
+
+    def values(self, metric: str) -> list[float]:
+        """A validation metric, seed by seed."""
+        return [result["validation"][metric] for result in self.results]
+
+    def value(self, metric: str) -> float:
+        return sum(self.values(metric)) / len(self.results)
+
+    def best_run(self, metric: str) -> RunFolder:
+        values = [gain(metric, value) for value in self.values(metric)]
+        return self.runs[values.index(max(values))]
+
+
+@dataclass(frozen=True)
+class Board:
+    """Settings, the best first, and the metric that says so."""
+
+    metric: str
+    settings: list[Setting]
+    axes: list[dict[str, Any]]  # see `judge_axis`
+    missing: list[str]  # points without a result
+
+
+def gain(metric: str, value: float) -> float:
+    """The value with a sign that makes more the better."""
+    return value if METRICS[metric].higher_is_better else -value
+
+
+def make_board(plan: Plan, jobs: Sequence[Job]) -> Board | None:
+    """The leaderboard of the points that have a result; None where none has.
+
+    Raises:
+        ValueError: if a run folder does not hold what a finished run leaves.
+    """
+    grouped: dict[str, list[Job]] = {}
+    for job in jobs:
+        if job.state == "done":
+            grouped.setdefault(job.point.setting, []).append(job)
+    settings = [read_setting(group) for group in grouped.values()]
+    if not settings:
+        return None
+    settings.sort(key=lambda setting: -gain(plan.metric, setting.value(plan.metric)))  # of equals the grid's first
+    around = plan.base or settings[0].place
+    axes = [judge_axis(axis, around, settings, plan.metric) for axis in plan.axes]
+    missing = [job.point.name for job in jobs if job.state != "done"]
+    return Board(plan.metric, settings, axes, missing)
+
+
+def read_setting(jobs: Sequence[Job]) -> Setting:
+    """What the runs of a setting left, its validation answers scored anew for the bootstrap."""
+    evaluator, results, examples = StreamingEvaluator(), [], {}
+    for job in jobs:
+        result = json.loads(job.run.result.read_text("utf-8"))
+        seen: dict[str, str] = {}
+        for row in read_lines(job.run.predictions):
+            if (row["split"], row["stage"], row["step"]) == ("validation", "during", result["best_step"]):
+                evaluator.update(row["text"], row["target"], row["id"])
+                seen[row["id"]] = scoring_text(row["target"])
+        if not seen or "validation" not in result:
+            raise ValueError(f"{job.run.path} holds no validation answers of its best step: remove it to run it again")
+        results.append(result)
+        examples[job.point.config.train.seed] = seen
+    point = jobs[0].point
+    return Setting(
+        point.setting, point.place, point.config.flat(), [job.run for job in jobs], results, examples, evaluator
+    )
+
+
+def judge_axis(axis: str, around: Values, settings: Sequence[Setting], metric: str) -> dict[str, Any]:
+    """Whether the best value of an axis, all else as in `around`, beats the runner-up by more than the noise.
+
+    {"axis", "best", "runner_up", "difference" (best - runner-up), "low", "high", "exceeds_noise", "sentence"}; None
+    for what there is too little to say. Noise is that of the examples, by the paired bootstrap of both settings'
+    answers (95 %), and with several seeds that of the seeds, whose values must not overlap either.
+    """
+    others = {name: value for name, value in around.items() if name != axis}
+    line = [s for s in settings if {name: value for name, value in s.place.items() if name != axis} == others]
+    found: dict[str, Any] = dict(axis=axis, best=None, runner_up=None, difference=None, low=None, high=None)
+    if len(line) < 2:
+        return found | {"exceeds_noise": None, "sentence": f"{axis}: fewer than two of its values have a result."}
+    best, second = line[:2]  # settings are ranked
+    found |= {"best": best.place[axis], "runner_up": second.place[axis]}
+    found["difference"] = best.value(metric) - second.value(metric)
+    if not found["difference"]:
+        sentence = f"{axis}: {found['best']} and {found['runner_up']} are level with {metric} {best.value(metric):.3f}."
+        return found | {"exceeds_noise": False, "sentence": sentence}
+    head = (
+        f"{axis}: {found['best']} is best with {metric} {best.value(metric):.3f}, "
+        f"before {found['runner_up']} with {second.value(metric):.3f}"
+    )
+    if best.examples != second.examples:
+        return found | {
+            "exceeds_noise": None,
+            "sentence": f"{head}; they were not validated on the same examples and seeds, so nothing is said of noise.",
+        }
+    compared = compare(second.evaluator, best.evaluator)[metric]
+    low, high = (None if math.isnan(bound) else bound for bound in (compared.low, compared.high))
+    exceeds = compared.exceeds_noise and not _overlap(best.values(metric), second.values(metric))
+    verdict = "exceeds the noise" if exceeds else "is within the noise, so this grid does not tell them apart"
+    bounds = "" if low is None or high is None else f" [{low:+.3f}, {high:+.3f}]"
+    sentence = f"{head}: the difference {found['difference']:+.3f}{bounds} {verdict}."
+    return found | {"low": low, "high": high, "exceeds_noise": exceeds, "sentence": sentence}
+
+
+def _overlap(first: Sequence[float], second: Sequence[float]) -> bool:
+    return min(first) <= max(second) and min(second) <= max(first)
+
+
+def rows(board: Board) -> list[dict[str, Any]]:
+    """A flat row a setting, as in leaderboard.csv.
+
+    A metric is the mean over the seeds, with the bootstrap's 95 % interval as `_low` and `_high`, and with several
+    seeds the least and most of them as `_min` and `_max`. Time is the mean, memory the most of all seeds.
+    """
+    table = []
+    names = list(dict.fromkeys([*OPTIONS, *board.settings[0].place]))
+    for rank, setting in enumerate(board.settings, start=1):
+        row: dict[str, Any] = {"rank": rank, "config": setting.name}
+        row |= {name: setting.options[name] for name in names}
+        row |= {"runs": len(setting.runs), "trainable": setting.results[0]["trainable"]}
+        bounds = setting.evaluator.intervals()
+        for name in METRICS:
+            row |= {name: setting.value(name), f"{name}_low": bounds[name][0], f"{name}_high": bounds[name][1]}
+            if len(setting.runs) > 1:
+                row |= {f"{name}_min": min(setting.values(name)), f"{name}_max": max(setting.values(name))}
+        row["seconds"] = sum(result["seconds"] for result in setting.results) / len(setting.results)
+        row["peak_memory_bytes"] = max(result["peak_memory_bytes"] for result in setting.results)
+        table.append({name: None if value != value else value for name, value in row.items()})  # JSON has no NaN
+    return table
+
+
+def markdown(board: Board) -> str:
+    """The table with the best of each metric in bold, and a sentence an axis."""
+    table = rows(board)
+    shown = list(dict.fromkeys([board.metric, *SHOWN]))
+    best = {name: max(gain(name, row[name]) for row in table) for name in shown}
+    arrows = [name if METRICS[name].higher_is_better else f"{name} (lower is better)" for name in shown]
+    lines = [["config", *OPTIONS, "trainable", *arrows, "time", "memory"]]
+    lines.append(["---"] * len(lines[0]))
+    for row in table:
+        config = f"**{row['config']}**" if row["rank"] == 1 else row["config"]
+        cells = [_metric_cell(row, name, bold=gain(name, row[name]) == best[name]) for name in shown]
+        left = [f"{row[name]:g}" if isinstance(row[name], float) else str(row[name]) for name in OPTIONS]
+        used = [duration(row["seconds"]), f"{row['peak_memory_bytes'] / 2**30:.2f} GiB"]
+        lines.append([config, *left, f"{row['trainable']:,}", *cells, *used])
+    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join([body, "", *(f"- {axis['sentence']}" for axis in board.axes), *_notes(board)]) + "\n"
+
+
+def _metric_cell(row: Values, name: str, bold: bool) -> str:
+    value = f"**{row[name]:.3f}**" if bold else f"{row[name]:.3f}"
+    if row[f"{name}_low"] is not None:
+        value += f" [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
+    return value + (f" ({row[f'{name}_min']:.3f} to {row[f'{name}_max']:.3f})" if f"{name}_min" in row else "")
+
+
+def _notes(board: Board) -> list[str]:
+    seeds = any(len(setting.runs) > 1 for setting in board.settings)
+    note = "Validation split, generated text. [low, high]: 95 % by bootstrap over the examples"
+    notes = ["", note + ("; (least to most): over the seeds." if seeds else ".")]
+    if board.missing:
+        notes.append(f"Without a result: {', '.join(board.missing)}.")
+    return notes
+
+
+def write_board(board: Board, sweep: Path, test: dict[str, Any] | None) -> None:
+    """leaderboard.csv, leaderboard.md and summary.json, each whole or not at all."""
+    table = rows(board)
+    names = list(dict.fromkeys(name for row in table for name in row))
+    with atomically(sweep / "leaderboard.csv") as aside, aside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(table)
+    with atomically(sweep / "leaderboard.md") as aside:
+        aside.write_text(markdown(board), "utf-8")
+    summary = {"metric": board.metric, "settings": table, "axes": board.axes, "missing": board.missing, "test": test}
+    write_json(sweep / "summary.json", summary)

@@ -1,0 +1,100 @@
+"""What is told of a sweep while it runs: a table that is drawn anew on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import time
+
+import click
+
+from im2json.report.table import table
+from im2json.runs import read_lines
+from im2json.sweep.launch import Job
+
+HEADERS = ["point", "state", "step", "of", "metric", "left"]
+
+
+class Progress:
+    """Call it as often as you like; a terminal is drawn every second, a log file gets a line for every change."""
+
+    def __init__(self, jobs: list[Job], metric: str) -> None:
+        self.jobs = jobs
+        self.metric = metric
+        self.on_terminal = sys.stdout.isatty()
+        self.told: dict[str, tuple] = {job.point.id: (job.state, None) for job in jobs}
+        self.drawn_at, self.lines = 0.0, 0
+
+    def __call__(self) -> None:
+        last = not any(job.state == "running" for job in self.jobs)
+        if self.on_terminal and not last and time.monotonic() - self.drawn_at < 1:
+            return
+        self.drawn_at = time.monotonic()
+        rows = [self._row(job) for job in self.jobs]
+        if self.on_terminal:
+            self._draw(rows)
+        for job, (name, state, step, total, value, left) in zip(self.jobs, rows):
+            if self.told[job.point.id] == (state, value):
+                continue
+            self.told[job.point.id] = (state, value)
+            if not self.on_terminal:
+                known = [f"step {step} of {total}" if step else "", value and f"{self.metric} {value}", left]
+                click.echo(f"{name}: {', '.join(filter(None, [state, *known]))}")
+            if state == "failed" and not self.on_terminal:
+                click.echo(failure(job))
+        if last and self.on_terminal:
+            for job in self.jobs:
+                if job.state == "failed":
+                    click.echo(f"{job.point.name}: failed\n{failure(job)}")
+
+    def _draw(self, rows: list[list[str]]) -> None:
+        """Draw over the last table. Where the screen is too small for all points, those that run are shown."""
+        width, height = shutil.get_terminal_size()
+        shown, states = rows, [state for _, state, *_ in rows]
+        if len(rows) > height - 4:
+            shown = [row for row in rows if row[1] == "running"][: height - 5]
+        lines = table(shown, [*HEADERS[:4], self.metric, HEADERS[5]]).splitlines()
+        if shown is not rows:
+            lines.append(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
+        up = f"\x1b[{self.lines}F\x1b[J" if self.lines else ""
+        self.lines = len(lines)
+        click.echo(up + "\n".join(line[: width - 1] for line in lines))
+
+    def _row(self, job: Job) -> list[str]:
+        """The cells under HEADERS."""
+        rows = list(read_lines(job.run.metrics)) if job.state != "to do" else []
+        steps = [row for row in rows if row["split"] == "train"]
+        values = [row["values"][self.metric] for row in rows if row["split"] == "validation"]
+        step, total = (steps[-1]["step"] if steps else 0), total_steps(job)
+        left = ""
+        recent = [row for row in steps if row["time"] >= job.started]
+        if job.state == "running" and total and len(recent) > 1:
+            pace = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
+            left = f"{duration(pace * (total - step))} left"
+        value = f"{values[-1]:.3f}" if values else ""
+        return [job.point.name, job.state, str(step or ""), str(total or ""), value, left]
+
+
+def failure(job: Job) -> str:
+    """The end of a failed point's log, and where the rest is."""
+    return f"{job.last_words()}\n    (the end of {job.log})"
+
+
+def total_steps(job: Job) -> int | None:
+    """The steps that a point will take: as told, or as its log says."""
+    if job.point.config.train.steps is not None:
+        return job.point.config.train.steps
+    if not job.log.exists():
+        return None
+    with job.log.open("rb") as file:
+        file.seek(max(0, job.log.stat().st_size - 4096))
+        found = re.findall(rb"training:.*?\d+/(\d+) \[", file.read())
+    return int(found[-1]) if found else None
+
+
+def duration(seconds: float) -> str:
+    """0:59, 12:34 or 1:23:45."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,488 @@
+"""sweep.py: grids that are checked before anything starts, points that are never repeated, and an answer in the end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, clear_error
+
+from im2json.options import FIELDS, TrainConfig
+from im2json.runs import append_lines, read_lines
+from im2json.scoring import StreamingEvaluator
+from im2json.sweep.grid import make_plan, read_plan
+from im2json.sweep.launch import Job, is_locked, make_jobs, make_slots
+from im2json.sweep.leaderboard import make_board, markdown, write_board
+from im2json.sweep.progress import Progress
+
+
+def plan(overrides: dict[str, Any] | None = None, **grid: Any):
+    return make_plan(grid, overrides or {})
+
+
+def options(points: list, *names: str) -> list[tuple]:
+    return [tuple(point.config.flat()[name] for name in names) for point in points]
+
+
+# --- the grid
+
+
+def test_a_grid_crosses_its_axes():
+    points = plan(base={"steps": 5}, grid={"r": [8, 16], "lr": [1e-3, 2e-3]}).points
+    assert options(points, "r", "lr", "alpha", "steps") == [
+        (8, 1e-3, 16, 5), (8, 2e-3, 16, 5), (16, 1e-3, 32, 5), (16, 2e-3, 32, 5),
+    ]  # fmt: skip
+    assert [point.name for point in points[:2]] == ["r=8 lr=0.001", "r=8 lr=0.002"]
+
+
+def test_an_ablation_varies_one_axis_at_a_time_around_its_base():
+    found = plan(base={"r": 32}, ablate={"r": [8, 32], "alpha": ["r", "2r"], "dropout": [0, 0.05]})
+    assert options(found.points, "r", "alpha", "dropout") == [(32, 64, 0), (8, 16, 0), (32, 32, 0), (32, 64, 0.05)]
+    assert [point.name for point in found.points] == ["base", "r=8", "alpha=r", "dropout=0.05"]
+    assert found.base == {"r": 32, "alpha": "2r", "dropout": 0}
+    assert found.points[1].place == {"r": 8, "alpha": "2r", "dropout": 0}
+
+
+def test_seeds_repeat_every_point():
+    points = plan(grid={"r": [8, 16]}, seeds=[0, 1]).points
+    assert options(points, "r", "seed") == [(8, 0), (8, 1), (16, 0), (16, 1)]
+    assert [point.setting for point in points] == ["r=8", "r=8", "r=16", "r=16"]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "r", "wanted"), [("2r", 8, 16), ("r", 8, 8), ("0.5r", 8, 4), (5, 8, 5), ("3r", 16, 48)]
+)
+def test_alpha_may_depend_on_r(alpha, r, wanted):
+    assert options(plan(base={"alpha": alpha}, grid={"r": [r]}).points, "alpha") == [(wanted,)]
+    assert options(plan(base={"r": r}, grid={"alpha": [alpha]}).points, "alpha") == [(wanted,)]
+
+
+def test_alpha_follows_the_r_of_a_preset():
+    assert options(plan(preset="cord", base={"alpha": "r"}).points, "r", "alpha", "lr") == [(32, 32, 2e-4)]
+
+
+def test_an_id_says_what_decides_the_result_and_nothing_else():
+    def ids(*rs: int, **base: Any) -> list[str]:
+        return [point.id for point in plan(base=base, grid={"r": list(rs)}).points]
+
+    assert ids(8, 16) == ids(8, 12, 16)[::2] == ids(8, 16, threads=1, workers=2, keep=5, lr=5e-3)
+    assert not set(ids(8, 16)) & set(ids(8, 16, steps=7))
+    (alone,) = plan(base={"r": 8, "alpha": "2r"}).points
+    assert alone.id == ids(8)[0] == plan(ablate={"r": [16]}, base={"r": 8}).points[0].id
+
+
+@pytest.mark.parametrize("preset", [None, "tiny", "cord"])
+def test_the_flags_of_a_point_make_its_config(preset, monkeypatch):
+    import train
+
+    base = {"model": "somewhere", "rslora": True, "gradient_checkpointing": False, "alpha": "2r", "prompt": "read it"}
+    (point,) = plan(preset=preset, base={**base, "r": 32, "lr": 1.23456789e-4}).points
+    configs: list[TrainConfig] = []
+    monkeypatch.setattr(train, "train", lambda config, stopped=None: configs.append(config))
+    train.main(point.flags, standalone_mode=False)
+    assert configs == [point.config]
+    assert configs[0].train.test is False
+
+
+def test_set_overrides_the_base(tmp_path):
+    grid = tmp_path / "g.json"
+    grid.write_text('{"base": {"steps": 300}, "grid": {"r": [8]}}')
+    (point,) = read_plan(grid, ["steps=50", "dataset=17", "alpha=3r", "letterbox=true", "eval-every=5"]).points
+    flat = point.config.flat()
+    assert [flat[n] for n in ("steps", "dataset", "alpha", "letterbox", "eval_every")] == [50, "17", 24.0, True, 5]
+
+
+def test_200_points_are_planned_in_under_a_second():
+    start = time.perf_counter()
+    found = plan(grid={"r": list(range(1, 26)), "alpha": ["r", "2r"], "dropout": [0, 0.1]}, seeds=[0, 1]).points
+    assert len({point.id for point in found}) == 200
+    assert time.perf_counter() - start < 1
+
+
+MISTAKES = {
+    '{"base": {"rr": 8}}': "base.rr: unknown option 'rr': did you mean 'r'?",
+    '{"grid": {"r": [8, "x"]}}': "grid.r: 'x' is not a whole number",
+    '{"ablate": {"dropout": [0, 1.5]}}': "ablate.dropout: 1.5 is too large: at most 0.999",
+    '{"grid": {"lr": [1e-3, NaN]}}': "grid.lr: nan is not a finite number",
+    '{"grid": {"r": []}}': "grid.r: expected a list of values, like [8, 16, 32], not []",
+    '{"grid": {"r": 8}}': "grid.r: expected a list of values, like [8, 16, 32], not 8",
+    '{"grid": {"r": [8, 16, 8]}}': "grid.r: 8 comes twice",
+    '{"grid": {"r": [8], "alpha": ["2r", 16]}}': "r=8 alpha=2r and r=8 alpha=16 are the same point: leave one out",
+    '{"base": {"r": 8}, "ablate": {"alpha": ["2r", 16]}}': "ablate.alpha: '2r' and 16 are the same point",
+    '{"grid": {"alpha": ["two r"]}}': "grid.alpha: 'two r' is neither a number nor a multiple of r, like \"2r\"",
+    '{"grid": {"threads": [1, 2]}}': "grid.threads: it does not change the result; it belongs into base",
+    '{"grid": {"metric": ["key_f1"]}}': "grid.metric: points are ranked by one metric; it belongs into base",
+    '{"base": {"output": "there"}}': "base.output: leave it out, sweep.py names the run folders itself",
+    '{"base": {"test": true}}': "base.test: leave it out, sweep.py scores the test split once, for the winner",
+    '{"base": {"eval_every": 0}}': "eval_every: 0 leaves nothing to rank the points by: at least 1",
+    '{"base": {"r": 8}, "grid": {"r": [8]}}': "r is in base (or --set) and an axis of grid: leave one out",
+    '{"base": {"seed": 1}, "seeds": [1]}': "base.seed and seeds: leave one out",
+    '{"grid": {}, "ablate": {}}': "grid and ablate: give one of the two",
+    '{"seeds": [0, -1]}': "seeds: -1 is too small: at least 0",
+    '{"preset": "cord2"}': "preset: 'cord2' is not one of tiny, cord",
+    '{"preset": ["cord"]}': "preset: ['cord'] is not one of tiny, cord",
+    '{"r": [8]}': "unknown key 'r': a grid holds preset, base, grid, ablate, seeds; options go into base",
+    '{"grid": {"r": [8], "r": [16]}}': "key 'r' comes twice",
+    "[8]": "a grid is a JSON object",
+    '{"base":\n {"r": 8,}}': "not JSON: ",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_is_one_line_before_anything_starts(text, cli, tmp_path):
+    grid = tmp_path / "g.json"
+    grid.write_text(text)
+    message = clear_error(cli("sweep", grid, "--output", tmp_path / "sweep"))
+    assert message.startswith(str(grid)) and MISTAKES[text] in message
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_mistake_in_set_is_one_line_too(cli, tmp_path):
+    (tmp_path / "g.json").write_text('{"grid": {"r": [8]}}')
+    for given, message in {
+        "steps": "--set steps: expected NAME=VALUE, like steps=50",
+        "steps=many": "--set steps: 'many' is not a whole number",
+        "output=there": "--set output: leave it out, sweep.py names the run folders itself",
+        "r=9": "r is in base (or --set) and an axis of grid: leave one out",
+    }.items():
+        assert clear_error(cli("sweep", tmp_path / "g.json", "--set", given)).endswith(message)
+
+
+def test_the_line_of_malformed_json_is_named(cli, tmp_path):
+    (tmp_path / "g.json").write_text('{"base":\n {"r": 8 "lr": 1}}')
+    assert "g.json:2: not JSON" in clear_error(cli("sweep", tmp_path / "g.json"))
+
+
+@pytest.mark.parametrize("name", ["grid.json", "grid-cord.json"])
+def test_the_grids_of_the_repository(name):
+    found = read_plan(ROOT / name)
+    assert [point.name.split("=")[0] for point in found.points] == ["base", "r", "r", "alpha", "dropout", "lr"]
+    assert dict(options(found.points[:3], "r", "alpha")) == {8: 16, 16: 32, 32: 64}
+    assert options(found.points[3:4], "r", "alpha") == [(32, 32)]
+    assert set(options(found.points, "dropout")) == {(0.0,), (0.05,)}
+    rates = {lr for (lr,) in options(found.points, "lr")}
+    assert rates == ({2e-4, 2e-5} if "cord" in name else {FIELDS["lr"].default, FIELDS["lr"].default / 10})
+
+
+# --- the commands
+
+
+def test_dry_run_and_list_start_nothing(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "g.json").write_text('{"grid": {"r": [8, 16, 32]}}')
+    sweep = tmp_path / "sweep"
+    ids = [point.id for point in read_plan(tmp_path / "g.json").points]
+    for id, name in ((ids[0], "result.json"), (ids[0], "config.json"), (ids[1], "config.json")):
+        (sweep / "points" / id).mkdir(parents=True, exist_ok=True)
+        (sweep / "points" / id / name).write_text("{}")
+    before = sorted(sweep.rglob("*"))
+    shown = cli("sweep", tmp_path / "g.json", "--output", sweep, "--dry-run").output
+    states = [line.split(": ")[1].split(",")[0] for line in shown.splitlines() if not line.startswith(" ")]
+    assert states == ["done", "stopped", "to do"]
+    commands = cli("sweep", tmp_path / "g.json", "--output", sweep, "--list").output.splitlines()
+    for line, listed in zip(
+        (line.strip() for line in shown.splitlines() if line.startswith(" ")), commands, strict=True
+    ):
+        assert line.startswith(listed) and "--threads" not in listed
+    assert f"--resume {sweep / 'points' / ids[1]}" in commands[0]
+    assert f"--output {sweep / 'points' / ids[2]}" in commands[1] and "--no-test" in commands[1]
+    assert sorted(sweep.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("gpus", "jobs", "share", "places", "processes"),
+    [
+        ("0,1,2", None, None, ["0", "1", "2"], 1),
+        ("0,1,2", 2, None, ["0", "1"], 1),
+        ("0,1,2,5,GPU-7", None, 2, ["0,1", "2,5"], 2),
+        ("", 3, None, [None, None, None], 1),
+        ("", None, None, [None], 1),
+    ],
+)
+def test_points_share_out_the_gpus_or_the_cores(gpus, jobs, share, places, processes, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    slots, found, threads = make_slots(jobs, share)
+    assert [slot.get("CUDA_VISIBLE_DEVICES") for slot in slots] == places
+    assert found == processes
+    assert threads is None if gpus else threads >= 1
+
+
+def test_gpus_that_are_not_there_are_an_error(monkeypatch, cli, tmp_path):
+    (tmp_path / "g.json").write_text('{"grid": {"r": [8]}}')
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert clear_error(cli("sweep", tmp_path / "g.json", "--gpus-per-run", 2)).startswith("--gpus-per-run 2: 1 GPU(s)")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "no GPU was found" in clear_error(cli("sweep", tmp_path / "g.json", "--gpus-per-run", 1))
+
+
+@pytest.mark.parametrize("height", [24, 80])
+def test_a_terminal_shows_the_points_that_it_has_room_for(height, monkeypatch, capsys, tmp_path):
+    jobs = make_jobs(plan(grid={"r": list(range(1, 41))}).points, tmp_path)
+    jobs[0].state, jobs[7].state = "done", "running"
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((60, height)))
+    progress = Progress(jobs, "field_f1")
+    progress.on_terminal = True
+    progress()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < height and all(len(line) < 60 for line in lines)
+    assert next(line.split()[:2] for line in lines if "running" in line) == ["r=8", "running"]
+    if height == 24:
+        assert lines[-1] == "1 done, 38 to do, 1 running"
+    else:
+        assert len(lines) == 42
+
+
+# --- the leaderboard
+
+
+def write_run(folder: Path, right: list[bool], **result: Any) -> None:
+    """What a finished run leaves: of each validation example one field, right or wrong at step 2, wrong at step 1."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    for step, answers in ((1, [False] * len(right)), (2, right)):
+        append_lines(
+            folder / "predictions.jsonl",
+            (
+                {"id": str(i), "step": step, "split": "validation", "stage": "during", "target": {"a": str(i)},
+                 "text": json.dumps({"a": str(i) if answer else "?"})}
+                for i, answer in enumerate(answers)
+            ),
+        )  # fmt: skip
+    evaluator = StreamingEvaluator()
+    for i, answer in enumerate(right):
+        evaluator.update(json.dumps({"a": str(i) if answer else "?"}), {"a": str(i)}, str(i))
+    stored = {"step": 2, "best_step": 2, "validation": evaluator.compute(), "trainable": 9, "seconds": 61.0,
+              "peak_memory_bytes": 2**30}  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(stored | result))
+
+
+def board_of(sweep: Path, found, rights: dict[str, list[bool]]):
+    """The leaderboard where each point of that name has so many right answers; the others have none yet."""
+    for point in found.points:
+        if point.name in rights:
+            write_run(sweep / "points" / point.id, rights[point.name])
+    board = make_board(found, make_jobs(found.points, sweep))
+    assert board is not None
+    return board
+
+
+def test_settings_are_ranked_and_each_axis_is_judged(tmp_path):
+    found = plan(base={"r": 8}, ablate={"r": [8, 16, 32], "dropout": [0, 0.1], "lr": [5e-3, 1e-3]})
+    base, one_less = [True] * 30 + [False] * 10, [True] * 29 + [False] * 11
+    board = board_of(
+        tmp_path, found, {"base": base, "r=16": [True] * 40, "r=32": [False] * 40, "dropout=0.1": one_less}
+    )
+    assert [setting.name for setting in board.settings] == ["r=16", "base", "dropout=0.1", "r=32"]
+    r, dropout, lr = board.axes
+    assert (r["best"], r["runner_up"], r["difference"], r["exceeds_noise"]) == (16, 8, 0.25, True)
+    assert 0 < r["low"] < 0.25 < r["high"]
+    assert r["sentence"].startswith("r: 16 is best with field_f1 1.000, before 8 with 0.750: the difference +0.250 [")
+    assert (dropout["best"], dropout["runner_up"], dropout["exceeds_noise"]) == (0, 0.1, False)
+    assert "is within the noise" in dropout["sentence"]
+    assert lr["exceeds_noise"] is None and "fewer than two" in lr["sentence"]
+    assert board.missing == ["lr=0.001"]
+
+    write_board(board, tmp_path, None)
+    shown = (tmp_path / "leaderboard.md").read_text().splitlines()
+    assert shown[2].startswith("| **r=16** | 16 | 32 | 0 | 0.005 | 9 | **1.000** [1.000, 1.000] |")
+    assert shown[2].endswith("| 1:01 | 1.00 GiB |") and shown[3].startswith(
+        "| base | 8 | 16 | 0 | 0.005 | 9 | 0.750 [0."
+    )
+    with (tmp_path / "leaderboard.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["rank"], row["config"], float(row["field_f1"])) for row in rows[:2]] == [
+        ("1", "r=16", 1),
+        ("2", "base", 0.75),
+    ]
+    assert json.loads((tmp_path / "summary.json").read_text())["axes"] == board.axes
+
+
+def test_a_metric_where_lower_is_better_ranks_the_other_way_round(tmp_path):
+    found = plan(base={"metric": "edit_distance"}, grid={"r": [8, 16]})
+    board = board_of(tmp_path, found, {"r=8": [True, False], "r=16": [True, True]})
+    assert [setting.name for setting in board.settings] == ["r=16", "r=8"]
+    assert board.axes[0]["best"] == 16 and board.axes[0]["difference"] < 0
+
+
+def test_axes_that_cross_are_judged_around_the_winner(tmp_path):
+    found = plan(grid={"r": [8, 16], "dropout": [0, 0.1]})
+    rights = {"r=8 dropout=0": 10, "r=8 dropout=0.1": 38, "r=16 dropout=0": 20, "r=16 dropout=0.1": 40}
+    board = board_of(tmp_path, found, {name: [i < n for i in range(40)] for name, n in rights.items()})
+    assert [(axis["best"], axis["runner_up"]) for axis in board.axes] == [(16, 8), (0.1, 0)]
+    assert [axis["difference"] for axis in board.axes] == pytest.approx([0.05, 0.5])
+
+
+def test_with_seeds_a_difference_has_to_exceed_theirs_too(tmp_path):
+    found = plan(grid={"r": [8, 16]}, seeds=[0, 1])
+    right = {"r=8 seed=0": 20, "r=8 seed=1": 36, "r=16 seed=0": 35, "r=16 seed=1": 40}
+    board = board_of(tmp_path / "a", found, {name: [i < n for i in range(40)] for name, n in right.items()})
+    best = board.settings[0]
+    assert (best.name, best.value("field_f1"), best.values("field_f1")) == ("r=16", 37.5 / 40, [35 / 40, 1])
+    assert best.best_run("field_f1").path.name == found.points[3].id
+    assert board.axes[0]["low"] > 0 and not board.axes[0]["exceeds_noise"]  # 36 of 40 is more than 35
+    assert "(0.875 to 1.000)" in markdown(board)
+    right["r=8 seed=1"] = 21
+    board = board_of(tmp_path / "b", found, {name: [i < n for i in range(40)] for name, n in right.items()})
+    assert board.axes[0]["exceeds_noise"]
+    del right["r=8 seed=1"]
+    board = board_of(tmp_path / "c", found, {name: [i < n for i in range(40)] for name, n in right.items()})
+    assert board.axes[0]["exceeds_noise"] is None and "not validated on the same" in board.axes[0]["sentence"]
+
+
+# --- whole sweeps, in processes of their own
+
+
+@pytest.fixture(scope="module")
+def grid(small_model, dataset, tmp_path_factory) -> Path:
+    """Three points of 8 steps, and one that cannot begin."""
+    base = {
+        "model": small_model, "dataset": dataset, "precision": "fp32", "quant": "none", "r": 4, "dropout": 0,
+        "lr": 0.01, "optimizer": "adamw", "batch_size": 4, "steps": 8, "eval_every": 2, "max_new_tokens": 6,
+        "gradient_checkpointing": False, "metric": "edit_distance",
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("grid") / "small.json"
+    path.write_text(json.dumps({"base": base, "ablate": {"r": [2, 4], "lr": [0.1], "target_modules": ["nothing"]}}))
+    return path
+
+
+def start_sweep(grid: Path, output: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "sweep.py"), str(grid), "--output", str(output), "--jobs", "2", *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def sweep_to_its_end(grid: Path, output: Path, *flags: str) -> tuple[int, str]:
+    process = start_sweep(grid, output, *flags)
+    printed, _ = process.communicate(timeout=300)
+    return process.returncode, printed
+
+
+def wait_for(happened: Callable[[], Any], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def jobs_of(grid: Path, sweep: Path, *overrides: str) -> dict[str, Job]:
+    return {job.point.name: job for job in make_jobs(read_plan(grid, overrides).points, sweep)}
+
+
+def ranked(sweep: Path) -> list[dict[str, str]]:
+    """leaderboard.csv but for time and memory."""
+    with (sweep / "leaderboard.csv").open() as file:
+        return [
+            {k: v for k, v in row.items() if k not in ("seconds", "peak_memory_bytes")} for row in csv.DictReader(file)
+        ]
+
+
+def judged(sweep: Path) -> Any:
+    summary = json.loads((sweep / "summary.json").read_text())
+    return summary["axes"], summary["missing"], summary["test"]
+
+
+@pytest.fixture(scope="module")
+def swept(grid, tmp_path_factory) -> tuple[Path, int, str]:
+    """A sweep that nothing interrupted: its folder, exit status, and what it printed."""
+    sweep = tmp_path_factory.mktemp("sweeps") / "whole"
+    return sweep, *sweep_to_its_end(grid, sweep)
+
+
+@pytest.mark.slow
+def test_a_sweep_ranks_what_finishes_and_reports_what_fails(grid, swept):
+    sweep, status, printed = swept
+    assert status == 1, printed
+    assert {name: job.state for name, job in jobs_of(grid, sweep).items()} == {
+        "base": "done", "r=2": "done", "lr=0.1": "done", "target_modules=nothing": "to do",
+    }  # fmt: skip
+    assert "target_modules=nothing: failed\n    Error: --target-modules: no linear layer is named nothing" in printed
+    assert "1 of 4 points failed" in printed
+    assert "base: running" in printed and "base: done, step 8 of 8, edit_distance 0." in printed
+    values = [float(row["edit_distance"]) for row in ranked(sweep)]
+    assert len(values) == 3 and values == sorted(values)
+    for job in jobs_of(grid, sweep).values():
+        if job.state == "done":
+            assert job.run.read_config().flat() == {
+                **job.point.config.flat(), "output": str(job.run.path), "threads": job.run.read_config().train.threads,
+            }  # fmt: skip
+            assert json.loads(job.run.result.read_text())["test"] is None
+            assert {row["split"] for row in read_lines(job.run.predictions) if row["stage"] != "during"} <= {"test"}
+    axes, missing, test = judged(sweep)
+    assert [axis["axis"] for axis in axes] == ["r", "lr", "target_modules"]
+    assert missing == ["target_modules=nothing"]
+    winner = next(j for j in jobs_of(grid, sweep).values() if j.point.setting == ranked(sweep)[0]["config"])
+    assert test["point"] == winner.point.id and test["before"]["num"] == test["after"]["num"] == 3
+
+
+@pytest.mark.slow
+def test_a_second_call_repeats_nothing_and_a_new_value_adds_its_points_alone(grid, swept, tmp_path):
+    sweep = swept[0]
+    files = [path for path in sweep.rglob("*") if path.name in ("metrics.jsonl", "result.json", "test.json")]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    table = ranked(sweep), judged(sweep)
+    longer = json.loads(grid.read_text())
+    del longer["ablate"]["target_modules"]
+    longer["ablate"]["r"].append(1)
+    (tmp_path / "longer.json").write_text(json.dumps(longer))
+    status, printed = sweep_to_its_end(tmp_path / "longer.json", sweep)
+    assert status == 0, printed
+    assert [line for line in printed.splitlines() if line.endswith(": running")] == ["r=1: running"]
+    done = [path for path in before if path.name != "test.json"]
+    assert [path for path in done if path.stat().st_mtime_ns != before[path]] == []
+    assert len(ranked(sweep)) == 4
+
+    status, printed = sweep_to_its_end(grid, sweep)
+    assert status == 1
+    assert [line for line in printed.splitlines() if line.endswith(": running")] == ["target_modules=nothing: running"]
+    assert (ranked(sweep), judged(sweep)) == table
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_in_the_middle_of_a_point_ends_with_the_same_table(grid, swept, tmp_path):
+    """Of the two points that ran, one is killed too, after a checkpoint; the other lives on and is waited for."""
+    sweep = tmp_path / "killed"
+    process = start_sweep(grid, sweep)
+    base, other = list(jobs_of(grid, sweep).values())[:2]
+    wait_for(lambda: (base.run.checkpoints / "step-2").exists())
+    process.kill()
+    base.signal(signal.SIGKILL)
+    process.communicate()
+    wait_for(lambda: not is_locked(base.log))
+    assert not base.run.done
+    status, printed = sweep_to_its_end(grid, sweep)
+    assert status == 1, printed
+    assert [row["step"] for row in read_lines(base.run.metrics) if row["split"] == "train"] == [*range(1, 9)]
+    assert f"run folder: {other.run.path}" in other.log.read_text() and other.log.read_text().count("run folder: ") == 1
+    assert (ranked(sweep), judged(sweep)) == (ranked(swept[0]), judged(swept[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on(grid, tmp_path, number):
+    longer = ("--set", "steps=60", "--set", "eval_every=60")
+    sweep = tmp_path / "stopped"
+    process = start_sweep(grid, sweep, *longer)
+    jobs = list(jobs_of(grid, sweep, *longer[1::2]).values())
+    wait_for(lambda: jobs[0].run.metrics.exists())
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "Error: interrupted: the same command goes on" in printed
+    assert "no point has a result yet" in printed
+    assert not any(is_locked(job.log) for job in jobs)
+    (checkpoint,) = jobs[0].run.checkpoints.iterdir()
+    assert 1 <= int(checkpoint.name.removeprefix("step-")) < 60
+    if number == signal.SIGTERM:
+        _, printed = sweep_to_its_end(grid, sweep, *longer)
+        assert "base: done" in printed and len(ranked(sweep)) == 3
+        assert [row["step"] for row in read_lines(jobs[0].run.metrics)] == [*range(1, 61), 60]
