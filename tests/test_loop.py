@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import math
 import os
@@ -702,6 +704,24 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(cli, resume, base_args
         patch.setattr(torch, "save", save)
         error = clear_error(cli("train", *base_args, *RESUMED, "--output", run.path))
     assert "step-4 cannot be written: PytorchStreamWriter failed" in error and f"--resume {run.path}" in error
+    assert_same_runs(resume(run), uninterrupted)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("call", ["rename", "replace", "fsync"])
+def test_what_the_system_refuses_is_one_line(cli, resume, base_args, uninterrupted, tmp_path, code, call):
+    """No space left, a file system turned read-only, a folder that may not be written to any more."""
+    run, original, calls = RunFolder(tmp_path / "run"), getattr(os, call), itertools.count()
+
+    def refuse(path: Any, *more: Any, **keywords: Any) -> Any:
+        if (run.checkpoints / "step-3").exists() and next(calls) >= 1:
+            raise OSError(code, os.strerror(code), str(path))
+        return original(path, *more, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        error = clear_error(cli("train", *base_args, *RESUMED, "--output", run.path))
+    assert os.strerror(code) in error and error.endswith(f"go on with train.py --resume {run.path}")
     assert_same_runs(resume(run), uninterrupted)
 
 
