@@ -56,17 +56,17 @@ def begin(
                 shutil.rmtree(put_aside, ignore_errors=True)
                 path.rename(put_aside)
                 accelerator.print(f"{path} is damaged ({problem}): passed over, and kept as {put_aside.name}")
-        checkpoint = run.latest_checkpoint()
-        if checkpoint is None and any(row["step"] for row in read_lines(run.metrics)):
+        whole = complete_checkpoints(run.checkpoints)  # what is left of them
+        if not whole and any(row["step"] for row in read_lines(run.metrics)):
             accelerator.print("there is no whole checkpoint to go on from: this run begins anew")
-        rewind(run, step_of(checkpoint) if checkpoint else 0)
+        rewind(run, step_of(whole[-1]) if whole else 0)
         run.adapter.mkdir(exist_ok=True)
         with writing(run.adapter):
             processor.save_pretrained(run.adapter)
             model.peft_config["default"].save_pretrained(str(run.adapter))
         write_json(run.adapter / ASKED, {name: getattr(data, name) for name in ASKED_OPTIONS})
     accelerator.wait_for_everyone()
-    return run.latest_checkpoint()
+    return next(reversed(complete_checkpoints(run.checkpoints)), None)
 
 
 def write_adapter(model: PeftModel, run: RunFolder) -> None:
