@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from im2json.scoring.bootstrap import REPLICATES, example_key, interval, poisson_weights
 from im2json.scoring.catalogue import METRICS
+from im2json.scoring.jsontext import Reading
 from im2json.scoring.metrics import SUMS, from_sums, score
 from im2json.scoring.text import scoring_text
 
@@ -27,8 +28,8 @@ class StreamingEvaluator:
         self._sums = np.zeros((len(SUMS), 1 + REPLICATES))  # the first column counts every example once
         self._examples = 0  # a sum over the examples' keys: who was counted, in any order
 
-    def update(self, prediction: str, target: dict[str, Any], id: str | None = None) -> dict[str, float]:
-        """Counts one example, and returns its own scores under the names of METRICS.
+    def update(self, prediction: str | Reading, target: dict[str, Any], id: str | None = None) -> dict[str, float]:
+        """Counts one example, and returns its own scores under the names of METRICS. A text may have been read already.
 
         `id` names the example for the bootstrap. Examples without one are named by their target, and those
         whose targets are equal are then drawn together. Raises ValueError where the target is not a JSON

@@ -66,20 +66,16 @@ def _share(part: Array, whole: Array, either: Array) -> Array:
     return np.divide(part, whole, out=np.where(either == 0, 1.0, 0.0), where=whole != 0)
 
 
-def score(prediction: str, target: dict[str, Any]) -> Array:
-    """One example's sums, in the order of SUMS; a prediction is scored as `jsontext.read` reads it, {} if it cannot.
+def score(prediction: str | Reading, target: dict[str, Any]) -> Array:
+    """One example's sums, in the order of SUMS. A prediction is scored as `jsontext.read` reads it, or {}.
 
     Only json_validity and exact_match ask for strict JSON.
 
     Raises ValueError where the target is not a JSON object; never on account of the prediction's content.
     """
-    if not isinstance(prediction, str):
+    if not isinstance(prediction, str | Reading):
         raise ValueError(f"a prediction is text, not {type(prediction).__name__}")
-    return score_reading(read(prediction), target)
-
-
-def score_reading(reading: Reading, target: dict[str, Any]) -> Array:
-    """`score` for a prediction that has been read. Raises ValueError where the target is not a JSON object."""
+    reading = read(prediction) if isinstance(prediction, str) else prediction
     if not isinstance(target, dict):
         raise ValueError(f"a target is a JSON object, not {type(target).__name__}")
     strict = reading.how == "strict"

@@ -21,8 +21,8 @@ class Scorecard:
 
     def update(self, prediction: str, target: dict[str, Any], id: str | None = None) -> dict[str, float]:
         """Counts one example, and returns its own scores; raises as `StreamingEvaluator.update` does."""
-        scores = self.metrics.update(prediction, target, id)
         reading = read(prediction)
+        scores = self.metrics.update(reading, target, id)
         self.fields.update(reading.value or {}, target)
         self.errors.update(example_errors(reading, target))
         return scores
