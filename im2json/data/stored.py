@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from im2json.data.example import Example
 from im2json.data.pictures import decode_picture, suffixes
-from im2json.scoring.text import canonical
+from im2json.scoring.text import canonical, repeated_key
 
 IMAGE_COLUMNS = ("file_name", "image")
 TARGET_COLUMNS = ("ground_truth", "target", "json")
@@ -150,11 +150,9 @@ class _TwiceError(ValueError):
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+    if (key := repeated_key(pairs)) is not None:
         raise _TwiceError(f"the key {key!r} stands twice in one object")
-    return value
+    return dict(pairs)
 
 
 def _kind(value: Any) -> str:

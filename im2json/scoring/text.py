@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from typing import Any
 
 MAX_DEPTH = 100
@@ -56,6 +57,12 @@ def parse(text: str) -> dict[str, Any] | None:
     if not isinstance(value, dict) or (_may_be_too_deep(text) and _too_deep(value)):
         return None
     return value
+
+
+def repeated_key(pairs: list[tuple[str, Any]]) -> str | None:
+    """The key that stands most often in an object, where one stands more than once: json.loads keeps its last value."""
+    counts = Counter(key for key, _ in pairs)
+    return counts.most_common(1)[0][0] if len(counts) < len(pairs) else None
 
 
 def _refuse(name: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from im2json.options import FIELDS, PRESETS, TrainConfig, check, flag_name, scalar_type
 from im2json.runs import fresh_options
+from im2json.scoring.text import repeated_key
 
 PARTS = ("preset", "base", "grid", "ablate", "seeds")
 NOT_HERE = {  # options that a grid may not hold, and why
@@ -244,8 +245,6 @@ def _refuse_copies(points: list[Point]) -> None:
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> Values:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"key {name!r} comes twice")
+    if (name := repeated_key(pairs)) is not None:
+        raise ValueError(f"key {name!r} comes twice")
     return dict(pairs)
