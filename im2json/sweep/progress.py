@@ -24,6 +24,7 @@ class Progress:
         self.metric = metric
         self.on_terminal = sys.stdout.isatty()
         self.told: dict[str, tuple] = {job.point.id: (job.state, None) for job in jobs}
+        self.done: dict[str, list[str]] = {}  # the rows of finished points, which no longer change
         self.drawn_at, self.lines = 0.0, 0
 
     def __call__(self) -> None:
@@ -31,7 +32,8 @@ class Progress:
         if self.on_terminal and not last and time.monotonic() - self.drawn_at < 1:
             return
         self.drawn_at = time.monotonic()
-        rows = [self._row(job) for job in self.jobs]
+        rows = [self.done.get(job.point.id) or self._row(job) for job in self.jobs]
+        self.done |= {job.point.id: row for job, row in zip(self.jobs, rows) if job.state == "done"}
         if self.on_terminal:
             self._draw(rows)
         for job, (name, state, step, total, value, left) in zip(self.jobs, rows):
