@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from test_loop import RESUMED, assert_same_runs
-from test_processes import launch
+from test_processes import environment, launch, launcher
 
 from im2json.runs import RunFolder, complete_checkpoints
 
@@ -176,13 +176,11 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(base_args, tall
         "loop.report = dying\n"
         "import train; train.main()"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD", "LOCAL_"))}
     outcomes = tally.setdefault("one of two processes killed", [])
     outcomes.append(False)
     process = subprocess.Popen(
-        [*launcher, "--", sys.executable, "-c", program, "--output", str(run.path), *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        launcher(2, program, "--output", str(run.path), *flags),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
     )  # fmt: skip
     wait_for(run.checkpoints / "step-3", process)
     noticed = time.monotonic()

@@ -30,16 +30,25 @@ finally:
 """
 
 
+def launcher(processes: int, program: str, *flags: str) -> list[str]:
+    """What starts a program in so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*command, "--no-python", "--", sys.executable, "-c", program, *flags]
+
+
+def environment() -> dict[str, str]:
+    """That of the tests, without what says that they are one of several processes."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD", "LOCAL_"))}
+
+
 def launch(script: str, *flags: object, processes: int = 2) -> str:
     """What a script prints on both streams in so many processes; fails where the script does.
 
     By torchrun, which is what `accelerate launch` calls for GPUs; with --cpu that starts a single process.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += ["--no-python", "--", sys.executable, "-c", PROGRAM, str(ROOT / script), *map(str, flags)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD", "LOCAL_"))}
+    command = launcher(processes, PROGRAM, str(ROOT / script), *map(str, flags))
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=environment | {"PYTHONPATH": str(ROOT)}
+        command, capture_output=True, text=True, timeout=240, env=environment() | {"PYTHONPATH": str(ROOT)}
     )
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed

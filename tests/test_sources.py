@@ -66,6 +66,12 @@ def three_splits(root: Path) -> Path:
 # --- imagefolder
 
 
+def assert_lines(lines: list[str], beginnings: list[str]) -> None:
+    """As many lines as beginnings, each starting with its own."""
+    for line, expected in zip(lines, beginnings, strict=True):
+        assert line.strip().startswith(expected)
+
+
 def test_imagefolder(tmp_path):
     splits = load_splits(str(three_splits(tmp_path)))
     assert list(splits) == ["train", "validation", "test"]
@@ -275,7 +281,7 @@ def test_bad_pairs_are_listed_by_name(tmp_path):
     (tmp_path / "test" / "key" / "001.json").write_text('{"total": 1,}')
     with pytest.raises(ValueError, match="5 of 9 rows") as caught:
         check_split(*load_splits(str(tmp_path)).values())
-    for line, expected in zip(
+    assert_lines(
         str(caught.value).splitlines()[1:],
         [
             f"{train}/img/000.jpg: has no 000.json beside it",
@@ -284,9 +290,7 @@ def test_bad_pairs_are_listed_by_name(tmp_path):
             f"{train}/key/007.json: is not UTF-8 text",
             f"{tmp_path}/test/key/001.json: does not parse as JSON",
         ],
-        strict=True,
-    ):
-        assert line.strip().startswith(expected)
+    )
 
 
 # --- what save_to_disk wrote
@@ -437,7 +441,7 @@ def test_all_bad_rows_in_one_error(tmp_path):
         check_split(*splits.values(), on_row=lambda: seen.append(1))
     assert len(seen) == 16
     lines = str(caught.value).splitlines()[1:]
-    for line, expected in zip(
+    assert_lines(
         lines,
         [
             f"{train}/001.png ({train}/metadata.jsonl:2): there is no such picture file",
@@ -451,9 +455,7 @@ def test_all_bad_rows_in_one_error(tmp_path):
             f"{train}/metadata.jsonl:10: names no picture",
             f"{train}/metadata.jsonl:11: the key 'a' stands twice in one object",
         ],
-        strict=True,
-    ):
-        assert line.strip().startswith(expected)
+    )
     with pytest.raises(ValueError, match=r"metadata\.jsonl:5: does not parse"):
         splits["train"][4]
     with pytest.raises(ValueError, match=r"5 of 11|6 of 11"):
