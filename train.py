@@ -22,9 +22,17 @@ from im2json.runs import WEIGHTS, RunFolder, check_output, claim, fresh_options,
 @preset_flag
 @option_flags()
 @click.option("--resume", metavar="RUN", help="go on with a stopped run, from its last checkpoint")
+@click.option(
+    "--stop-after",
+    type=click.IntRange(1),
+    metavar="STEP",
+    help="leave the run after this step, with a checkpoint; the schedule stays that of the whole run",
+)
 @click.option("--check", "only_check", is_flag=True, help="look at the data without training, and write a page of it")
 @click.pass_context
-def main(context: click.Context, preset: str | None, resume: str | None, only_check: bool) -> None:
+def main(
+    context: click.Context, preset: str | None, resume: str | None, stop_after: int | None, only_check: bool
+) -> None:
     """Fine-tune PaliGemma with QLoRA to turn pictures of documents into JSON."""
     given: dict[str, Any] = context.obj or {}
     if only_check and resume is not None:
@@ -32,13 +40,13 @@ def main(context: click.Context, preset: str | None, resume: str | None, only_ch
     with user_errors("no step was taken yet"):
         if resume is not None:
             stopped = RunFolder(Path(resume))
-            train(resumed_config(stopped, given, preset), stopped)
+            train(resumed_config(stopped, given, preset), stopped, stop_after)
         else:
             config = TrainConfig.resolve(fresh_options(given, preset), preset)
             if only_check:
                 sys.exit(0 if check(config) else 1)
             check_output(config.train.output)
-            train(config)
+            train(config, stop_after=stop_after)
 
 
 def check(config: TrainConfig) -> bool:
@@ -54,10 +62,12 @@ def check(config: TrainConfig) -> bool:
     return diagnose(config.data, lambda: load_processor(config.model.model), page, click.echo)
 
 
-def train(config: TrainConfig, stopped: RunFolder | None = None) -> dict[str, Any]:
+def train(
+    config: TrainConfig, stopped: RunFolder | None = None, stop_after: int | None = None
+) -> dict[str, Any] | None:
     """A whole run: the base before, training with evaluations, the best adapter after.
 
-    Returns what result.json holds.
+    Returns what result.json holds; None where the run was left after `stop_after`.
     """
     quiet_libraries()
     from accelerate.utils import broadcast_object_list
@@ -90,7 +100,13 @@ def train(config: TrainConfig, stopped: RunFolder | None = None) -> dict[str, An
         state = fit(
             model, bench.step_loader(), bench.lengths.by_split["train"], evaluation.validate,
             config=config, accelerator=accelerator, run=run, tracker=tracker, checkpoint=checkpoint,
+            stop_after=stop_after,
         )  # fmt: skip
+        if state is None:
+            tracker.close()
+            accelerator.print(f"left after step {stop_after}: go on with train.py --resume {run.path}")
+            accelerator.end_training()
+            return None
         read_adapter_weights(model, run.adapter / WEIGHTS)
         after = evaluation("test", state.best_step or state.step, "after") if config.train.test else None
         result = finish(run, model, state, before, after, tracker)

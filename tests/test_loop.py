@@ -443,6 +443,20 @@ def test_a_run_stopped_and_resumed_is_the_run_that_was_not(
     assert [path.name for path in run.path.rglob(".*") if path.name != ".lock"] == []
 
 
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_run_left_after_a_step_and_resumed_is_the_run_that_was_not(
+    train, resume, cli, uninterrupted, tmp_path, steps
+):
+    run = train(tmp_path / "run", *RESUMED, "--stop-after", steps)
+    assert not run.done and run.latest_checkpoint().name == f"step-{steps}"
+    error = clear_error(cli("train", "--resume", run.path, "--stop-after", steps))
+    assert error == f"--stop-after {steps}: this run has taken {steps} steps already"
+    resume(run, "--stop-after", 5)
+    assert run.latest_checkpoint().name == "step-5"
+    resume(run, "--stop-after", 6)  # where it ends anyway
+    assert_same_runs(run, uninterrupted)
+
+
 def test_a_run_stopped_twice_logs_nothing_twice(train, resume, uninterrupted, tmp_path, monkeypatch):
     """And options that change no result may change."""
     run = RunFolder(tmp_path / "run")

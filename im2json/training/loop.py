@@ -54,7 +54,8 @@ def fit(
     run: RunFolder,
     tracker: Tracker,
     checkpoint: Path | None = None,
-) -> TrainState:
+    stop_after: int | None = None,
+) -> TrainState | None:
     """Train the adapter and leave the best one in the run folder.
 
     Args:
@@ -62,10 +63,15 @@ def fit(
         evaluate: metrics of the present adapter on the validation split, given the step; called every
             --eval-every steps and after the last one, on every process; never where that is 0.
         checkpoint: where to go on from.
+        stop_after: the step after which to leave the run, with a checkpoint, where it is not over by then; the
+            schedule is that of the whole run.
+
+    Returns None where it was left.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite.
-        ValueError: the checkpoint cannot be read, or the first step shows that something is not learned.
+        ValueError: the checkpoint cannot be read, the first step shows that something is not learned, or the run has
+            passed `stop_after`.
         KeyboardInterrupt: Ctrl-C or SIGTERM asked for it; the step was finished and a checkpoint written.
     """
     options = config.train
@@ -75,6 +81,8 @@ def fit(
     if checkpoint is None and config.model.adapter and accelerator.is_main_process:
         save_checkpoint(run, model, optimizer, accelerator.scaler, state, options.keep)  # a resume needs that no more
     total = options.steps or loader.order.steps(options.epochs)
+    if stop_after is not None and stop_after <= state.step:
+        raise ValueError(f"--stop-after {stop_after}: this run has taken {state.step} steps already")
     if out_of_patience(state, options):  # resumed after its last step
         total = state.step
 
@@ -108,11 +116,15 @@ def fit(
                 keep_if_best(state, evaluate(state.step), options, model, accelerator, run)
                 last = last or out_of_patience(state, options)
             stopping = outcome.stop or (stop.made and (last or accelerator.num_processes == 1))
-            if (stopping or save_due(state.step, last, options)) and accelerator.is_main_process:
+            leaving = state.step == stop_after and not last
+            if (stopping or leaving or save_due(state.step, last, options)) and accelerator.is_main_process:
                 tracker.flush()
                 save_checkpoint(run, model, optimizer, accelerator.scaler, state, options.keep)
             if stopping:
                 raise KeyboardInterrupt
+            if leaving:
+                accelerator.wait_for_everyone()
+                return None
             if last:
                 break
             clock = time.perf_counter()
