@@ -6,6 +6,7 @@ python sweep.py grid.json --dry-run   the points, their commands, and what is do
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ from pathlib import Path
 import click
 
 from im2json.cli import user_errors
+from im2json.options import METRIC_NAMES
 from im2json.sweep.grid import read_plan
-from im2json.sweep.launch import Job, command, make_jobs, make_slots, run_jobs
+from im2json.sweep.launch import Here, Job, Place, command, make_jobs, make_slots, run_jobs
 
 HERE = Path(__file__).resolve().parent
 
@@ -24,12 +26,23 @@ HERE = Path(__file__).resolve().parent
 @click.option("--output", type=click.Path(path_type=Path), help="the sweep's folder; runs/NAME for NAME.json")
 @click.option("--jobs", type=click.IntRange(1), help="points at a time; 1 on a CPU, else as many as the GPUs take")
 @click.option("--gpus-per-run", type=click.IntRange(1), help="GPUs for each point; 1 unless given")
+@click.option(
+    "--ray", metavar="ADDRESS", help="run the points on this Ray cluster; the sweep's folder is shared with it"
+)
+@click.option(
+    "--halve",
+    "halving",
+    metavar="METRIC",
+    type=click.Choice(METRIC_NAMES),
+    help="drop the worse half of the settings, by this metric, at each rung of validations (successive halving)",
+)
 @click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="replace an option of the grid's base")
 @click.option("--dry-run", is_flag=True, help="only show the points, their commands, and what is done")
 @click.option("--list", "as_list", is_flag=True, help="only print a command for every point that is not done")
 def main(
-    grid: Path, output: Path | None, jobs: int | None, gpus_per_run: int | None, overrides: tuple[str, ...],
-    dry_run: bool, as_list: bool,
+    grid: Path, output: Path | None, jobs: int | None, gpus_per_run: int | None, ray: str | None,
+    halving: str | None,
+    overrides: tuple[str, ...], dry_run: bool, as_list: bool,
 ) -> None:  # fmt: skip
     """Run the points of GRID, rank them by what they generate, and score the winner's test split.
 
@@ -38,9 +51,10 @@ def main(
     with user_errors("the same command goes on"):
         plan = read_plan(grid, overrides)
         sweep = output or Path("runs") / grid.stem
+        sweep = sweep.absolute() if ray is not None else sweep  # the cluster's programs start somewhere else
         points = make_jobs(plan.points, sweep)
-        # a list is for other machines: what they have is not what this one has
-        slots, processes, threads = ([], gpus_per_run or 1, None) if as_list else make_slots(jobs, gpus_per_run)
+        elsewhere = as_list or ray is not None  # on machines that need not have what this one has
+        slots, processes, threads = ([], gpus_per_run or 1, None) if elsewhere else make_slots(jobs, gpus_per_run)
 
         def make_command(job: Job) -> list[str]:
             return command(job, HERE / "train.py", processes, threads)
@@ -53,15 +67,26 @@ def main(
                     click.echo(("    " if dry_run else "") + shlex.join(make_command(job)))
             return
         from im2json.sweep.answer import answer
+        from im2json.sweep.halving import Dropped, halve
         from im2json.sweep.progress import Progress
 
+        place: Place = Here(slots, make_command)
+        if ray is not None:
+            from im2json.sweep.cluster import Cluster
+
+            place = Cluster(ray, HERE / "train.py", jobs or len(points), gpus_per_run)
         sweep.mkdir(parents=True, exist_ok=True)
+        run = functools.partial(run_jobs, points, place, Progress(points, plan.metric))
+        dropped: list[Dropped] = []
         try:
-            run_jobs(points, slots, make_command, Progress(points, plan.metric))
+            if halving is None:
+                run()
+            else:
+                halve(points, halving, run, dropped)
         except KeyboardInterrupt:
-            answer(plan, points, sweep, None)
+            answer(plan, points, sweep, dropped)
             raise
-        answer(plan, points, sweep, HERE / "evaluate.py")
+        answer(plan, points, sweep, dropped, place.output_of, HERE / "evaluate.py")
         failed = sum(job.state == "failed" for job in points)
         if failed:
             click.echo(f"{failed} of {len(points)} points failed; the same command tries them again", err=True)

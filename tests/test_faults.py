@@ -125,7 +125,7 @@ def test_a_run_that_may_not_write_further_stops_in_one_line(base_args, whole, re
     outcomes = tally.setdefault("no room for a file", [])
     outcomes.append(False)
     assert process.returncode == 1, errors
-    assert "Traceback" not in errors, errors[errors.index("Traceback"):]
+    assert "Traceback" not in errors, errors[errors.index("Traceback") :]
     (said,) = (line for line in errors.splitlines() if line.startswith("Error: "))
     assert f"go on with train.py --resume {run.path}" in said
     assert run.config.exists()

@@ -88,9 +88,7 @@ def model(small_model):
 def step_batches(dataset: str, collator: Collator, batch_size: int, microbatch: int, step: int) -> list[Batch]:
     split = load_splits(dataset)["train"]
     order = Order(len(split), batch_size, seed=0)
-    loader = StepLoader(
-        split, collator, order, microbatch=microbatch, rank=0, processes=1, workers=0, pin_memory=False
-    )
+    loader = StepLoader(split, collator, order, microbatch=microbatch, rank=0, processes=1, workers=0, pin_memory=False)
     return next(loader.steps(step, step + 1))
 
 
@@ -422,7 +420,10 @@ def uninterrupted(train, tmp_path_factory) -> RunFolder:
 @pytest.mark.parametrize(
     ("step", "stage", "left"),
     [
-        (0, "before", None), (2, "during", "step-1"), (4, "during", "step-3"), (6, "during", "step-5"),
+        (0, "before", None),
+        (2, "during", "step-1"),
+        (4, "during", "step-3"),
+        (6, "during", "step-5"),
         (None, "after", "step-6"),
     ],
 )

@@ -94,9 +94,7 @@ def test_two_processes_take_the_same_steps(one, two):
     for moment, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(moment, other, rtol=0, atol=1e-6 * float(norm))
     for step in (1, 2, 3, 4):
-        got, wanted = (
-            load_file(run.checkpoints / f"step-{step}" / "adapter_model.safetensors") for run in (two, one)
-        )
+        got, wanted = (load_file(run.checkpoints / f"step-{step}" / "adapter_model.safetensors") for run in (two, one))
         assert got.keys() == wanted.keys()
         for name in wanted:  # its updates are about lr = 0.01 for gradients of any size, and so for rounding errors
             torch.testing.assert_close(got[name], wanted[name], rtol=0, atol=1e-5)

@@ -52,8 +52,7 @@ def write_split(folder: Path, rows: list[dict], start: int = 0) -> None:
 
 def cord_rows(count: int, split: str = "x") -> list[dict]:
     return [
-        {"ground_truth": json.dumps({"gt_parse": {"total": f"{split}{i}"}, "meta": {"id": i}})}
-        for i in range(count)
+        {"ground_truth": json.dumps({"gt_parse": {"total": f"{split}{i}"}, "meta": {"id": i}})} for i in range(count)
     ]
 
 
@@ -518,9 +517,7 @@ def cord_dataset(count: int, split: str) -> datasets.Dataset:
     colours = {"train": 0, "validation": 80, "test": 160}
     return datasets.Dataset.from_dict(
         {
-            "image": [
-                {"bytes": picture_bytes((colours[split] + i, 0, 0)), "path": None} for i in range(count)
-            ],
+            "image": [{"bytes": picture_bytes((colours[split] + i, 0, 0)), "path": None} for i in range(count)],
             "ground_truth": [row["ground_truth"] for row in rows],
         },
         features=datasets.Features({"image": datasets.Image(), "ground_truth": datasets.Value("string")}),

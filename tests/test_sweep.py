@@ -20,7 +20,8 @@ from im2json.options import FIELDS, TrainConfig
 from im2json.runs import append_lines, read_lines
 from im2json.scoring import StreamingEvaluator
 from im2json.sweep.grid import make_plan, read_plan
-from im2json.sweep.launch import Job, is_locked, make_jobs, make_slots
+from im2json.sweep.halving import halve
+from im2json.sweep.launch import Job, is_locked, lock, make_jobs, make_slots, signal_group
 from im2json.sweep.leaderboard import make_board, markdown, write_board
 from im2json.sweep.progress import Progress
 
@@ -231,7 +232,10 @@ def test_a_terminal_shows_the_points_that_it_has_room_for(height, monkeypatch, c
     monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((60, height)))
     progress = Progress(jobs, "field_f1")
     progress.on_terminal = True
-    progress()
+    jobs[7].log.parent.mkdir()
+    with jobs[7].log.open("ab") as log:
+        assert lock(log)
+        progress()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < height and all(len(line) < 60 for line in lines)
     assert next(line.split()[:2] for line in lines if "running" in line) == ["r=8", "running"]
@@ -239,6 +243,55 @@ def test_a_terminal_shows_the_points_that_it_has_room_for(height, monkeypatch, c
         assert lines[-1] == "1 done, 38 to do, 1 running"
     else:
         assert len(lines) == 42
+
+
+# --- successive halving
+
+
+def halved(found, sweep: Path, curves: dict[str, list[float]], fails: str = "") -> tuple[list, list, dict[str, str]]:
+    """Halving by field_f1 over points that reach these values at steps 2, 4, ...; (dropped, starts, states)."""
+    jobs, starts, dropped = make_jobs(found.points, sweep), [], []
+
+    def run() -> None:
+        for job in (job for job in jobs if job.state in ("to do", "stopped")):
+            starts.append((job.point.name, job.stop_after))
+            if job.point.name == fails:
+                job.state = "failed"
+                continue
+            job.run.path.mkdir(parents=True, exist_ok=True)
+            job.run.config.touch()
+            curve = curves[job.point.name]
+            end = min(job.stop_after or 99, 2 * len(curve))
+            steps = range(job.validated() + 2, end + 1, 2)
+            rows = [{"step": s, "split": "validation", "values": {"field_f1": curve[s // 2 - 1]}} for s in steps]
+            append_lines(job.run.metrics, rows)
+            if end == 2 * len(curve):
+                job.run.result.touch()
+            job.state = job.state_on_disk()
+
+    halve(jobs, "field_f1", run, dropped)
+    return [(d.setting, d.step, d.value) for d in dropped], starts, {job.point.name: job.state for job in jobs}
+
+
+def test_the_worse_half_is_dropped_at_each_rung(tmp_path):
+    found = plan(base={"eval_every": 2}, grid={"r": [1, 2, 3, 4, 5]})
+    curves = {"r=1": [1, 2, 2, 2], "r=2": [5, 2, 1, 9], "r=3": [4, 3, 7, 8], "r=4": [5, 8, 8, 7], "r=5": [3, 9, 9, 9]}
+    once = halved(found, tmp_path, curves)
+    assert once[0] == [("r=5", 2, 3), ("r=1", 2, 1), ("r=2", 4, 2)]
+    assert once[1][:5] == [(f"r={r}", 2) for r in range(1, 6)]
+    assert once[1][5:] == [("r=2", 4), ("r=3", 4), ("r=4", 4), ("r=3", 8), ("r=4", 8)]
+    assert once[2] == {"r=1": "dropped", "r=2": "dropped", "r=3": "done", "r=4": "done", "r=5": "dropped"}
+    assert halved(found, tmp_path, curves) == (once[0], [], once[2])  # again, nothing is started
+
+
+def test_settings_are_halved_by_the_mean_of_their_seeds(tmp_path):
+    found = plan(base={"eval_every": 2}, grid={"r": [1, 2]}, seeds=[0, 1])
+    curves = {"r=1 seed=0": [9, 9], "r=1 seed=1": [2, 2], "r=2 seed=0": [6, 6], "r=2 seed=1": [6, 6]}
+    dropped, starts, states = halved(found, tmp_path / "a", curves)
+    assert dropped == [("r=1", 2, 5.5)] and starts[4:] == [("r=2 seed=0", None), ("r=2 seed=1", None)]
+    assert list(states.values()) == ["dropped", "dropped", "done", "done"]
+    dropped, _, states = halved(found, tmp_path / "b", curves, fails="r=1 seed=1")
+    assert dropped == [("r=2", 2, 6)] and list(states.values()) == ["done", "failed", "dropped", "dropped"]
 
 
 # --- the leaderboard
@@ -455,7 +508,7 @@ def test_a_sweep_killed_in_the_middle_of_a_point_ends_with_the_same_table(grid, 
     base, other = list(jobs_of(grid, sweep).values())[:2]
     wait_for(lambda: (base.run.checkpoints / "step-2").exists())
     process.kill()
-    base.signal(signal.SIGKILL)
+    signal_group(base, signal.SIGKILL)
     process.communicate()
     wait_for(lambda: not is_locked(base.log))
     assert not base.run.done

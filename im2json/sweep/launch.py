@@ -1,4 +1,4 @@
-"""Points as programs on this machine: several at a time, none lost, none left behind."""
+"""Points as programs, several at a time, none lost, none left behind: on this machine, or where a cluster puts them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import click
 
-from im2json.runs import RunFolder
+from im2json.runs import RunFolder, read_lines
 from im2json.sweep.grid import Point
 
 POLL_SECONDS = 0.5
@@ -30,10 +30,11 @@ class Job:
 
     point: Point
     run: RunFolder
-    state: str = ""  # done, running, stopped (has something to go on from), to do, failed
-    process: subprocess.Popen | None = None  # of this sweep; a running job without one was left by a killed sweep
-    slot: int | None = None  # the place that it runs in, while it runs
-    started: float = 0.0  # in seconds since the epoch
+    state: str = (
+        ""  # done, running, stopped (has something to go on from), to do, left (after stop_after), dropped, failed
+    )
+    stop_after: int | None = None  # the step after which it is to be left
+    started: float = 0.0  # by this sweep, in seconds since the epoch; 0 for what a killed sweep left running
 
     @property
     def log(self) -> Path:
@@ -45,15 +46,18 @@ class Job:
         return self.run.path.with_name(f"{self.run.path.name}.pid")
 
     def state_on_disk(self) -> str:
-        if is_locked(self.log):
-            return "running"
-        return "done" if self.run.done else "stopped" if self.run.config.exists() else "to do"
+        return "running" if is_locked(self.log) else self.state_at_rest()
 
-    def signal(self, number: int) -> None:
-        """Send a signal to all processes of a running job."""
-        with contextlib.suppress(OSError, ValueError):
-            if is_locked(self.log):  # so the number is still that of this job
-                os.killpg(self.process.pid if self.process else int(self.group.read_text()), number)
+    def state_at_rest(self) -> str:
+        if self.run.done:
+            return "done"
+        if self.stop_after is not None and self.validated() >= self.stop_after:
+            return "left"
+        return "stopped" if self.run.config.exists() else "to do"
+
+    def validated(self) -> int:
+        """The step of the last validation; 0 before the first."""
+        return max((row["step"] for row in read_lines(self.run.metrics) if row["split"] == "validation"), default=0)
 
     def last_words(self) -> str:
         """The end of the log: train.py's error, or the last lines."""
@@ -63,6 +67,26 @@ class Job:
         lines = [line.rsplit("\r", 1)[-1] for line in text.splitlines() if line.strip()]
         errors = [number for number, line in enumerate(lines) if line.startswith("Error: ")]
         return "\n".join(f"    {line}" for line in lines[errors[-1] if errors else -TAIL_LINES :])
+
+
+class Place(Protocol):
+    """Where points run."""
+
+    @property
+    def capacity(self) -> int:
+        """Points at a time."""
+
+    def start(self, job: Job) -> bool:
+        """Start a job, or go on with it; False where a sweep beside this one has it."""
+
+    def is_running(self, job: Job) -> bool:
+        """Whether something of the job lives, whoever started it."""
+
+    def stop(self, job: Job, at_once: bool) -> None:
+        """Ask a running job to save and end, or end it."""
+
+    def output_of(self, arguments: list[str], log: Path) -> tuple[int, str]:
+        """Run a Python program to its end: its exit status and what it printed; its errors go to the log."""
 
 
 def make_jobs(points: list[Point], sweep: Path) -> list[Job]:
@@ -80,6 +104,8 @@ def command(job: Job, train: Path, processes: int, threads: int | None) -> list[
         launch += ["--main_process_port", "0"]  # a free one: other points are on this machine
     run = str(job.run.path)
     flags = ["--resume", run] if job.run.config.exists() else [*job.point.flags, "--output", run]
+    if job.stop_after is not None:
+        flags += ["--stop-after", str(job.stop_after)]
     if threads is not None and job.point.config.train.threads is None:
         flags += ["--threads", str(threads)]
     return [*launch, str(train), *flags]
@@ -117,16 +143,74 @@ def visible_gpus() -> list[str]:
         return []
 
 
-def run_jobs(
-    jobs: list[Job],
-    slots: list[dict[str, str]],
-    make_command: Callable[[Job], list[str]],
-    show: Callable[[], None],
-) -> None:
-    """Bring every job to an end: done or failed.
+class Here:
+    """This machine: a slot with an environment of its own for each point that runs."""
+
+    def __init__(self, slots: list[dict[str, str]], make_command: Callable[[Job], list[str]]) -> None:
+        self.slots = slots
+        self.make_command = make_command
+        self.processes: dict[str, tuple[subprocess.Popen, int]] = {}  # by point, with the slot
+
+    @property
+    def capacity(self) -> int:
+        return len(self.slots)
+
+    def start(self, job: Job) -> bool:
+        taken = {slot for _, slot in self.processes.values()}
+        slot = next(number for number in range(len(self.slots)) if number not in taken)
+        with job.log.open("ab") as log:
+            if not lock(log):
+                return False
+            process = launch(job, self.make_command(job), log, self.slots[slot])
+        self.processes[job.point.id] = process, slot
+        return True
+
+    def is_running(self, job: Job) -> bool:
+        process, _ = self.processes.get(job.point.id, (None, None))
+        # train.py lives on after its launcher was stopped, and so does the log's lock
+        if (process is not None and process.poll() is None) or is_locked(job.log):
+            return True
+        self.processes.pop(job.point.id, None)
+        return False
+
+    def stop(self, job: Job, at_once: bool) -> None:
+        signal_group(job, signal.SIGKILL if at_once else signal.SIGTERM)
+
+    def output_of(self, arguments: list[str], log: Path) -> tuple[int, str]:
+        return output_of(arguments, log)
+
+
+def output_of(arguments: list[str], log: Path) -> tuple[int, str]:
+    with log.open("wb") as file:
+        done = subprocess.run(
+            [sys.executable, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file, text=True
+        )
+    return done.returncode, done.stdout
+
+
+def launch(job: Job, arguments: list[str], log: BinaryIO, environment: dict[str, str]) -> subprocess.Popen:
+    """Start a job's processes, a group of their own, which write to the log and hold its lock."""
+    job.group.unlink(missing_ok=True)
+    # a session of its own: Ctrl-C in the terminal is for the sweep alone, which then asks each point once
+    process = subprocess.Popen(
+        arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        env={**os.environ, "TQDM_MININTERVAL": "5", **environment},
+    )  # fmt: skip
+    job.group.write_text(str(process.pid))
+    return process
+
+
+def signal_group(job: Job, number: int) -> None:
+    """Send a signal to all processes of a job that runs on this machine."""
+    with contextlib.suppress(OSError, ValueError):
+        if is_locked(job.log):  # so the number is still that of this job
+            os.killpg(int(job.group.read_text()), number)
+
+
+def run_jobs(jobs: list[Job], place: Place, show: Callable[[], None]) -> None:
+    """Bring every job to an end: done, left after the step that was asked for, or failed.
 
     Args:
-        slots: the environment of each place to run in.
         show: called after every look at the jobs.
 
     Raises:
@@ -138,57 +222,43 @@ def run_jobs(
         try:
             while True:
                 for job in jobs:
-                    if job.state == "running" and not is_running(job):
+                    if job.state == "running" and not place.is_running(job):
                         finish(job, stopping=bool(requests))
-                free = len(slots) - sum(job.state == "running" for job in jobs)
+                free = place.capacity - sum(job.state == "running" for job in jobs)
                 waiting = [job for job in jobs if job.state in ("to do", "stopped")]
                 for job in waiting[: 0 if requests else max(0, free)]:
-                    place = min(set(range(len(slots))) - {other.slot for other in jobs})
-                    start(job, make_command(job), place, slots[place])
+                    start(job, place)
                 show()
                 if not any(job.state == "running" for job in jobs):
                     break
                 if len(requests) > heard:
                     heard = len(requests)
                     click.echo(NOTICE, err=True)
-                    for job in jobs:
-                        job.signal(signal.SIGTERM if heard == 1 else signal.SIGKILL)
+                    _stop_all(jobs, place, at_once=heard > 1)
                 time.sleep(POLL_SECONDS)
         finally:
-            for job in jobs:  # only where something went wrong here is one running still
-                job.signal(signal.SIGTERM)
+            _stop_all(jobs, place, at_once=False)  # only where something went wrong here is one running still
     if requests:
         raise KeyboardInterrupt
 
 
-def start(job: Job, arguments: list[str], slot: int, environment: dict[str, str]) -> None:
+def _stop_all(jobs: list[Job], place: Place, at_once: bool) -> None:
+    for job in jobs:
+        if job.state == "running":
+            place.stop(job, at_once)
+
+
+def start(job: Job, place: Place) -> None:
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("ab") as log:
-        if not lock(log):  # by a sweep that runs beside this one
-            job.state = "running"
-            return
-        job.group.unlink(missing_ok=True)
-        # a session of its own: Ctrl-C in the terminal is for the sweep alone, which then asks each point once
-        job.process = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "TQDM_MININTERVAL": "5", **environment},
-        )  # fmt: skip
-        job.group.write_text(str(job.process.pid))
-    job.state, job.slot, job.started = "running", slot, time.time()
-
-
-def is_running(job: Job) -> bool:
-    """Whether one of the job's processes lives: train.py does after its launcher was stopped."""
-    if job.process is not None and job.process.poll() is None:
-        return True
-    return is_locked(job.log)
+    job.state, now = "running", time.time()
+    job.started = now if place.start(job) else 0.0
 
 
 def finish(job: Job, stopping: bool) -> None:
-    ours, job.process, job.slot = job.process is not None, None, None
+    ours, job.started = job.started > 0, 0.0
     job.group.unlink(missing_ok=True)
     job.state = job.state_on_disk()
-    if job.state != "done" and ours and not stopping:
+    if job.state not in ("done", "left") and ours and not stopping:
         job.state = "failed"
 
 

@@ -11,7 +11,7 @@ import click
 
 from im2json.report.table import table
 from im2json.runs import read_lines
-from im2json.sweep.launch import Job
+from im2json.sweep.launch import Job, is_locked
 
 HEADERS = ["point", "state", "step", "of", "metric", "left"]
 
@@ -25,6 +25,7 @@ class Progress:
         self.on_terminal = sys.stdout.isatty()
         self.told: dict[str, tuple] = {job.point.id: (job.state, None) for job in jobs}
         self.done: dict[str, list[str]] = {}  # the rows of finished points, which no longer change
+        self.failed: set[str] = set()  # whose end was shown
         self.drawn_at, self.lines = 0.0, 0
 
     def __call__(self) -> None:
@@ -47,8 +48,10 @@ class Progress:
                 click.echo(failure(job))
         if last and self.on_terminal:
             for job in self.jobs:
-                if job.state == "failed":
+                if job.state == "failed" and job.point.id not in self.failed:
+                    self.failed.add(job.point.id)
                     click.echo(f"{job.point.name}: failed\n{failure(job)}")
+            self.lines = 0  # what follows stands below, not in its place
 
     def _draw(self, rows: list[list[str]]) -> None:
         """Draw over the last table. Where the screen is too small for all points, those that run are shown."""
@@ -75,7 +78,8 @@ class Progress:
             pace = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
             left = f"{duration(pace * (total - step))} left"
         value = f"{values[-1]:.3f}" if values else ""
-        return [job.point.name, job.state, str(step or ""), str(total or ""), value, left]
+        state = "queued" if job.state == "running" and not is_locked(job.log) else job.state  # by a cluster
+        return [job.point.name, state, str(step or ""), str(total or ""), value, left]
 
 
 def failure(job: Job) -> str:

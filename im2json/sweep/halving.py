@@ -1,0 +1,68 @@
+"""Successive halving: the worse half of a sweep's settings is dropped at each rung, and the rest train on.
+
+Jamieson & Talwalkar 2016 (https://arxiv.org/abs/1502.07943): with half as many settings and twice as many steps from
+rung to rung, each rung costs about the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from im2json.runs import read_lines
+from im2json.sweep.launch import Job
+from im2json.sweep.leaderboard import gain
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A setting that halving has stopped."""
+
+    setting: str
+    step: int  # the rung
+    value: float  # of the metric there, the mean over the seeds
+
+
+def halve(jobs: Sequence[Job], metric: str, run: Callable[[], None], dropped: list[Dropped]) -> None:
+    """Run all jobs to the first validation, the better half of the settings to twice that step, and so on; the one that
+    is left, or all that are left when they are done, to the end.
+
+    Args:
+        run: brings every job that is "to do" or "stopped" to its `stop_after`, or to its end.
+        dropped: gets what was dropped.
+
+    Who is dropped follows from what the run folders hold, so a sweep that is called again comes to the same.
+    """
+    alive: dict[str, list[Job]] = {}
+    for job in jobs:
+        alive.setdefault(job.point.setting, []).append(job)
+    rung = max(job.point.config.train.eval_every for job in jobs)
+    while True:
+        _aim(alive, rung if len(alive) > 1 else None)
+        run()
+        # points that failed are no setting's any more
+        alive = {name: kept for name, all in alive.items() if (kept := [job for job in all if job.state != "failed"])}
+        if all(job.state == "done" for kept in alive.values() for job in kept):
+            return
+        values = {name: fmean(value_at(job, metric, rung) for job in kept) for name, kept in alive.items()}
+        order = sorted(alive, key=lambda name: -gain(metric, values[name]))  # of equals the grid's first
+        for name in order[math.ceil(len(order) / 2) :]:
+            for job in alive.pop(name):
+                job.state = job.state if job.state == "done" else "dropped"
+            dropped.append(Dropped(name, rung, values[name]))
+        rung *= 2
+
+
+def _aim(alive: dict[str, list[Job]], stop_after: int | None) -> None:
+    for job in (job for kept in alive.values() for job in kept):
+        job.stop_after = stop_after
+        if job.state != "failed":
+            job.state = job.state_on_disk()
+
+
+def value_at(job: Job, metric: str, step: int) -> float:
+    """A validation metric at this step, or at the last validation before it."""
+    rows = (row for row in read_lines(job.run.metrics) if row["split"] == "validation" and row["step"] <= step)
+    return [row["values"][metric] for row in rows][-1]
