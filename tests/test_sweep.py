@@ -19,9 +19,10 @@ from conftest import ROOT, clear_error
 from im2json.options import FIELDS, TrainConfig
 from im2json.runs import append_lines, read_lines
 from im2json.scoring import StreamingEvaluator
+from im2json.sweep.answer import write_board
 from im2json.sweep.grid import make_plan, read_plan
 from im2json.sweep.launch import Job, is_locked, make_jobs, make_slots
-from im2json.sweep.leaderboard import make_board, markdown, write_board
+from im2json.sweep.leaderboard import make_board, markdown
 from im2json.sweep.progress import Progress
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from typing import Any
 import click
 
 from im2json.report.table import before_after_table, table
-from im2json.runs import RunFolder, write_json
+from im2json.runs import RunFolder, atomically, write_json
 from im2json.sweep.grid import Plan
 from im2json.sweep.launch import Job
-from im2json.sweep.leaderboard import Board, make_board, write_board
+from im2json.sweep.leaderboard import Board, make_board, markdown, rows
+from im2json.sweep.page import sweep_page
 from im2json.sweep.progress import duration
 
 
@@ -39,7 +41,24 @@ def answer(plan: Plan, jobs: Sequence[Job], sweep: Path, evaluate: Path | None) 
     if test is not None:
         click.echo(f"\ntest split, the base before and {board.settings[0].name} ({test['point']}) after:")
         click.echo(before_after_table(test["before"], test["after"]))
-    click.echo(f"\nleaderboard  {sweep / 'leaderboard.md'}\ncurves       tensorboard --logdir {sweep / 'points'}")
+    paths = f"leaderboard  {sweep / 'leaderboard.md'}\nreport       {sweep / 'report.html'}"
+    click.echo(f"\n{paths}\ncurves       tensorboard --logdir {sweep / 'points'}")
+
+
+def write_board(board: Board, sweep: Path, test: dict[str, Any] | None) -> None:
+    """leaderboard.csv, leaderboard.md, report.html and summary.json, each whole or not at all."""
+    table = rows(board)
+    names = list(dict.fromkeys(name for row in table for name in row))
+    with atomically(sweep / "leaderboard.csv") as aside, aside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(table)
+    texts = {"leaderboard.md": markdown(board), "report.html": sweep_page(board, sweep.resolve().name, test)}
+    for name, written in texts.items():
+        with atomically(sweep / name) as aside:
+            aside.write_text(written, "utf-8")
+    summary = {"metric": board.metric, "settings": table, "axes": board.axes, "missing": board.missing, "test": test}
+    write_json(sweep / "summary.json", summary)
 
 
 def text(board: Board) -> str:
