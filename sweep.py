@@ -15,6 +15,7 @@ import click
 
 from im2json.cli import user_errors
 from im2json.options import METRIC_NAMES
+from im2json.runs import RunFolder
 from im2json.sweep.grid import read_plan
 from im2json.sweep.launch import Here, Job, Place, command, make_jobs, make_slots, run_jobs
 
@@ -86,7 +87,11 @@ def main(
         except KeyboardInterrupt:
             answer(plan, points, sweep, dropped)
             raise
-        answer(plan, points, sweep, dropped, place.output_of, HERE / "evaluate.py")
+
+        def score(winner: RunFolder, log: Path) -> tuple[int, str]:
+            return place.output_of([str(HERE / "evaluate.py"), str(winner.path), "--json"], log)
+
+        answer(plan, points, sweep, dropped, score)
         failed = sum(job.state == "failed" for job in points)
         if failed:
             click.echo(f"{failed} of {len(points)} points failed; the same command tries them again", err=True)

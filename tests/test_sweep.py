@@ -19,10 +19,11 @@ from conftest import ROOT, clear_error
 from im2json.options import FIELDS, TrainConfig
 from im2json.runs import append_lines, read_lines
 from im2json.scoring import StreamingEvaluator
+from im2json.sweep.answer import write_board
 from im2json.sweep.grid import make_plan, read_plan
-from im2json.sweep.halving import halve
+from im2json.sweep.halving import halve, value_at
 from im2json.sweep.launch import Job, is_locked, lock, make_jobs, make_slots, signal_group
-from im2json.sweep.leaderboard import make_board, markdown, write_board
+from im2json.sweep.leaderboard import make_board, markdown
 from im2json.sweep.progress import Progress
 
 
@@ -517,6 +518,57 @@ def test_a_sweep_killed_in_the_middle_of_a_point_ends_with_the_same_table(grid, 
     assert [row["step"] for row in read_lines(base.run.metrics) if row["split"] == "train"] == [*range(1, 9)]
     assert f"run folder: {other.run.path}" in other.log.read_text() and other.log.read_text().count("run folder: ") == 1
     assert (ranked(sweep), judged(sweep)) == (ranked(swept[0]), judged(swept[0]))
+
+
+@pytest.mark.slow
+def test_a_sweep_that_halves_records_what_it_drops(grid, swept, tmp_path):
+    """The dropped are no failures, the survivors are those of the whole sweep, and nothing is done twice."""
+    sweep = tmp_path / "halved"
+    flags = ("--halve", "edit_distance")
+    status, printed = sweep_to_its_end(grid, sweep, *flags)
+    assert status == 1 and "1 of 4 points failed" in printed
+    summary = json.loads((sweep / "summary.json").read_text())
+    (dropped,) = [found for found in summary["dropped"] if found["step"] == 2]
+    jobs = {job.point.setting: job for job in jobs_of(grid, sweep).values()}
+    job = jobs[dropped["setting"]]
+    assert job.state == "stopped" and job.run.latest_checkpoint().name == "step-2"
+    values = {name: value_at(job, "edit_distance", 2) for name, job in jobs_of(grid, swept[0]).items() if job.run.done}
+    assert dropped["value"] == max(values.values()) == values[dropped["setting"]]
+    whole = {row["config"]: {k: v for k, v in row.items() if k != "rank"} for row in ranked(swept[0])}
+    assert [{k: v for k, v in row.items() if k != "rank"} for row in ranked(sweep)] == [
+        whole[row["config"]] for row in ranked(sweep)
+    ]
+    assert f"Dropped by halving: {dropped['setting']} after step 2 (" in (sweep / "leaderboard.md").read_text()
+    _, printed = sweep_to_its_end(grid, sweep, *flags)
+    assert [line for line in printed.splitlines() if ": running" in line] == ["target_modules=nothing: running"]
+    assert json.loads((sweep / "summary.json").read_text())["dropped"] == summary["dropped"]
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_gives_the_table_that_this_machine_gives(grid, swept, tmp_path):
+    """Two machines' worth of workers, of which one is killed in the middle of a point."""
+    from ray import cluster_utils
+
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        sweep = tmp_path / "ray"
+        process = start_sweep(grid, sweep, "--ray", cluster.address)
+        base, other = list(jobs_of(grid, sweep).values())[:2]
+        wait_for(lambda: (base.run.checkpoints / "step-2").exists())
+        os.kill(parent(int(base.group.read_text())), signal.SIGKILL)
+        printed, _ = process.communicate(timeout=300)
+    finally:
+        cluster.shutdown()
+    assert process.returncode == 1, printed
+    assert base.log.read_text().count("run folder: ") == 2 and other.log.read_text().count("run folder: ") == 1
+    assert [row["step"] for row in read_lines(base.run.metrics) if row["split"] == "train"] == [*range(1, 9)]
+    assert (ranked(sweep), judged(sweep)) == (ranked(swept[0]), judged(swept[0]))
+
+
+def parent(process: int) -> int:
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:")))
 
 
 @pytest.mark.slow

@@ -12,19 +12,18 @@ from typing import Any
 
 from PIL import Image
 
+from im2json.report.page import html_page
+
 LONGEST_SIDE = 700
 """Pixels of a document; larger ones are scaled down."""
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1300px; padding: 0 1em;
-       color: #1d232b; background: #eef0f3 }
-section { background: #fff; border: 1px solid #c9ced6; margin: 1.5em 0; padding: 1em; display: grid;
-          grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 1.5em }
-h2 { grid-column: 1 / -1; margin: 0; font-size: 1.1em; overflow-wrap: anywhere }
-img { max-width: 100%; border: 1px solid #c9ced6; display: block; margin-bottom: 1em }
+section { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 1.5em }
+h2 { grid-column: 1 / -1; margin: 0; font-size: 1.1em }
+img { max-width: 100%; border: 1px solid var(--border); display: block; margin-bottom: 1em }
 pre, .tokens { font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 1em }
-.tokens span { border-radius: 3px; padding: 1px 2px; margin-right: 2px; color: #6b7480; background: #eef0f3 }
-.tokens span.learned { color: #1d232b; background: #cfe9d8 }
+.tokens span { border-radius: 3px; padding: 1px 2px; margin-right: 2px; color: var(--muted); background: var(--page) }
+.tokens span.learned { color: var(--ink); background: light-dark(#cfe9d8, #1f5136) }
 """
 
 
@@ -42,19 +41,14 @@ class Preview:
 def preview_page(title: str, notes: str, previews: Iterable[Preview]) -> str:
     """One HTML file with everything in it: notes, and a section an example."""
     sections = "\n".join(map(_section, previews))
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title>
-<style>{_STYLE}</style>
-<h1>{html.escape(title)}</h1>
-<pre>{html.escape(notes)}</pre>
+    return html_page(
+        title,
+        _STYLE,
+        f"""<pre>{html.escape(notes)}</pre>
 <p class="tokens">Below, <span>grey tokens</span> are given to the model; <span class="learned">green ones</span> are
 what it learns to write, and all that the loss counts.</p>
-{sections}
-</html>
-"""
+{sections}""",
+    )
 
 
 def _section(example: Preview) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 from im2json.scoring import METRICS
 
+BEFORE_AFTER = ["metric", "before", "after", "change", ""]
+
 
 def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
     """Rows under headers and a rule, columns two spaces apart, no newline at the end.
@@ -19,7 +21,7 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
     for row in body:
         if len(row) != len(headers):
             raise ValueError(f"a row of {len(row)} cells under {len(headers)} headers: {row!r}")
-    cells = [[_cell(value) for value in row] for row in body]
+    cells = [[cell_text(value) for value in row] for row in body]
     columns = range(len(headers))
     widths = [max(_width(text) for text in (headers[c], *(row[c] for row in cells))) for c in columns]
     right = [_is_numeric([row[c] for row in body]) for c in columns]
@@ -44,10 +46,14 @@ def before_after_table(before: Mapping[str, float], after: Mapping[str, float]) 
     loss) follows in the order given, without a verdict; `num`, the examples, is left to the caption. A change that
     rounds to 0.000 is "same".
     """
+    return table(before_after_rows(before, after), BEFORE_AFTER)
+
+
+def before_after_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[list[Any]]:
+    """The rows of `before_after_table`, under the headers BEFORE_AFTER."""
     given = [name for name in dict.fromkeys([*before, *after]) if name != "num"]
     names = [name for name in METRICS if name in given] + [name for name in given if name not in METRICS]
-    rows = [_comparison(name, before.get(name), after.get(name)) for name in names]
-    return table(rows, ["metric", "before", "after", "change", ""])
+    return [_comparison(name, before.get(name), after.get(name)) for name in names]
 
 
 def _comparison(name: str, before: float | None, after: float | None) -> list[Any]:
@@ -66,7 +72,8 @@ class _Signed(float):
     """A difference, shown with its sign."""
 
 
-def _cell(value: Any) -> str:
+def cell_text(value: Any) -> str:
+    """A value as a table shows it."""
     if value is None:
         return "-"
     if isinstance(value, bool):

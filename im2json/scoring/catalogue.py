@@ -11,6 +11,10 @@ class Metric(NamedTuple):
     help: str
     higher_is_better: bool
 
+    def gain(self, value: float) -> float:
+        """The value with a sign that makes more the better."""
+        return value if self.higher_is_better else -value
+
 
 METRICS: dict[str, Metric] = {
     "json_validity": Metric("share of predictions that are strict JSON and an object", True),

@@ -40,7 +40,7 @@ class Plan:
     """All points of a grid, in its order."""
 
     points: list[Point]
-    axes: list[str]
+    axes: dict[str, list[Any]]  # axis -> its values in the order of the grid; one that only the base has comes first
     metric: str  # what points are ranked by
     base: Values | None  # the place that the axes are varied around, one at a time; None where they are crossed
 
@@ -114,7 +114,12 @@ def make_plan(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> Plan:
     _refuse_copies(points)
     if any(point.config.train.eval_every == 0 for point in points):
         raise ValueError("eval_every: 0 leaves nothing to rank the points by: at least 1")
-    return Plan(points, list(axes), points[0].config.train.metric, places[0][0] if part == "ablate" else None)
+    around = places[0][0] if part == "ablate" else None
+    ordered = {
+        name: values if around is None or around[name] in values else [around[name], *values]
+        for name, values in axes.items()
+    }
+    return Plan(points, ordered, points[0].config.train.metric, around)
 
 
 def _crossed(axes: Mapping[str, list[Any]]) -> list[tuple[Values, Values]]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from im2json.runs import read_lines
+from im2json.scoring import METRICS
 from im2json.sweep.launch import Job
-from im2json.sweep.leaderboard import gain
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def halve(jobs: Sequence[Job], metric: str, run: Callable[[], None], dropped: li
         if all(job.state == "done" for kept in alive.values() for job in kept):
             return
         values = {name: fmean(value_at(job, metric, rung) for job in kept) for name, kept in alive.items()}
-        order = sorted(alive, key=lambda name: -gain(metric, values[name]))  # of equals the grid's first
+        order = sorted(alive, key=lambda name: -METRICS[metric].gain(values[name]))  # of equals the grid's first
         for name in order[math.ceil(len(order) / 2) :]:
             for job in alive.pop(name):
                 job.state = job.state if job.state == "done" else "dropped"

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from im2json.runs import RunFolder, atomically, read_lines, write_json
+from im2json.runs import RunFolder, read_lines
 from im2json.scoring import METRICS, StreamingEvaluator, compare
 from im2json.scoring.text import scoring_text
 from im2json.sweep.grid import Plan, Values
+from im2json.sweep.halving import Dropped
 from im2json.sweep.launch import Job
 from im2json.sweep.progress import duration
 
@@ -41,7 +40,7 @@ class Setting:
         return sum(self.values(metric)) / len(self.results)
 
     def best_run(self, metric: str) -> RunFolder:
-        values = [gain(metric, value) for value in self.values(metric)]
+        values = [METRICS[metric].gain(value) for value in self.values(metric)]
         return self.runs[values.index(max(values))]
 
 
@@ -52,15 +51,14 @@ class Board:
     metric: str
     settings: list[Setting]
     axes: list[dict[str, Any]]  # see `judge_axis`
-    missing: list[str]  # points without a result
+    around: Values  # the place that the axes are judged around
+    order: dict[str, list[Any]]  # axis -> its values as the grid has them
+    points: int  # in all
+    missing: list[str]  # points without a result, for no such reason:
+    dropped: list[Dropped]
 
 
-def gain(metric: str, value: float) -> float:
-    """The value with a sign that makes more the better."""
-    return value if METRICS[metric].higher_is_better else -value
-
-
-def make_board(plan: Plan, jobs: Sequence[Job]) -> Board | None:
+def make_board(plan: Plan, jobs: Sequence[Job], dropped: Sequence[Dropped] = ()) -> Board | None:
     """The leaderboard of the points that have a result; None where none has.
 
     Raises:
@@ -73,11 +71,12 @@ def make_board(plan: Plan, jobs: Sequence[Job]) -> Board | None:
     settings = [read_setting(group) for group in grouped.values()]
     if not settings:
         return None
-    settings.sort(key=lambda setting: -gain(plan.metric, setting.value(plan.metric)))  # of equals the grid's first
+    better = METRICS[plan.metric].gain
+    settings.sort(key=lambda setting: -better(setting.value(plan.metric)))  # of equals the grid's first
     around = plan.base or settings[0].place
     axes = [judge_axis(axis, around, settings, plan.metric) for axis in plan.axes]
-    missing = [job.point.name for job in jobs if job.state != "done"]
-    return Board(plan.metric, settings, axes, missing)
+    missing = [job.point.name for job in jobs if job.state not in ("done", "dropped")]
+    return Board(plan.metric, settings, axes, around, plan.axes, len(jobs), missing, list(dropped))
 
 
 def read_setting(jobs: Sequence[Job]) -> Setting:
@@ -100,6 +99,12 @@ def read_setting(jobs: Sequence[Job]) -> Setting:
     )
 
 
+def axis_line(axis: str, around: Values, settings: Sequence[Setting]) -> list[Setting]:
+    """The settings that are as `around` in all but the axis, in the order given."""
+    others = {name: value for name, value in around.items() if name != axis}
+    return [s for s in settings if {name: value for name, value in s.place.items() if name != axis} == others]
+
+
 def judge_axis(axis: str, around: Values, settings: Sequence[Setting], metric: str) -> dict[str, Any]:
     """Whether the best value of an axis, all else as in `around`, beats the runner-up by more than the noise.
 
@@ -107,8 +112,7 @@ def judge_axis(axis: str, around: Values, settings: Sequence[Setting], metric: s
     for what there is too little to say. Noise is that of the examples, by the paired bootstrap of both settings'
     answers (95 %), and with several seeds that of the seeds, whose values must not overlap either.
     """
-    others = {name: value for name, value in around.items() if name != axis}
-    line = [s for s in settings if {name: value for name, value in s.place.items() if name != axis} == others]
+    line = axis_line(axis, around, settings)
     found: dict[str, Any] = dict(axis=axis, best=None, runner_up=None, difference=None, low=None, high=None)
     if len(line) < 2:
         return found | {"exceeds_noise": None, "sentence": f"{axis}: fewer than two of its values have a result."}
@@ -130,7 +134,8 @@ def judge_axis(axis: str, around: Values, settings: Sequence[Setting], metric: s
     compared = compare(second.evaluator, best.evaluator)[metric]
     low, high = (None if math.isnan(bound) else bound for bound in (compared.low, compared.high))
     exceeds = compared.exceeds_noise and not _overlap(best.values(metric), second.values(metric))
-    verdict = "exceeds the noise" if exceeds else "is within the noise, so this grid does not tell them apart"
+    noise = "noise" if len(best.runs) > 1 else "noise of the examples (that of seeds takes several to tell)"
+    verdict = f"exceeds the {noise}" if exceeds else "is within the noise, so this grid does not tell them apart"
     bounds = "" if low is None or high is None else f" [{low:+.3f}, {high:+.3f}]"
     sentence = f"{head}: the difference {found['difference']:+.3f}{bounds} {verdict}."
     return found | {"low": low, "high": high, "exceeds_noise": exceeds, "sentence": sentence}
@@ -163,49 +168,59 @@ def rows(board: Board) -> list[dict[str, Any]]:
     return table
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the leaderboard as people see it."""
+
+    text: str
+    more: str = ""  # the interval, and with several seeds the least and most of them
+    best: bool = False  # of its column
+
+
+def cells(metric: str, table: Sequence[Values]) -> tuple[list[str], list[list[Cell]]]:
+    """Headers, and under them what is shown of `rows`: the metric that ranks before the others."""
+    shown = list(dict.fromkeys([metric, *SHOWN]))
+    best = {name: max(METRICS[name].gain(row[name]) for row in table) for name in shown}
+    arrows = [name if METRICS[name].higher_is_better else f"{name} (lower is better)" for name in shown]
+    lines = []
+    for row in table:
+        left = [Cell(f"{row[name]:g}" if isinstance(row[name], float) else str(row[name])) for name in OPTIONS]
+        metrics = [_metric_cell(row, name, METRICS[name].gain(row[name]) == best[name]) for name in shown]
+        used = [Cell(duration(row["seconds"])), Cell(f"{row['peak_memory_bytes'] / 2**30:.2f} GiB")]
+        config = Cell(row["config"], best=row["rank"] == 1)
+        lines.append([config, *left, Cell(f"{row['trainable']:,}"), *metrics, *used])
+    return ["config", *OPTIONS, "trainable", *arrows, "time", "memory"], lines
+
+
+def _metric_cell(row: Values, name: str, best: bool) -> Cell:
+    more = []
+    if row[f"{name}_low"] is not None:
+        more.append(f"[{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]")
+    if f"{name}_min" in row:
+        more.append(f"({row[f'{name}_min']:.3f} to {row[f'{name}_max']:.3f})")
+    return Cell(f"{row[name]:.3f}", " ".join(more), best)
+
+
 def markdown(board: Board) -> str:
     """The table with the best of each metric in bold, and a sentence an axis."""
-    table = rows(board)
-    shown = list(dict.fromkeys([board.metric, *SHOWN]))
-    best = {name: max(gain(name, row[name]) for row in table) for name in shown}
-    arrows = [name if METRICS[name].higher_is_better else f"{name} (lower is better)" for name in shown]
-    lines = [["config", *OPTIONS, "trainable", *arrows, "time", "memory"]]
-    lines.append(["---"] * len(lines[0]))
+    headers, table = cells(board.metric, rows(board))
+    lines = [headers, ["---"] * len(headers)]
     for row in table:
-        config = f"**{row['config']}**" if row["rank"] == 1 else row["config"]
-        cells = [_metric_cell(row, name, bold=gain(name, row[name]) == best[name]) for name in shown]
-        left = [f"{row[name]:g}" if isinstance(row[name], float) else str(row[name]) for name in OPTIONS]
-        used = [duration(row["seconds"]), f"{row['peak_memory_bytes'] / 2**30:.2f} GiB"]
-        lines.append([config, *left, f"{row['trainable']:,}", *cells, *used])
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return "\n".join([body, "", *(f"- {axis['sentence']}" for axis in board.axes), *_notes(board)]) + "\n"
+        lines.append([f"{f'**{cell.text}**' if cell.best else cell.text} {cell.more}".rstrip() for cell in row])
+    body = "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+    sentences = [f"- {axis['sentence']}" for axis in board.axes]
+    return "\n".join([body, "", *sentences, "", note(board), *absent(board)]) + "\n"
 
 
-def _metric_cell(row: Values, name: str, bold: bool) -> str:
-    value = f"**{row[name]:.3f}**" if bold else f"{row[name]:.3f}"
-    if row[f"{name}_low"] is not None:
-        value += f" [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
-    return value + (f" ({row[f'{name}_min']:.3f} to {row[f'{name}_max']:.3f})" if f"{name}_min" in row else "")
+def absent(board: Board) -> list[str]:
+    """A sentence each on what the table does not hold."""
+    dropped = ", ".join(f"{found.setting} after step {found.step} ({found.value:.3f})" for found in board.dropped)
+    found = {"Without a result": ", ".join(board.missing), "Dropped by halving": dropped}
+    return [f"{why}: {names}." for why, names in found.items() if names]
 
 
-def _notes(board: Board) -> list[str]:
+def note(board: Board) -> str:
+    """What the numbers of the table are."""
     seeds = any(len(setting.runs) > 1 for setting in board.settings)
-    note = "Validation split, generated text. [low, high]: 95 % by bootstrap over the examples"
-    notes = ["", note + ("; (least to most): over the seeds." if seeds else ".")]
-    if board.missing:
-        notes.append(f"Without a result: {', '.join(board.missing)}.")
-    return notes
-
-
-def write_board(board: Board, sweep: Path, test: dict[str, Any] | None) -> None:
-    """leaderboard.csv, leaderboard.md and summary.json, each whole or not at all."""
-    table = rows(board)
-    names = list(dict.fromkeys(name for row in table for name in row))
-    with atomically(sweep / "leaderboard.csv") as aside, aside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(table)
-    with atomically(sweep / "leaderboard.md") as aside:
-        aside.write_text(markdown(board), "utf-8")
-    summary = {"metric": board.metric, "settings": table, "axes": board.axes, "missing": board.missing, "test": test}
-    write_json(sweep / "summary.json", summary)
+    told = "Validation split, generated text. [low, high]: 95 % by bootstrap over the examples"
+    return told + ("; (least to most): over the seeds." if seeds else ".")

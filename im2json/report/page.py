@@ -1,0 +1,37 @@
+"""The frame of a page that is one file: no script, no network, dark where the reader's screen is."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: light-dark(#1d232b, #e3e6ea); --muted: light-dark(#5d6671, #a0a8b2);
+        --page: light-dark(#eef0f3, #14171b); --card: light-dark(#fff, #1d2126);
+        --border: light-dark(#c9ced6, #3b424b) }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1300px; padding: 0 1em;
+       color: var(--ink); background: var(--page) }
+section { background: var(--card); border: 1px solid var(--border); margin: 1.5em 0; padding: 1em }
+h1, h2, h3 { overflow-wrap: anywhere }
+"""
+
+
+def html_page(title: str, style: str, body: str) -> str:
+    """A whole file; `title` is its heading too."""
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{html.escape(title)}</title>
+<style>{_STYLE}{style}</style>
+<h1>{html.escape(title)}</h1>
+{body}
+</html>
+"""
+
+
+def html_table(headers: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells are HTML, headers are text."""
+    head = "".join(f"<th>{html.escape(header)}</th>" for header in headers)
+    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'

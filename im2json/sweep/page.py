@@ -1,0 +1,123 @@
+"""The page of a sweep: its leaderboard, a plot an axis, the training curves, and the test split."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from im2json.report.page import html_page, html_table
+from im2json.report.plot import Curve, Estimate, curve_plot, estimate_plot, legend, thinned
+from im2json.report.table import BEFORE_AFTER, before_after_rows, cell_text
+from im2json.runs import read_lines
+from im2json.scoring import METRICS
+from im2json.sweep.grid import Values
+from im2json.sweep.leaderboard import Board, Cell, absent, axis_line, cells, note, rows
+
+_STYLE = """
+h2, h3 { margin: 0 0 .5em; font-size: 1.15em }
+p { margin: .5em 0 }
+.muted, td small { color: var(--muted) }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { text-align: right; vertical-align: top; padding: .35em .7em; border-bottom: 1px solid var(--border) }
+th { vertical-align: bottom; font-weight: 600 }
+th:first-child, td:first-child { text-align: left; min-width: 8em; overflow-wrap: anywhere }
+td small { display: block; white-space: nowrap }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 580px), 1fr)); gap: 1.5em }
+.plots section { margin: 0; min-width: 0 }
+.plots > .wide { min-width: 0 }
+svg { max-width: none }
+polyline:hover { stroke-width: 4 }
+.legend { list-style: none; padding: 0; margin: 1em 0 0; display: flex; flex-wrap: wrap; gap: .3em 1.8em }
+"""
+
+
+def sweep_page(board: Board, name: str, test: dict[str, Any] | None) -> str:
+    """One HTML file with everything in it. `test`: {"point", "before", "after"}, None where it was not scored."""
+    table = rows(board)
+    plots = "\n".join(_axis(board, axis, table) for axis in board.axes)
+    parts = [
+        _summary(board),
+        f"<section><h2>Leaderboard</h2>\n{_leaderboard(board, table)}</section>",
+        f'<div class="plots">\n{plots}\n</div>' if plots else "",
+        _training(board),
+        "" if test is None else _test(board, test),
+    ]
+    return html_page(f"Sweep {name}", _STYLE, "\n".join(filter(None, parts)))
+
+
+def _summary(board: Board) -> str:
+    done = sum(len(setting.runs) for setting in board.settings)
+    settings = f", of {len(board.settings)} settings" if done > len(board.settings) else ""
+    told = f"Ranked by <b>{_named(board.metric)}</b>: {html.escape(METRICS[board.metric].help)}."
+    counted = f"{done} of {board.points} points have a result{settings}."
+    return f"<p>{told}</p>\n<p>{html.escape(' '.join([counted, *absent(board)]))}</p>"
+
+
+def _leaderboard(board: Board, table: list[Values]) -> str:
+    headers, lines = cells(board.metric, table)
+    shown = html_table(headers, ([_cell(cell) for cell in line] for line in lines))
+    return f'{shown}\n<p class="muted">{html.escape(note(board))}</p>'
+
+
+def _cell(cell: Cell) -> str:
+    text = f"<b>{html.escape(cell.text)}</b>" if cell.best else html.escape(cell.text)
+    return text + (f"<small>{html.escape(cell.more)}</small>" if cell.more else "")
+
+
+def _axis(board: Board, axis: dict[str, Any], table: list[Values]) -> str:
+    """The axis' sentence, and the settings that it is about."""
+    name, metric = axis["axis"], board.metric
+    found = {setting.place[name]: setting for setting in axis_line(name, board.around, board.settings)}
+    by_config = {row["config"]: row for row in table}
+    estimates = []
+    for value in board.order[name]:
+        if value not in found:
+            estimates.append(Estimate(str(value), None))
+            continue
+        setting = found[value]
+        row = by_config[setting.name]
+        seeds = setting.values(metric) if len(setting.runs) > 1 else []
+        estimates.append(Estimate(str(value), row[metric], row[f"{metric}_low"], row[f"{metric}_high"], seeds))
+    others = ", ".join(f"{other}={value}" for other, value in board.around.items() if other != name)
+    where = f'<p class="muted">At {html.escape(others)}.</p>' if others else ""
+    plot = estimate_plot(estimates, name, _named(metric))
+    return (
+        f"<section><h2>{html.escape(name)}</h2>\n<p>{html.escape(axis['sentence'])}</p>\n{where}"
+        f'<div class="wide">{plot}</div></section>'
+    )
+
+
+def _training(board: Board) -> str:
+    """Validation and loss of all runs; empty where none kept any."""
+    validation, losses = [], []
+    for style, setting in enumerate(board.settings):
+        for run, seed in zip(setting.runs, setting.examples):
+            name = setting.name if len(setting.runs) == 1 else f"{setting.name} seed={seed}"
+            logged = list(read_lines(run.metrics))
+            scores = [(row["step"], row["values"][board.metric]) for row in logged if row["split"] == "validation"]
+            loss = [(row["step"], row["values"]["loss"]) for row in logged if row["split"] == "train"]
+            validation.append(Curve(name, style, scores))
+            losses.append(Curve(name, style, thinned(loss)))
+    plots = [
+        curve_plot(validation, "step", f"validation {_named(board.metric)}"),
+        curve_plot(losses, "step", "training loss, neighbouring steps averaged", log=True),
+    ]
+    drawn = "\n".join(f'<div class="wide">{plot}</div>' for plot in plots if plot)
+    names = legend(setting.name for setting in board.settings)
+    return f'<section><h2>Training</h2>\n<div class="plots">{drawn}</div>\n{names}</section>' if drawn else ""
+
+
+def _test(board: Board, test: dict[str, Any]) -> str:
+    winner = f"{board.settings[0].name} ({test['point']})"
+    examples = f"{test['after']['num']:.0f} examples" if "num" in test["after"] else "Generated text"
+    compared = before_after_rows(test["before"], test["after"])
+    table = [[html.escape(cell_text(value)) for value in row] for row in compared]
+    return (
+        f"<section><h2>Test split</h2>\n<p>{examples}, the base before and {html.escape(winner)} after.</p>\n"
+        f"{html_table(BEFORE_AFTER, table)}</section>"
+    )
+
+
+def _named(metric: str) -> str:
+    return metric if METRICS[metric].higher_is_better else f"{metric} (lower is better)"
