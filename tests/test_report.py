@@ -1,9 +1,11 @@
 """Tables and pictures as a person sees them."""
 
+import itertools
 import json
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 from im2json.report import before_after_table, table
 from im2json.report import picture as panels
 from im2json.report.picture import prediction_panel
+from im2json.report.plot import Curve, Estimate, curve_plot, estimate_plot, legend, log_ticks, round_ticks, thinned
 
 TARGET = json.dumps({"menu": [{"nm": "nasi goreng", "cnt": "1"}], "total": {"total_price": "12.000"}})
 
@@ -122,3 +125,72 @@ def test_wrapping_keeps_the_text():
 def test_no_torch():
     code = "import sys, im2json.report.picture; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_estimates_lie_where_they_belong():
+    found = [Estimate("<8>", 0.5, 0.4, 0.7, [0.45, 0.55]), Estimate("16", None), Estimate("2r", 0.9, None, None)]
+    svg = ElementTree.fromstring(estimate_plot(found, "r & alpha", "field_f1"))
+    first, last = svg.findall("g")
+    mean, *seeds = ([float(c.get(name)) for name in ("cx", "cy")] for c in first.findall("circle"))
+    bar = first.find("path").get("d")
+    x, low, high = (float(part) for part in bar.split("M")[1].replace("V", " ").split())
+    assert x == mean[0] and high < seeds[1][1] < mean[1] < seeds[0][1] < low  # downwards is more
+    assert last.find("path") is None
+    assert float(last.find("circle").get("cy")) < high and float(last.find("circle").get("cx")) > mean[0]
+    assert first.findtext("title") == "<8>: 0.500 [0.400, 0.700]"
+    texts = {text.text: float(text.get("x")) for text in svg.findall("text")}
+    assert texts["<8>"] < texts["16"] < texts["2r"] and "r & alpha" in texts
+    assert {"0.4", "0.5", "0.9"} <= set(texts)
+    assert estimate_plot(found[1:2], "r", "field_f1") == ""
+
+
+def test_labels_of_many_estimates_stay_within_the_plot():
+    found = [Estimate(f"a rather long value, number {i}", i / 40) for i in range(40)]
+    svg = ElementTree.fromstring(estimate_plot(found, "prompt", "field_f1"))
+    tilted = [text for text in svg.findall("text") if "rotate" in text.get("transform", "")]
+    assert len(tilted) == 40 and tilted[39].findtext("title") == found[39].label
+    places = [float(text.get("x")) for text in tilted]
+    assert places[0] > 0.7 * 24 * 6 and places[39] < float(svg.get("width"))
+    assert min(b - a for a, b in itertools.pairwise(places)) > 20
+
+
+def test_curves_go_up_with_their_values():
+    curves = [
+        Curve("a<b", 0, [(100, 0.2), (200, 0.8)]),
+        Curve("once", 8, [(200, 0.5)]),
+        Curve("none", 2, [(100, float("nan"))]),
+    ]
+    svg = ElementTree.fromstring(curve_plot(curves, "step", "field_f1"))
+    (line,), (dot,) = svg.findall("polyline"), svg.findall("circle")
+    (x, y), (right, top) = ([float(n) for n in point.split(",")] for point in line.get("points").split())
+    assert x < right == float(dot.get("cx")) and top < float(dot.get("cy")) < y
+    assert (line.findtext("title"), dot.findtext("title")) == ("a<b", "once")
+    assert curve_plot(curves[2:], "step", "field_f1") == ""
+    names = ElementTree.fromstring(legend(str(i) for i in range(40)))
+    styles = {(n.get("stroke"), n.get("stroke-dasharray")) for n in names.iter("line")}
+    assert len(styles) == 40
+
+
+def test_a_logarithmic_scale_gives_each_decade_the_same_room():
+    svg = ElementTree.fromstring(
+        curve_plot([Curve("loss", 0, [(0, 10.0), (1, 1.0), (2, 0.1), (3, 0.0)])], "step", "loss", True)
+    )
+    heights = [float(point.split(",")[1]) for point in svg.find("polyline").get("points").split()]
+    assert len(heights) == 3 and heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.91, 0.987), (1, 1), (0, 0), (-3, 12345), (1e-7, 3e-7)])
+def test_ticks_are_round_and_enclose_the_values(low, high):
+    ticks = round_ticks(low, high)
+    assert 2 <= len(ticks) <= 8 and ticks[0] <= low + 1e-12 and ticks[-1] >= high - 1e-12
+    assert f"{ticks[1] - ticks[0]:.6e}"[:8] in ("1.000000", "2.000000", "5.000000")
+    if low > 0:
+        ticks = log_ticks(low, high)
+        assert len(ticks) >= 2 and ticks[0] <= low and ticks[-1] >= high
+
+
+def test_thinned_points_keep_the_mean():
+    points = [(float(i), float(i % 7)) for i in range(1000)]
+    kept = thinned(points)
+    assert len(kept) == 100 and sum(y for _, y in kept) / 100 == pytest.approx(sum(y for _, y in points) / 1000)
+    assert thinned(points[:50]) == points[:50]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -390,6 +391,72 @@ def test_with_seeds_a_difference_has_to_exceed_theirs_too(tmp_path):
     del right["r=8 seed=1"]
     board = board_of(tmp_path / "c", found, {name: [i < n for i in range(40)] for name, n in right.items()})
     assert board.axes[0]["exceeds_noise"] is None and "not validated on the same" in board.axes[0]["sentence"]
+
+
+class Page(HTMLParser):
+    """What a page shows: its texts, its tables' rows, the titles of its lines, and what it refers to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.tags: list[str] = []
+        self.rows: list[list[str]] = []
+        self.lines: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if self.tags[-2:] == ["polyline", "title"] and data.strip():
+            self.lines.append(data)
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+
+def test_the_page_shows_settings_axes_curves_and_the_test_split(tmp_path):
+    found = plan(grid={"prompt": ["<script>a&b", "read"], "r": [32, 8]}, seeds=[0, 1])
+    rights = {point.name: [i < 20 + n for i in range(40)] for n, point in enumerate(found.points[:-1])}
+    board = board_of(tmp_path, found, rights)
+    for setting in board.settings:
+        for run in setting.runs:
+            losses = [{"step": n, "split": "train", "values": {"loss": 1 / n}} for n in (1, 2)]
+            append_lines(run.metrics, [*losses, {"step": 2, "split": "validation", "values": {"field_f1": 0.5}}])
+    write_board(board, tmp_path, {"point": "its-id", "before": {"field_f1": 0.0}, "after": {"field_f1": 0.75}})
+    text = (tmp_path / "report.html").read_text("utf-8")
+    page = Page(text)
+    assert "script" not in page.tags and page.links == [] and "url(" not in text and "//" not in text
+    shown = " ".join(page.texts)
+    assert f"7 of 8 points have a result, of 4 settings. Without one: {found.points[-1].name}." in shown
+    assert all(axis["sentence"] in shown for axis in board.axes) and "At r=" in shown
+    table = {row[0]: row for row in page.rows}
+    for setting in board.settings:
+        assert f"{setting.value('field_f1'):.3f}[" in table[setting.name][6]
+    assert {"ted_accuracy", "edit_distance (lower is better)", "time"} <= set(table["config"])
+    assert [cell.strip() for cell in table["field_f1"]] == ["field_f1", "0.000", "0.750", "+0.750", "better"]
+    assert len(page.lines) == 7 and "prompt=<script>a&b r=32 seed=1" in page.lines
+    assert shown.index(" 32 ", shown.index("At prompt=")) < shown.index(" 8 ", shown.index("At prompt="))
+
+
+def test_a_page_of_one_setting_and_of_an_ablation_with_gaps(tmp_path):
+    found = plan(base={"steps": 2})
+    write_board(board_of(tmp_path / "one", found, {"base": [True]}), tmp_path / "one", None)
+    page = Page((tmp_path / "one" / "report.html").read_text("utf-8"))
+    assert "1 of 1 points have a result." in " ".join(page.texts) and "Training" not in page.texts
+    found = plan(base={"r": 16}, ablate={"r": [8, 16, 32], "dropout": [0.1, 0.2]})
+    board = board_of(tmp_path / "gaps", found, {"r=32": [True, False]})
+    assert board.order == {"r": [8, 16, 32], "dropout": [0.0, 0.1, 0.2]}
+    write_board(board, tmp_path / "gaps", None)
+    texts = Page((tmp_path / "gaps" / "report.html").read_text("utf-8")).texts
+    assert "dropout: fewer than two of its values have a result." in texts
+    assert texts.index("8") < texts.index("16", texts.index("8"))
 
 
 # --- whole sweeps, in processes of their own

@@ -173,7 +173,7 @@ class Cell:
     """A cell of the leaderboard as people see it."""
 
     text: str
-    more: str = ""  # the interval, and with several seeds the least and most of them
+    more: Sequence[str] = ()  # the interval, and with several seeds the least and most of them
     best: bool = False  # of its column
 
 
@@ -198,7 +198,7 @@ def _metric_cell(row: Values, name: str, best: bool) -> Cell:
         more.append(f"[{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]")
     if f"{name}_min" in row:
         more.append(f"({row[f'{name}_min']:.3f} to {row[f'{name}_max']:.3f})")
-    return Cell(f"{row[name]:.3f}", " ".join(more), best)
+    return Cell(f"{row[name]:.3f}", more, best)
 
 
 def markdown(board: Board) -> str:
@@ -206,7 +206,7 @@ def markdown(board: Board) -> str:
     headers, table = cells(board.metric, rows(board))
     lines = [headers, ["---"] * len(headers)]
     for row in table:
-        lines.append([f"{f'**{cell.text}**' if cell.best else cell.text} {cell.more}".rstrip() for cell in row])
+        lines.append([" ".join([f"**{cell.text}**" if cell.best else cell.text, *cell.more]) for cell in row])
     body = "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
     sentences = [f"- {axis['sentence']}" for axis in board.axes]
     return "\n".join([body, "", *sentences, "", note(board), *absent(board)]) + "\n"

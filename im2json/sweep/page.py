@@ -19,9 +19,9 @@ p { margin: .5em 0 }
 .muted, td small { color: var(--muted) }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { text-align: right; vertical-align: top; padding: .35em .7em; border-bottom: 1px solid var(--border) }
+th, td { text-align: right; vertical-align: top; padding: .35em .45em; border-bottom: 1px solid var(--border) }
 th { vertical-align: bottom; font-weight: 600 }
-th:first-child, td:first-child { text-align: left; min-width: 8em; overflow-wrap: anywhere }
+th:first-child, td:first-child { text-align: left; min-width: 9em; overflow-wrap: anywhere }
 td small { display: block; white-space: nowrap }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 580px), 1fr)); gap: 1.5em }
 .plots section { margin: 0; min-width: 0 }
@@ -62,7 +62,7 @@ def _leaderboard(board: Board, table: list[Values]) -> str:
 
 def _cell(cell: Cell) -> str:
     text = f"<b>{html.escape(cell.text)}</b>" if cell.best else html.escape(cell.text)
-    return text + (f"<small>{html.escape(cell.more)}</small>" if cell.more else "")
+    return text + "".join(f"<small>{html.escape(more)}</small>" for more in cell.more)
 
 
 def _axis(board: Board, axis: dict[str, Any], table: list[Values]) -> str:
