@@ -434,7 +434,7 @@ def test_the_page_shows_settings_axes_curves_and_the_test_split(tmp_path):
     page = Page(text)
     assert "script" not in page.tags and page.links == [] and "url(" not in text and "//" not in text
     shown = " ".join(page.texts)
-    assert f"7 of 8 points have a result, of 4 settings. Without one: {found.points[-1].name}." in shown
+    assert f"7 of 8 points have a result, of 4 settings. Without a result: {found.points[-1].name}." in shown
     assert all(axis["sentence"] in shown for axis in board.axes) and "At r=" in shown
     table = {row[0]: row for row in page.rows}
     for setting in board.settings:
