@@ -18,7 +18,7 @@ h2, h3 { margin: 0 0 .5em; font-size: 1.15em }
 p { margin: .5em 0 }
 .muted, td small { color: var(--muted) }
 .wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+table { border-collapse: collapse; font-size: .9em; font-variant-numeric: tabular-nums }
 th, td { text-align: right; vertical-align: top; padding: .35em .45em; border-bottom: 1px solid var(--border) }
 th { vertical-align: bottom; font-weight: 600 }
 th:first-child, td:first-child { text-align: left; min-width: 9em; overflow-wrap: anywhere }
