@@ -53,6 +53,8 @@ def load_base(model: str, precision: str, quant: str, device: torch.device) -> P
         )
     disable_progress_bar()
     base = _from_pretrained(PaliGemmaForConditionalGeneration, model, **settings)
+    if getattr(base.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        base.set_attn_implementation({"text_config": "eager"})  # PaliGemma 2 caps its scores, which sdpa leaves out
     base.requires_grad_(False)
     base.config.use_cache = False
     return base
