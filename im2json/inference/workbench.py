@@ -24,6 +24,7 @@ from im2json.data.order import Order
 from im2json.data.sources import open_splits
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
+from im2json.model.compiled import compile_layers, compiles
 from im2json.model.lora import add_lora
 from im2json.options import TrainConfig
 from im2json.runs import RunFolder
@@ -135,10 +136,13 @@ def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, ada
     collator = Collator(load_processor(config.model.model), config.data.prompt, config.data.letterbox)
     lengths = TargetLengths.count(splits, collator)
     accelerator.print(lengths.summary())
-    base = load_base(config.model.model, precision, config.model.quant, accelerator.device)
+    options = config.model
+    base = load_base(options.model, precision, options.quant, accelerator.device, options.dequantize)
     lengths.check(config.data.max_target_tokens, len(collator.prefix_ids), positions(base))
     lora = dataclasses.replace(config.model, adapter=str(adapter)) if adapter else config.model
     model = add_lora(base, lora, config.train.seed)
+    if compiles(options.compile, model, accelerator.device):
+        compile_layers(model)
     return Workbench(config, accelerator, precision, splits, collator, lengths, model)
 
 

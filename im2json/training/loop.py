@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 from im2json.data.collate import IGNORE, Batch, Collator
 from im2json.data.loader import StepLoader
 from im2json.model.lora import trained
-from im2json.model.loss import summed_loss
 from im2json.options import TrainConfig, TrainOptions
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS
 from im2json.training.checkpoint import load_checkpoint, save_checkpoint, write_adapter
-from im2json.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from im2json.training.microstep import Microstep, make_microstep
+from im2json.training.optimizer import flatten, learning_rate, make_optimizer, set_learning_rate
 from im2json.training.state import TrainState
 from im2json.training.stopping import StopRequest
 from im2json.training.tracking import Tracker
@@ -75,8 +75,9 @@ def fit(
         KeyboardInterrupt: Ctrl-C or SIGTERM asked for it; the step was finished and a checkpoint written.
     """
     options = config.train
-    parameters = trained(model)
+    parameters = [flatten(trained(model))]
     optimizer = accelerator.prepare(make_optimizer(parameters, options))
+    microstep = make_microstep(model, accelerator, config.model)
     state = load_checkpoint(checkpoint, run, model, optimizer, accelerator) if checkpoint else TrainState()
     if checkpoint is None and config.model.adapter and accelerator.is_main_process:
         save_checkpoint(run, model, optimizer, accelerator.scaler, state, options.keep)  # a resume needs that no more
@@ -99,7 +100,7 @@ def fit(
                 check_labels(batches, loader.collator)
             outcome = train_step(
                 model, batches, target_tokens, parameters, optimizer, accelerator, options.max_grad_norm,
-                stop=stop, inspect=check_gradients if first else None,
+                microstep=microstep, stop=stop, inspect=check_gradients if first else None,
             )  # fmt: skip
             first = False
             if outcome.non_finite:
@@ -143,6 +144,7 @@ def train_step(
     accelerator: Accelerator,
     max_grad_norm: float,
     *,
+    microstep: Microstep | None = None,
     stop: StopRequest | None = None,
     inspect: Callable[[PeftModel], None] | None = None,
 ) -> StepOutcome:
@@ -153,12 +155,9 @@ def train_step(
     are clipped.
     """
     loss = torch.zeros((), device=accelerator.device)
+    microstep = microstep or Microstep(model, accelerator)
     for batch in batches:
-        batch = batch.to(accelerator.device)
-        with accelerator.autocast():
-            part = summed_loss(model, batch.inputs, batch.labels) / target_tokens
-        accelerator.backward(part)
-        loss += part.detach()
+        loss += microstep(batch, target_tokens)
     asked = float(stop is not None and stop.made)
     sums = sum_over_processes(torch.stack([loss, loss.new_tensor(asked)]), parameters, accelerator)
     if inspect is not None:
@@ -170,7 +169,7 @@ def train_step(
     non_finite = not math.isfinite(loss_value) or not (math.isfinite(norm_value) or scaled)
     if not non_finite:
         optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)  # graphs add to where they are
     return StepOutcome(loss_value, norm_value, asked > 0, non_finite, scaled and optimizer.step_was_skipped)
 
 
