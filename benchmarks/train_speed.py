@@ -49,14 +49,17 @@ def main(
     work: Path, resolution: int, steps: int, size: str, only: tuple[str, ...], cap_gib: float | None, one: str | None
 ) -> None:
     model = work / f"model-{size}-{resolution}"
+    if one == "save":
+        from full_size import save_random_paligemma
+
+        save_random_paligemma(model, size, resolution)
+        return
     if one is not None:
         measure = ours if one in OURS else trl
         print("RESULT" + json.dumps(measure(model, resolution, steps, cap_gib, **(OURS | TRL)[one])))
         return
-    if not model.exists():
-        from full_size import save_random_paligemma
-
-        save_random_paligemma(model, size, resolution)
+    if not model.exists():  # by a process that then leaves the GPU alone
+        subprocess.run([sys.executable, __file__, "--one", "save", *sys.argv[1:]], check=True, capture_output=True)
     found = {}
     for name in only or [*TRL, *OURS]:
         command = [sys.executable, __file__, "--one", name, *sys.argv[1:]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -86,16 +87,24 @@ class GraphedMicrostep(Microstep):
         static = {name: value.to(device) for name, value in inputs.items()}
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         kept, state = [grad.clone() for grad in grads], torch.cuda.get_rng_state(device)
+        from torch._inductor.cudagraph_trees import _use_cuda_memory_pool_manager  # takes seconds to import
+
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        # in the graphs' memory as soon as there is some, or it would be needed twice
+        pool = (
+            _use_cuda_memory_pool_manager(torch.cuda.current_device(), self.pool, side)
+            if self.recorded
+            else nullcontext()
+        )
+        with torch.cuda.stream(side), pool:
             self.run(static, self.target_tokens)
         torch.cuda.current_stream().wait_stream(side)
         for grad, value in zip(grads, kept):
             grad.copy_(value)
         del kept
         torch.cuda.set_rng_state(state, device)
-        torch.cuda.empty_cache()  # what that run has used is needed again, but not from the same pool
+        torch.cuda.empty_cache()  # what the first such run has used is needed again, but by the graphs
         graph = torch.cuda.CUDAGraph()
         loss = torch.zeros((), device=device)
         with torch.cuda.graph(graph, pool=self.pool):
