@@ -16,7 +16,7 @@ from transformers import PaliGemmaForConditionalGeneration
 
 from im2json.data.collate import Collator
 from im2json.data.example import Example, Split
-from im2json.inference.decode import generate
+from im2json.inference.decode import Decoder, generate
 from im2json.model.lora import merged_copy
 from im2json.report.picture import prediction_panel
 from im2json.runs import RunFolder, append_lines, keep_lines, read_lines
@@ -43,14 +43,15 @@ def evaluate_split(
     The processes share the examples out. Memory stays constant: sums are kept, and `on_rows` gets the rows of all
     processes on the main one as they come, in the split's order, with the place of the first.
     """
-    evaluator = StreamingEvaluator()
+    evaluator, decoder = StreamingEvaluator(), Decoder(model, collator)
     total = len(split) if count is None else min(count, len(split))
     progress = tqdm(total=total, desc=description, unit="ex", leave=False, disable=not accelerator.is_main_process)
     done = 0
     for indices in _shares(total, batch_size, accelerator.process_index, accelerator.num_processes):
         examples = [split[i] for i in indices]
         rows = []
-        texts = generate(model, collator, [e.image for e in examples], max_new_tokens) if examples else []
+        pixels = collator.pixels([example.image for example in examples]) if examples else None
+        texts = generate(decoder, pixels, max_new_tokens) if pixels is not None else []
         for example, text in zip(examples, texts):
             rows.append(prediction_row(example, text, evaluator.update(text, example.target, id=example.id)))
         rows = gather_object(rows)  # process by process, which is the split's order
