@@ -1,16 +1,23 @@
-"""Our decoding against transformers' greedy generate."""
+"""Our decoding against transformers' greedy generate, and the order in which a split is decoded."""
 
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from conftest import reset_accelerate, write_dataset
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
+import im2json.inference.evaluate as room
+from im2json.data.sources import load_splits
 from im2json.inference.attention import grouped, grouped_attention
 from im2json.inference.decode import Decoder, _Batch, generate
+from im2json.inference.evaluate import _Share, evaluate_split
+from im2json.scoring.text import canonical
 
 # B rows, T tokens.
 EOS, PAD = 1, 0
@@ -174,3 +181,79 @@ def test_memory_that_does_not_suffice_halves_the_batch(small_model, collator, pi
     decoder.room = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
         generate(decoder, pixels, 4)
+
+
+# --- a split
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A split of 23 examples."""
+    return load_splits(str(write_dataset(tmp_path_factory.mktemp("data") / "many", test=23)))["test"]
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    reset_accelerate()
+    return Accelerator(cpu=True)
+
+
+def rows_of(model: Any, collator: Any, split: Any, accelerator: Accelerator, **more: Any) -> tuple[list[Any], Any]:
+    rows: list[Any] = []
+
+    def on_rows(first: int, some: list[Any]) -> None:
+        assert first == len(rows)
+        rows.extend(some)
+
+    metrics = evaluate_split(model, collator, split, accelerator, on_rows=on_rows, **{"max_new_tokens": 12, **more})
+    return rows, metrics
+
+
+@pytest.mark.parametrize(("size", "window"), [(1, 16), (4, 16), (4, 2), (3, 1), (64, 16)])
+def test_no_row_depends_on_batches_or_windows(small_model, collator, many, accelerator, monkeypatch, size, window):
+    model = make_model(small_model, "gemma")
+    monkeypatch.setattr(room, "WINDOW", window)
+    rows, metrics = rows_of(model, collator, many, accelerator, batch_size=size)
+    assert [row["id"] for row in rows] == list(many.ids)
+    alone = [collator.pixels([many[i].image]) for i in range(len(many))]
+    assert [row["text"] for row in rows] == [generate(Decoder(model, collator), one, 12)[0] for one in alone]
+    assert len({row["text"] for row in rows}) > 3
+    monkeypatch.setattr(room, "WINDOW", 16)
+    assert metrics == pytest.approx(rows_of(model, collator, many, accelerator, batch_size=5)[1])
+
+
+def test_each_example_has_its_limit(small_model, collator, many, accelerator):
+    model = make_model(small_model, "gemma")
+    decoder = Decoder(model, collator)
+    limits = [1 + i % 9 for i in range(len(many))]
+    rows, _ = rows_of(model, collator, many, accelerator, batch_size=4, max_new_tokens=limits, decoder=decoder)
+    whole, _ = rows_of(model, collator, many, accelerator, batch_size=4, max_new_tokens=9)
+    assert all(full["text"].startswith(row["text"].rstrip("�")) for full, row in zip(whole, rows))
+    assert decoder.tokens <= sum(limits)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("total", [0, 1, 7, 23])
+def test_processes_share_every_window_out(many, total, processes, monkeypatch):
+    monkeypatch.setattr(room, "WINDOW", 2)
+    targets = many.targets
+    shares = [list(_Share(total, 3, rank, processes).batches(targets)) for rank in range(processes)]
+    assert len({sum(ends for _, ends in share) for share in shares}) == 1
+    windows: list[list[int]] = []
+    for share in shares:
+        found: list[list[int]] = [[]]
+        for batch, ends in share:
+            lengths = [len(canonical(targets[i])) for i in batch]
+            assert lengths == sorted(lengths, reverse=True) and len(batch) <= 3
+            found[-1] += batch
+            found += [[]] if ends else []
+        windows = [a + sorted(b) for a, b in zip(windows, found)] if windows else [sorted(some) for some in found]
+    assert [i for window in windows for i in window] == list(range(total))
+
+
+def test_a_picture_that_cannot_be_read_stops_the_evaluation(small_model, collator, tmp_path, accelerator):
+    folder = write_dataset(tmp_path / "broken", test=9)
+    Path(folder / "test" / "7.png").write_bytes(b"no picture")
+    split = load_splits(str(folder))["test"]
+    with pytest.raises(ValueError, match=r"7\.png"):
+        rows_of(make_model(small_model, "gemma"), collator, split, accelerator, batch_size=2)
