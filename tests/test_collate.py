@@ -114,7 +114,7 @@ def test_any_text_comes_back_as_it_was(processor, collator, text):
 
 def test_generation_starts_from_the_prefix_that_training_used(processor, collator):
     images = [example.image for example in EXAMPLES]
-    prefixes, batch = collator.prefixes(images), collator(EXAMPLES)
+    prefixes, batch = collator.prefixes(collator.pixels(images)), collator(EXAMPLES)
     length = len(collator.prefix_ids)
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         assert torch.equal(prefixes[name], batch.inputs[name][:, :length]), name
@@ -193,7 +193,8 @@ def test_a_letterboxed_picture_keeps_its_shape_on_white(processor):
     square = [Image.new("RGB", (50, 50), "red")]
     assert torch.equal(collator.pixels(square), Collator(processor, PROMPT).pixels(square))
     pictures = [noise(0, (60, 20)), noise(1)]
-    assert torch.equal(collator.prefixes(pictures)["pixel_values"], collator.pixels(pictures))
+    examples = [Example(str(i), picture, {}) for i, picture in enumerate(pictures)]
+    assert torch.equal(collator(examples).inputs["pixel_values"], collator.pixels(pictures))
 
 
 def test_a_strip_of_paper_is_scaled_down_before_it_would_need_a_vast_square(monkeypatch):

@@ -390,7 +390,7 @@ def test_evaluating_changes_nothing(train, tmp_path, precision):
 
 
 def stop_at(monkeypatch, step: int, stage: str = "during") -> None:
-    """Stop the run in its evaluation at `step`, when half of the predictions are written."""
+    """Stop the run in its evaluation at `step`, when half of the predictions are made."""
     import im2json.inference.evaluate as room
 
     original_call, original_generate = Evaluation.__call__, room.generate

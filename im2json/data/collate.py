@@ -84,12 +84,13 @@ class Collator:
         inputs["pixel_values"] = self.pixels([example.image for example in examples])
         return Batch([example.id for example in examples], inputs, labels)
 
-    def prefixes(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        """What generation starts from. All prefixes are equally long, so nothing is padded."""
-        input_ids = torch.tensor(self.prefix_ids).repeat(len(images), 1)  # B x P
+    def prefixes(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What generation starts from, for pictures as `pixels` makes them. All prefixes are equally long, so nothing
+        is padded."""
+        input_ids = torch.tensor(self.prefix_ids).repeat(len(pixels), 1)  # B x P
         return {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
             "token_type_ids": torch.zeros_like(input_ids),
-            "pixel_values": self.pixels(images),
+            "pixel_values": pixels,
         }

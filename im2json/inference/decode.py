@@ -1,39 +1,279 @@
-"""Greedy generation in batches."""
+"""Greedy decoding in batches: one CUDA graph per evaluation on a GPU, as few rows as possible on a CPU."""
 
 from __future__ import annotations
 
+import inspect
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from PIL import Image
+from tqdm.auto import tqdm
 from transformers import PaliGemmaForConditionalGeneration
 
 from im2json.data.collate import Collator
+from im2json.inference.attention import KeyValues, grouped
+
+# B rows, P prefix positions, T tokens that may be written, L = P + T rounded up, D hidden, V vocabulary.
+CHECK_EVERY = 16  # steps between two looks at whether all rows are done: on a GPU each look waits for the device
+WARM_UP = 2  # steps before the graph is captured
+ROUND_UP = 64  # cached positions on a GPU: few lengths to capture for, and kernels like multiples of 8
 
 
-@torch.no_grad()
-def generate(
-    model: PaliGemmaForConditionalGeneration,
-    collator: Collator,
-    images: Sequence[Image.Image],
-    max_new_tokens: int,
-) -> list[str]:
-    """The most likely text for each picture, token by token, until EOS or `max_new_tokens`.
+class Decoder:
+    """Writes the most likely text for each picture, token by token, until EOS or a limit.
+
+    The texts are those of transformers' greedy `generate`. On a GPU the step is captured once as a CUDA graph, for the
+    first batch, and replayed for that batch and all that fit in it: keep one decoder for an evaluation, and none
+    longer, since it holds the model's weights and a batch's keys and values.
 
     Args:
         model: plain weights, in eval mode (see model.lora.merged_copy).
     """
-    device, dtype = model.device, model.dtype
-    inputs = {name: value.to(device) for name, value in collator.prefixes(images).items()}
-    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    tokenizer = collator.processor.tokenizer
-    output = model.generate(  # B x (P + T)
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    answers = output[:, inputs["input_ids"].shape[1] :]  # B x T
-    return tokenizer.batch_decode(answers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def __init__(self, model: PaliGemmaForConditionalGeneration, collator: Collator) -> None:
+        self.model = model
+        self.collator = collator
+        self.tokens = 0  # written so far, EOS included
+        self.seconds_capturing = 0.0
+        self.most_rows: int | None = None  # what fits into the GPU's memory, once it was exceeded
+        self._batch: _Batch | None = None  # the captured one
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor, limits: Sequence[int]) -> list[str]:
+        """The texts for one batch.
+
+        Args:
+            pixels: B x 3 x H x W, see Collator.pixels.
+            limits: how many tokens each of the B may have, at least 1.
+        """
+        longest = max(limits)
+        if _window(self.model) < len(self.collator.prefix_ids) + longest:
+            rows = self._by_transformers(pixels, longest)
+        else:
+            with grouped(self.model.model.language_model.config):
+                rows = self._rows(pixels, limits)
+        eos = self.collator.processor.tokenizer.eos_token_id
+        texts = [_until(eos, row[:limit]) for row, limit in zip(rows, limits)]
+        self.tokens += sum(map(len, texts))
+        return self.collator.processor.tokenizer.batch_decode(
+            texts, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def release(self) -> None:
+        """Give up the captured graph and its memory."""
+        self._batch = None
+
+    def _rows(self, pixels: torch.Tensor, limits: Sequence[int]) -> list[list[int]]:
+        """The tokens written for each picture, what follows EOS included."""
+        captured = self.model.device.type == "cuda"
+        batch = self._captured(len(limits), max(limits)) if captured else self._fresh(len(limits), max(limits))
+        batch.begin(pixels, limits)
+        rows: list[list[int]] = [[]] * len(limits)
+        places = list(range(len(limits)))  # which picture each row of the batch is
+        for step in range(1, max(limits)):
+            if not captured or step % CHECK_EVERY == 0:
+                going = (~batch.finished).nonzero().flatten()
+                if len(going) == 0:
+                    break
+                if not captured and len(going) <= len(batch.finished) * 7 // 8:  # copying the rest costs a bit
+                    for place, row in zip(places, batch.written[:, :step].tolist()):
+                        rows[place] = row
+                    places = [places[i] for i in going.tolist()]
+                    batch.keep(going)
+            batch.advance()
+        for place, row in zip(places, batch.written.tolist()):
+            rows[place] = row
+        return rows
+
+    def _fresh(self, rows: int, tokens: int) -> _Batch:
+        return _Batch.make(self.model, self.collator, rows, len(self.collator.prefix_ids) + tokens, whole=False)
+
+    def _captured(self, rows: int, tokens: int) -> _Batch:
+        """A batch with a CUDA graph of the step that has room for so much, the present one if possible."""
+        length = len(self.collator.prefix_ids) + max(tokens, WARM_UP)
+        length = -(-length // ROUND_UP) * ROUND_UP
+        if self._batch is not None:
+            have, reach = len(self._batch.finished), self._batch.length
+            if rows <= have and length <= reach:
+                return self._batch
+            rows, length = max(rows, have), max(length, reach)
+            self.release()
+        start = time.perf_counter()
+        batch = _Batch.make(self.model, self.collator, rows, length, whole=True)
+        batch.capture()
+        self.seconds_capturing += time.perf_counter() - start
+        self._batch = batch
+        return batch
+
+    def _by_transformers(self, pixels: torch.Tensor, longest: int) -> list[list[int]]:
+        """Slower. For a Gemma 2 whose sliding window is shorter than what is decoded: its layers see different parts
+        of it. PaliGemma 2's window is 4,096."""
+        device, tokenizer = self.model.device, self.collator.processor.tokenizer
+        prefixes = self.collator.prefixes(pixels.to(self.model.dtype))
+        output = self.model.generate(  # B x (P + T)
+            **{name: value.to(device) for name, value in prefixes.items()},
+            max_new_tokens=longest,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return output[:, prefixes["input_ids"].shape[1] :].tolist()
+
+
+def generate(decoder: Decoder, pixels: torch.Tensor, max_new_tokens: int | Sequence[int]) -> list[str]:
+    """The texts for pictures, in as many batches as the GPU's memory asks for.
+
+    Args:
+        pixels: B x 3 x H x W, see Collator.pixels.
+        max_new_tokens: for all, or one for each.
+    """
+    limits = [max_new_tokens] * len(pixels) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    texts: list[str] = []
+    while len(texts) < len(pixels):
+        rows = slice(len(texts), len(texts) + (decoder.most_rows or len(pixels)))
+        try:
+            texts += decoder(pixels[rows], limits[rows])
+            continue
+        except torch.cuda.OutOfMemoryError:
+            count = len(pixels[rows])
+            if count == 1:
+                raise
+        # Out here nothing holds on to the tensors of the attempt, as the error did with its traceback.
+        decoder.release()
+        torch.cuda.empty_cache()
+        decoder.most_rows = count // 2
+        tqdm.write(f"out of GPU memory with {count} examples at once: going on with {count // 2}")
+    return texts
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Rows that are decoded together, and all that a step reads and writes, on the device."""
+
+    model: PaliGemmaForConditionalGeneration
+    prefix: torch.Tensor  # 1 x P
+    pad: int
+    eos: int
+    cache: KeyValues
+    cache_name: str  # in the models' forward
+    written: torch.Tensor  # B x T, pad where nothing is
+    latest: torch.Tensor  # B x 1, the token that each row goes on from
+    count: torch.Tensor  # 1, tokens written so far
+    limits: torch.Tensor  # B
+    finished: torch.Tensor  # B
+    length: int  # L
+    graph: Any = None  # torch.cuda.CUDAGraph
+
+    @classmethod
+    def make(
+        cls, model: PaliGemmaForConditionalGeneration, collator: Collator, rows: int, length: int, whole: bool
+    ) -> _Batch:
+        like, tokenizer = model.lm_head.weight, collator.processor.tokenizer
+        numbers: dict[str, Any] = {"dtype": torch.long, "device": like.device}
+        return cls(
+            model=model,
+            prefix=torch.tensor([collator.prefix_ids], **numbers),
+            pad=tokenizer.pad_token_id,
+            eos=tokenizer.eos_token_id,
+            cache_name=_cache_name(model.model.language_model),
+            cache=KeyValues(model.config.get_text_config(), rows, length, whole, like),
+            written=torch.full((rows, length - len(collator.prefix_ids)), tokenizer.pad_token_id, **numbers),
+            latest=torch.full((rows, 1), tokenizer.pad_token_id, **numbers),
+            count=torch.zeros(1, **numbers),
+            limits=torch.zeros(rows, **numbers),
+            finished=torch.ones(rows, dtype=torch.bool, device=like.device),
+            length=length,
+        )
+
+    def begin(self, pixels: torch.Tensor, limits: Sequence[int]) -> None:
+        """Read the prefixes and write each row's first token. Rows that are not needed count as finished."""
+        rows, device = len(limits), self.latest.device
+        ids = self.prefix.expand(rows, -1)  # B x P
+        self.written.fill_(self.pad)
+        self.count.zero_()
+        self.limits.zero_()
+        self.limits[:rows] = torch.tensor(limits, device=device)
+        self.finished.fill_(True)
+        self.finished[:rows] = False
+        hidden = self.model.model(  # B x P x D
+            input_ids=ids,
+            pixel_values=pixels.to(device, self.model.dtype),
+            position_ids=1 + torch.arange(ids.shape[1], device=device)[None],  # PaliGemma counts from 1
+            use_cache=True,
+            **{self.cache_name: self.cache},
+        ).last_hidden_state
+        self.cache.position.fill_(ids.shape[1])
+        self.cache.filled = ids.shape[1]
+        last = hidden.new_zeros(len(self.finished), hidden.shape[2])  # B x D, with the rows that are not needed
+        last[:rows] = hidden[:, -1]
+        self._write(last)
+
+    def advance(self) -> None:
+        """One more token for each row."""
+        self.cache.filled += 1
+        if self.graph is None:
+            self._step()
+        else:
+            self.graph.replay()
+
+    def capture(self) -> None:
+        """Capture the step as a CUDA graph: its thousand kernels take a GPU less time than a host needs to start
+        them one by one."""
+        present = torch.cuda.current_stream()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(present)
+        with torch.cuda.stream(aside):  # the first runs allocate and choose kernels, which cannot be captured
+            for _ in range(WARM_UP):
+                self._step()
+        present.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads load pictures meanwhile, and may do as they like.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._step()
+        self.graph = graph
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Leave out all other rows."""
+        self.cache.keep(rows)
+        self.written, self.latest = self.written[rows], self.latest[rows]
+        self.limits, self.finished = self.limits[rows], self.finished[rows]
+
+    def _step(self) -> None:
+        language_model: Any = self.model.model.language_model
+        hidden = language_model(  # B x 1 x D
+            inputs_embeds=language_model.embed_tokens(self.latest),
+            attention_mask=self.cache.mask(),
+            position_ids=1 + self.cache.position[None],
+            use_cache=True,
+            **{self.cache_name: self.cache},
+        ).last_hidden_state
+        self.cache.position += 1
+        self._write(hidden[:, -1])
+
+    def _write(self, hidden: torch.Tensor) -> None:
+        """The next token of each row, from B x D. Gemma 2's cap on logits is left out: it keeps their order."""
+        token = self.model.lm_head(hidden).argmax(-1)  # B
+        token = token.masked_fill(self.finished, self.pad)
+        self.written.index_copy_(1, self.count, token[:, None])
+        self.latest.copy_(token[:, None])
+        self.count += 1
+        self.finished |= (token == self.eos) | (self.limits <= self.count)
+
+
+def _until(eos: int, row: list[int]) -> list[int]:
+    return row[: row.index(eos) + 1] if eos in row else row
+
+
+def _window(model: PaliGemmaForConditionalGeneration) -> float:
+    """How many positions all layers can see."""
+    config = model.config.get_text_config()
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    return config.sliding_window if sliding else float("inf")
+
+
+def _cache_name(model: torch.nn.Module) -> str:
+    """What `forward` calls its cache: transformers has renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +18,7 @@ from transformers import PaliGemmaForConditionalGeneration
 
 from im2json.data.collate import Collator
 from im2json.data.example import Example, Split
-from im2json.inference.decode import generate
+from im2json.inference.decode import Decoder, generate
 from im2json.model.lora import merged_copy
 from im2json.report.picture import prediction_panel
 from im2json.runs import RunFolder, append_lines, keep_lines, read_lines
@@ -24,6 +26,8 @@ from im2json.scoring import StreamingEvaluator
 from im2json.scoring.text import canonical, parse
 
 Row = dict[str, Any]
+WINDOW = 16  # batches of each process that are sorted by length
+LOADERS = 4  # threads that load pictures while a GPU decodes; on a CPU it is one, the cores being busy
 
 
 def evaluate_split(
@@ -32,37 +36,59 @@ def evaluate_split(
     split: Split,
     accelerator: Accelerator,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     batch_size: int,
     count: int | None = None,
     description: str = "evaluating",
     on_rows: Callable[[int, list[Row]], None] | None = None,
+    decoder: Decoder | None = None,
 ) -> dict[str, float]:
     """The metrics of generated text over a split (its first `count` examples), the same on every process.
 
     The processes share the examples out. Memory stays constant: sums are kept, and `on_rows` gets the rows of all
     processes on the main one as they come, in the split's order, with the place of the first.
+
+    Args:
+        max_new_tokens: for all, or one for each example of the split.
+        decoder: made for `model`; to be handed in by who wants to read what it counts.
     """
-    evaluator = StreamingEvaluator()
+    evaluator, decoder = StreamingEvaluator(), decoder or Decoder(model, collator)
     total = len(split) if count is None else min(count, len(split))
     progress = tqdm(total=total, desc=description, unit="ex", leave=False, disable=not accelerator.is_main_process)
-    done = 0
-    for indices in _shares(total, batch_size, accelerator.process_index, accelerator.num_processes):
-        examples = [split[i] for i in indices]
-        rows = []
-        texts = generate(model, collator, [e.image for e in examples], max_new_tokens) if examples else []
-        for example, text in zip(examples, texts):
-            rows.append(prediction_row(example, text, evaluator.update(text, example.target, id=example.id)))
-        rows = gather_object(rows)  # process by process, which is the split's order
-        if on_rows is not None and accelerator.is_main_process:
-            on_rows(done, rows)
-        done += len(rows)
-        progress.update(len(rows))
+    done, share = 0, _Share(total, batch_size, accelerator.process_index, accelerator.num_processes)
+    rows: dict[int, Row] = {}  # of the present window
+    # While the model writes a batch, the next one's pictures are loaded and the one before is scored.
+    with ThreadPoolExecutor(LOADERS if model.device.type == "cuda" else 1) as loading, ThreadPoolExecutor(1) as scoring:
+        scored: Future[dict[int, Row]] | None = None
+        for batch, examples, pixels, ends_window in _loaded(loading, split, collator, share.batches(split.targets)):
+            each = max_new_tokens if isinstance(max_new_tokens, int) else [max_new_tokens[i] for i in batch]
+            texts = generate(decoder, pixels, each) if batch else []
+            if scored is not None:
+                rows.update(scored.result())
+            scored = scoring.submit(_score, evaluator, batch, examples, texts)
+            progress.update(min(len(batch) * accelerator.num_processes, total - progress.n))
+            if ends_window:
+                rows.update(scored.result())
+                # Process by process, which is the split's order.
+                gathered = gather_object([row for _, row in sorted(rows.items())])
+                if on_rows is not None and accelerator.is_main_process:
+                    on_rows(done, gathered)
+                done, scored, rows = done + len(gathered), None, {}
     progress.close()
     merged = StreamingEvaluator()
     for other in gather_object([evaluator]):
         merged.merge(other)
     return merged.compute()
+
+
+def _score(
+    evaluator: StreamingEvaluator, batch: Sequence[int], examples: Sequence[Example], texts: Sequence[str]
+) -> dict[int, Row]:
+    """A batch's rows by their places in the split."""
+    return {
+        i: prediction_row(example, text, evaluator.update(text, example.target, id=example.id))
+        for i, example, text in zip(batch, examples, texts)
+    }
 
 
 def prediction_row(example: Example, text: str, scores: dict[str, float]) -> Row:
@@ -108,7 +134,7 @@ class Evaluation:
         self.run = run
         self.sink = sink
         self.dtype = dtype
-        self.limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        self.limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         self.count = count
 
     def validate(self, step: int) -> dict[str, float]:
@@ -158,8 +184,56 @@ class Evaluation:
         return next((row["text"] for row in rows if row["id"] == id), None)
 
 
-def _shares(total: int, batch_size: int, rank: int, processes: int) -> Iterator[Sequence[int]]:
-    """This process's batches; all processes get equally many, the last ones perhaps empty."""
-    window = batch_size * processes
-    for start in range(0, total, window):
-        yield range(min(start + rank * batch_size, total), min(start + (rank + 1) * batch_size, total))
+@dataclass(frozen=True)
+class _Share:
+    """What of a split's first `total` examples one process writes."""
+
+    total: int
+    batch_size: int
+    rank: int
+    processes: int
+
+    def batches(self, targets: Sequence[dict[str, Any]]) -> Iterator[tuple[list[int], bool]]:
+        """Batches, and whether each is the last of its window, of which all processes have equally many.
+
+        A window is what is held in memory until it is put into the split's order again. Within it, examples whose
+        targets are equally long are written together, the longest first: a batch takes as long as its longest text,
+        and what fits is known from the first batch on.
+        """
+        window = WINDOW * self.batch_size * self.processes
+        for start in range(0, self.total, window):
+            mine = self._part(start, min(start + window, self.total))
+            order = sorted(mine, key=lambda i: len(canonical(targets[i])), reverse=True)
+            for first in range(0, max(1, len(order)), self.batch_size):
+                last = first + self.batch_size
+                yield order[first:last], last >= len(order)
+
+    def _part(self, start: int, end: int) -> range:
+        share = -(-(end - start) // self.processes)
+        return range(min(start + self.rank * share, end), min(start + (self.rank + 1) * share, end))
+
+
+def _loaded(
+    pool: Executor, split: Split, collator: Collator, batches: Iterable[tuple[list[int], bool]]
+) -> Iterator[tuple[list[int], list[Example], torch.Tensor, bool]]:
+    """Each batch with its examples and pixels, B x 3 x H x W, while one more is being loaded. What goes wrong in
+    loading it comes out when it is its turn."""
+
+    def load(i: int) -> tuple[Example, torch.Tensor]:
+        example = split[i]
+        return example, collator.pixels([example.image])
+
+    def collect(
+        batch: list[int], last: bool, loads: list[Future[tuple[Example, torch.Tensor]]]
+    ) -> tuple[list[int], list[Example], torch.Tensor, bool]:
+        loaded = [load.result() for load in loads]
+        pixels = torch.cat([pixels for _, pixels in loaded]) if loaded else torch.empty(0)
+        return batch, [example for example, _ in loaded], pixels, last
+
+    ahead = None
+    for batch, last in batches:
+        present, ahead = ahead, (batch, last, [pool.submit(load, i) for i in batch])
+        if present is not None:
+            yield collect(*present)
+    if ahead is not None:
+        yield collect(*ahead)

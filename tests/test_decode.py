@@ -1,0 +1,259 @@
+"""Our decoding against transformers' greedy generate, and the order in which a split is decoded."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import reset_accelerate, write_dataset
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+import im2json.inference.evaluate as room
+from im2json.data.sources import load_splits
+from im2json.inference.attention import grouped, grouped_attention
+from im2json.inference.decode import Decoder, _Batch, generate
+from im2json.inference.evaluate import _Share, evaluate_split
+from im2json.scoring.text import canonical
+
+# B rows, T tokens.
+EOS, PAD = 1, 0
+NEW = 24  # tokens that are written at most
+KINDS = {
+    "gemma": {},
+    "gemma2": {"model_type": "gemma2", "final_logit_softcapping": 30.0, "attn_logit_softcapping": 5.0,
+               "query_pre_attn_scalar": 16, "sliding_window": 4096},
+    "gemma2 with a short window": {"model_type": "gemma2", "final_logit_softcapping": 30.0,
+                                   "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16, "sliding_window": 32},
+}  # fmt: skip
+
+
+def make_model(small_model: str, kind: str, heads: int = 4) -> PaliGemmaForConditionalGeneration:
+    """Random weights, large enough that different pictures get different and winding texts."""
+    config = PaliGemmaConfig.from_pretrained(small_model).to_dict()
+    config["text_config"] |= {"num_attention_heads": heads, "head_dim": 16, **KINDS[kind]}
+    config["text_config"].pop("architectures", None)
+    if "gemma2" in kind:
+        config["text_config"].pop("layer_types", None)
+    torch.manual_seed(1)
+    model = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_dict(config))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "language_model.layers" in name:
+            torch.nn.init.normal_(parameter, std=0.25)
+        elif "vision" in name or "projector" in name:
+            parameter.data *= 4
+    if "gemma2" in kind:
+        model.model.language_model.config._attn_implementation = "eager"  # sdpa knows no cap
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    return torch.randn(9, 3, 28, 28, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def oracle(model: Any, collator: Any, pixels: torch.Tensor, tokens: int = NEW) -> list[list[int]]:
+    """What transformers writes for each picture alone, up to EOS."""
+    rows = []
+    for picture in pixels:
+        inputs = collator.prefixes(picture[None])
+        output = model.generate(
+            **inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=EOS, pad_token_id=PAD
+        )  # 1 x (P + T)
+        rows.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+    return rows
+
+
+def end_texts_early(model: Any, collator: Any, pixels: torch.Tensor) -> None:
+    """Make a word that some texts hold EOS, by swapping its embedding, which lm_head is tied to, with that of EOS."""
+    texts = oracle(model, collator, pixels)
+    seen = {word: sum(word in text for text in texts) for word in {word for text in texts for word in text}}
+    word = max(sorted(seen), key=lambda word: (0 < seen[word] < len(texts), seen[word]))
+    assert 1 < seen[word] < len(texts), texts
+    weights = model.lm_head.weight.data
+    weights[[EOS, word]] = weights[[word, EOS]]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request, small_model, collator, pixels) -> PaliGemmaForConditionalGeneration:
+    model = make_model(small_model, request.param)
+    end_texts_early(model, collator, pixels)
+    return model
+
+
+@pytest.fixture(scope="module")
+def expected(model, collator, pixels) -> list[list[int]]:
+    rows = oracle(model, collator, pixels)
+    assert len({tuple(row) for row in rows}) > len(rows) // 2
+    assert len({len(row) for row in rows}) > 1, "texts of different lengths"
+    return rows
+
+
+def as_texts(collator: Any, rows: list[list[int]]) -> list[str]:
+    return collator.processor.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 9])
+def test_texts_are_those_of_transformers(model, collator, pixels, expected, size):
+    decoder = Decoder(model, collator)
+    texts = [text for some in pixels.split(size) for text in generate(decoder, some, NEW)]
+    assert texts == as_texts(collator, expected)
+    assert decoder.tokens == sum(map(len, expected))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+def test_the_limit_is_reached(model, collator, pixels, expected, tokens):
+    assert generate(Decoder(model, collator), pixels, tokens) == as_texts(collator, [row[:tokens] for row in expected])
+
+
+def test_each_row_has_its_limit(model, collator, pixels, expected):
+    limits = [random.Random(3).randint(1, NEW) for _ in expected]
+    decoder = Decoder(model, collator)
+    cut = [row[:limit] for row, limit in zip(expected, limits)]
+    assert generate(decoder, pixels, limits) == as_texts(collator, cut)
+    assert decoder.tokens == sum(map(len, cut))
+
+
+def test_the_model_attends_as_before_afterwards(model, collator, pixels, expected):
+    before = model.model.language_model.config._attn_implementation
+    generate(Decoder(model, collator), pixels, NEW)
+    assert model.model.language_model.config._attn_implementation == before
+    assert oracle(model, collator, pixels[:2]) == expected[:2]
+    with pytest.raises(KeyError), grouped(model.config.get_text_config()):
+        raise KeyError
+    assert model.config.get_text_config()._attn_implementation == before
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+def test_a_masked_cache_of_full_length_gives_the_same(small_model, collator, pixels, kind):
+    """What is captured on a GPU, step by step on a CPU; the last batch is smaller than what there is room for."""
+    model = make_model(small_model, kind)
+    end_texts_early(model, collator, pixels)
+    rows = []
+    with torch.no_grad(), grouped(model.model.language_model.config):
+        batch = _Batch.make(model, collator, 5, len(collator.prefix_ids) + 64, whole=True)
+        for some in pixels.split(5):
+            batch.begin(some, [NEW] * len(some))
+            for _ in range(NEW - 1):
+                batch.advance()
+            assert bool(batch.finished.all())
+            rows += batch.written[: len(some), :NEW].tolist()
+    expected = oracle(model, collator, pixels)
+    assert rows == [row + [PAD] * (NEW - len(row)) for row in expected]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_grouped_attention_is_attention_with_repeated_keys(softcap):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 6, 5, 8, generator=generator)
+    key, value = torch.randn(2, 3, 2, 5, 8, generator=generator)
+    scores = query @ key.repeat_interleave(3, 1).transpose(2, 3) * 0.3
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    wanted = (scores.softmax(-1) @ value.repeat_interleave(3, 1)).transpose(1, 2)
+    found, _ = grouped_attention(torch.nn.Identity(), query, key, value, None, scaling=0.3, softcap=softcap)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_memory_that_does_not_suffice_halves_the_batch(small_model, collator, pixels, capsys):
+    sizes: list[int] = []
+
+    class Small(Decoder):
+        room = 2
+
+        def __call__(self, pixels, limits):
+            sizes.append(len(pixels))
+            if len(pixels) > self.room:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(pixels, limits)
+
+    model = make_model(small_model, "gemma")
+    decoder = Small(model, collator)
+    limits = [3, 5, 7, 2, 9, 4, 6, 8, 1]
+    assert generate(decoder, pixels, limits) == generate(Decoder(model, collator), pixels, limits)
+    generate(decoder, pixels[:3], 4)
+    assert sizes == [9, 4, 2, 2, 2, 2, 1, 2, 1]
+    lines = capsys.readouterr()
+    assert "out of GPU memory with 9 examples at once: going on with 4" in lines.out + lines.err
+    decoder.room = 0
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        generate(decoder, pixels, 4)
+
+
+# --- a split
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A split of 23 examples."""
+    return load_splits(str(write_dataset(tmp_path_factory.mktemp("data") / "many", test=23)))["test"]
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    reset_accelerate()
+    return Accelerator(cpu=True)
+
+
+def rows_of(model: Any, collator: Any, split: Any, accelerator: Accelerator, **more: Any) -> tuple[list[Any], Any]:
+    rows: list[Any] = []
+
+    def on_rows(first: int, some: list[Any]) -> None:
+        assert first == len(rows)
+        rows.extend(some)
+
+    metrics = evaluate_split(model, collator, split, accelerator, on_rows=on_rows, **{"max_new_tokens": 12, **more})
+    return rows, metrics
+
+
+@pytest.mark.parametrize(("size", "window"), [(1, 16), (4, 16), (4, 2), (3, 1), (64, 16)])
+def test_no_row_depends_on_batches_or_windows(small_model, collator, many, accelerator, monkeypatch, size, window):
+    model = make_model(small_model, "gemma")
+    monkeypatch.setattr(room, "WINDOW", window)
+    rows, metrics = rows_of(model, collator, many, accelerator, batch_size=size)
+    assert [row["id"] for row in rows] == list(many.ids)
+    alone = [collator.pixels([many[i].image]) for i in range(len(many))]
+    assert [row["text"] for row in rows] == [generate(Decoder(model, collator), one, 12)[0] for one in alone]
+    assert len({row["text"] for row in rows}) > 3
+    monkeypatch.setattr(room, "WINDOW", 16)
+    assert metrics == pytest.approx(rows_of(model, collator, many, accelerator, batch_size=5)[1])
+
+
+def test_each_example_has_its_limit(small_model, collator, many, accelerator):
+    model = make_model(small_model, "gemma")
+    decoder = Decoder(model, collator)
+    limits = [1 + i % 9 for i in range(len(many))]
+    rows, _ = rows_of(model, collator, many, accelerator, batch_size=4, max_new_tokens=limits, decoder=decoder)
+    whole, _ = rows_of(model, collator, many, accelerator, batch_size=4, max_new_tokens=9)
+    assert all(full["text"].startswith(row["text"].rstrip("�")) for full, row in zip(whole, rows))
+    assert decoder.tokens <= sum(limits)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("total", [0, 1, 7, 23])
+def test_processes_share_every_window_out(many, total, processes, monkeypatch):
+    monkeypatch.setattr(room, "WINDOW", 2)
+    targets = many.targets
+    shares = [list(_Share(total, 3, rank, processes).batches(targets)) for rank in range(processes)]
+    assert len({sum(ends for _, ends in share) for share in shares}) == 1
+    windows: list[list[int]] = []
+    for share in shares:
+        found: list[list[int]] = [[]]
+        for batch, ends in share:
+            lengths = [len(canonical(targets[i])) for i in batch]
+            assert lengths == sorted(lengths, reverse=True) and len(batch) <= 3
+            found[-1] += batch
+            found += [[]] if ends else []
+        windows = [a + sorted(b) for a, b in zip(windows, found)] if windows else [sorted(some) for some in found]
+    assert [i for window in windows for i in window] == list(range(total))
+
+
+def test_a_picture_that_cannot_be_read_stops_the_evaluation(small_model, collator, tmp_path, accelerator):
+    folder = write_dataset(tmp_path / "broken", test=9)
+    Path(folder / "test" / "7.png").write_bytes(b"no picture")
+    split = load_splits(str(folder))["test"]
+    with pytest.raises(ValueError, match=r"7\.png"):
+        rows_of(make_model(small_model, "gemma"), collator, split, accelerator, batch_size=2)
