@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -125,6 +126,19 @@ def test_all_problems_are_named_at_once():
     assert "nf4, none" in str(error.value)
 
 
+def test_microbatch_is_a_number_or_auto(parsed):
+    assert parsed([]).train.microbatch == 4
+    assert parsed(["--microbatch", "auto"]).train.microbatch == "auto"
+    assert parsed(["--preset", "cord"]).train.microbatch == "auto"
+    assert parsed(["--preset", "cord", "--microbatch", "2"]).train.microbatch == 2
+    config = TrainConfig.resolve({"microbatch": "auto"})
+    assert TrainConfig.resolve(json.loads(json.dumps(config.flat())), "tiny") == config
+    with pytest.raises(ValueError, match="--microbatch: 'all' is not a whole number or auto"):
+        TrainConfig.resolve({"microbatch": "all"})
+    with pytest.raises(ValueError, match=r"--r: 'auto' is not a whole number$"):
+        TrainConfig.resolve({"r": "auto"})
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -134,6 +148,8 @@ def test_all_problems_are_named_at_once():
         (["--warmup", "-0.1"], "at least 0"),
         (["--alpha", "0"], "more than 0"),
         (["--steps", "many"], "not a valid integer"),
+        (["--microbatch", "many"], "not a whole number or auto"),
+        (["--microbatch", "0"], "at least 1"),
         (["--metric", "accuracy"], "field_f1"),
         (["--preset", "nord"], "cord"),
         (["--bach-size", "8"], "--batch-size"),

@@ -25,9 +25,13 @@ from im2json.data.sources import open_splits
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
 from im2json.model.lora import add_lora
+from im2json.model.memory import Forecast, Load, Setting, Sizes, forecast, free_bytes, largest_microbatch
 from im2json.options import TrainConfig
 from im2json.runs import RunFolder
 from im2json.scoring.text import canonical
+
+MICROBATCH_ON_CPU = 4  # examples
+"""What `--microbatch auto` is there: more would not be faster."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,6 @@ class Workbench:
 
     def evaluation(self, run: RunFolder, sink: Sink) -> Evaluation:
         """What evaluates the model into this run folder."""
-        room = positions(self.model) - len(self.collator.prefix_ids)
         return Evaluation(
             self.model,
             self.collator,
@@ -53,10 +56,16 @@ class Workbench:
             run,
             sink,
             dtype=DTYPES[self.precision],
-            max_new_tokens=self.lengths.new_token_limit(self.config.decode.max_new_tokens, room),
+            max_new_tokens=self.max_new_tokens,
             batch_size=self.config.decode.eval_batch_size,
             count=self.config.train.eval_examples,
         )
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest answer that is generated."""
+        room = positions(self.model) - len(self.collator.prefix_ids)
+        return self.lengths.new_token_limit(self.config.decode.max_new_tokens, room)
 
     def fingerprints(self) -> dict[str, str]:
         """By split, what tells its examples and their targets from others."""
@@ -64,6 +73,37 @@ class Workbench:
             name: hashlib.sha256(canonical([list(split.ids), split.targets]).encode()).hexdigest()[:16]
             for name, split in self.splits.items()
         }
+
+    def microbatch(self) -> int:
+        """--microbatch; where that is auto, what the memory has room for beside the model, and one line to say so."""
+        wanted, gpu = self.config.train.microbatch, self.accelerator.device.type == "cuda"
+        if isinstance(wanted, int):
+            return wanted
+        share = -(-self.config.train.batch_size // self.accelerator.num_processes)
+        if not gpu:
+            found = min(share, MICROBATCH_ON_CPU)
+            self.accelerator.print(f"--microbatch auto: {found} of a step's {share} examples a process, on a CPU")
+            return found
+        free = free_bytes(self.accelerator.device)
+        found = largest_microbatch(*self._memory(share), free)
+        self.accelerator.print(
+            f"--microbatch auto: {found} of a step's {share} examples a process, for which "
+            f"{self.forecast(found).step / 2**30:.1f} GiB beside the model are forecast; {free / 2**30:.1f} are free"
+        )
+        return found
+
+    def forecast(self, microbatch: int) -> Forecast:
+        """The peak of the memory, in parts."""
+        return forecast(*self._memory(microbatch))
+
+    def _memory(self, microbatch: int) -> tuple[Sizes, Setting, Load]:
+        """What decides it, with the longest examples in one microbatch."""
+        model, prefix = self.config.model, len(self.collator.prefix_ids)
+        longest = sorted(self.lengths.by_split["train"])[-microbatch:]
+        answers = min(self.config.decode.eval_batch_size, len(self.splits["validation"]))
+        load = Load(microbatch, prefix + longest[-1], sum(longest), answers, prefix + self.max_new_tokens)
+        setting = Setting.of(model, self.config.train.optimizer, self.precision, self.model)
+        return Sizes.of(self.model.config), setting, load
 
     def step_loader(self) -> StepLoader:
         """What feeds the training loop on this process."""
@@ -73,7 +113,7 @@ class Workbench:
             self.splits["train"],
             self.collator,
             Order(len(self.splits["train"]), options.batch_size, options.seed, self.lengths.by_split["train"]),
-            microbatch=options.microbatch,
+            microbatch=self.microbatch(),
             rank=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
             workers=(4 if gpu else 0) if workers is None else workers,
