@@ -24,6 +24,7 @@ from im2json.data.order import Order
 from im2json.data.sources import open_splits
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
+from im2json.model.card import check_card, precision_note
 from im2json.model.lora import add_lora
 from im2json.model.memory import Forecast, Load, Setting, Sizes, forecast, free_bytes, largest_microbatch
 from im2json.options import TrainConfig
@@ -125,9 +126,11 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, str]:
     """Accelerate on the GPU, or else on the CPU with all its cores; and the precision that was settled on.
 
     Raises:
-        ValueError: if --precision is not possible here.
+        ValueError: if --precision is not possible here, or this build of torch does not serve the card.
     """
     cpu = not torch.cuda.is_available()
+    if not cpu:
+        check_card()
     precision = resolve_precision(config.model.precision, torch.device("cpu" if cpu else "cuda"))
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if configured not in ("no", precision):
@@ -135,6 +138,8 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, str]:
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision, cpu=cpu, log_with=further_trackers(config) or None
     )
+    if note := precision_note(config.model.precision, precision):
+        accelerator.print(note)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # `accelerate launch` sets OMP_NUM_THREADS to 1 unless told otherwise, which would leave cores idle.
     threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
