@@ -187,6 +187,15 @@ def test_out_of_memory_halves_the_microbatch(tmp_path: Path, capsys: pytest.Capt
     assert "out of memory with 16 examples at a time" in capsys.readouterr().out
 
 
+def test_a_plan_measures_beside_its_forecast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, "run", "--steps", "1", "--eval-every", "0")  # saves the model
+    from train import main
+
+    main(["--model", str(tmp_path / "model"), "--plan", "--output", str(tmp_path / "plan")], standalone_mode=False)
+    assert "GiB at most in 5 steps" in capsys.readouterr().out
+    assert not (tmp_path / "plan").exists()
+
+
 def test_training_memory_does_not_grow_with_evaluations(tmp_path: Path) -> None:
     rare = run(tmp_path, "rare", "--eval-every", "6")
     torch.cuda.reset_peak_memory_stats()

@@ -150,6 +150,7 @@ def test_microbatch_is_a_number_or_auto(parsed):
         (["--steps", "many"], "not a valid integer"),
         (["--microbatch", "many"], "not a whole number or auto"),
         (["--microbatch", "0"], "at least 1"),
+        (["--price-per-hour", "2"], "--plan"),
         (["--metric", "accuracy"], "field_f1"),
         (["--preset", "nord"], "cord"),
         (["--bach-size", "8"], "--batch-size"),
