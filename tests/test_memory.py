@@ -113,14 +113,11 @@ def test_what_paligemma_took_on_a_gpu(resolution, microbatch, changes, gib):
 
 
 def test_the_largest_microbatch_that_has_room():
-    sizes, one, whole = paligemma(224), setting(), load(224, 16)
-    needs = {}
-    for size in (16, 8, 4, 2, 1):
-        parts = forecast(sizes, one, load(224, size))
-        needs[size] = (parts.lora + parts.step) / MARGIN
+    sizes, one = paligemma(224), setting()
+    needs = {size: forecast(sizes, one, load(224, size)).step for size in (16, 8, 4, 2, 1)}
     assert list(needs.values()) == sorted(needs.values(), reverse=True)
     for size, need in needs.items():
-        assert largest_microbatch(sizes, one, whole, need * 1.001) == size
-        assert largest_microbatch(sizes, one, whole, need * 0.999) == max(size // 2, 1)
-    assert largest_microbatch(sizes, one, whole, 0) == 1
-    assert largest_microbatch(sizes, one, dataclasses.replace(whole, microbatch=10), needs[8]) == 5
+        assert largest_microbatch(16, needs.__getitem__, need * 1.001 / MARGIN) == size
+        assert largest_microbatch(16, needs.__getitem__, need * 0.999 / MARGIN) == max(size // 2, 1)
+    assert largest_microbatch(10, float, 6.0) == 5
+    assert largest_microbatch(5, float, 2.0) == 1

@@ -86,7 +86,8 @@ class Workbench:
             self.accelerator.print(f"--microbatch auto: {found} of a step's {share} examples a process, on a CPU")
             return found
         free = free_bytes(self.accelerator.device)
-        found = largest_microbatch(*self._memory(share), free)
+        # LoRA's weights are there already: a little more is asked for than the step takes
+        found = largest_microbatch(share, lambda size: self.forecast(size).lora + self.forecast(size).step, free)
         self.accelerator.print(
             f"--microbatch auto: {found} of a step's {share} examples a process, for which "
             f"{self.forecast(found).step / 2**30:.1f} GiB beside the model are forecast; {free / 2**30:.1f} are free"
@@ -94,17 +95,13 @@ class Workbench:
         return found
 
     def forecast(self, microbatch: int) -> Forecast:
-        """The peak of the memory, in parts."""
-        return forecast(*self._memory(microbatch))
-
-    def _memory(self, microbatch: int) -> tuple[Sizes, Setting, Load]:
-        """What decides it, with the longest examples in one microbatch."""
+        """The peak of the memory, in parts, with the longest examples in one microbatch."""
         model, prefix = self.config.model, len(self.collator.prefix_ids)
         longest = sorted(self.lengths.by_split["train"])[-microbatch:]
         answers = min(self.config.decode.eval_batch_size, len(self.splits["validation"]))
         load = Load(microbatch, prefix + longest[-1], sum(longest), answers, prefix + self.max_new_tokens)
         setting = Setting.of(model, self.config.train.optimizer, self.precision, self.model)
-        return Sizes.of(self.model.config), setting, load
+        return forecast(Sizes.of(self.model.config), setting, load)
 
     def step_loader(self) -> StepLoader:
         """What feeds the training loop on this process."""

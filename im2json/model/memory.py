@@ -2,13 +2,12 @@
 
 Written out tensor by tensor, so that a change to the model or its layers shows which line is no longer true. Only what
 grows with the model, the microbatch or the sequence is counted; CUDA's own 0.5 GiB or so, and what the allocator
-loses between blocks, come on top.
+loses between blocks, come on top. DoRA, which keeps more, is counted as LoRA.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,17 +257,9 @@ def _evaluation(sizes: Sizes, setting: Setting, load: Load, linear: int) -> floa
     return linear * e + max(merging, cache + reading)
 
 
-def largest_microbatch(sizes: Sizes, setting: Setting, load: Load, free: float) -> int:
-    """The microbatch of `load`, halved until a step has room in `free` bytes beside the model; at least 1.
-
-    Its labels are taken to be fewer in proportion.
-    """
-    most = load.microbatch
-    while most > 1:
-        part = dataclasses.replace(load, microbatch=most, labels=-(-load.labels * most // load.microbatch))
-        parts = forecast(sizes, setting, part)
-        if parts.lora + parts.step <= MARGIN * free:  # LoRA's weights are there already: a little more is asked for
-            break
+def largest_microbatch(most: int, needs: Callable[[int], float], free: float) -> int:
+    """`most` examples, halved until what so many need has room in `free` bytes; at least 1."""
+    while most > 1 and needs(most) > MARGIN * free:
         most = (most + 1) // 2
     return most
 
