@@ -92,7 +92,7 @@ def plan(config: TrainConfig, price: float | None = None) -> None:
     loader = bench.step_loader()
     parts = bench.forecast(loader.microbatch)
     sizes = size_report(bench.model, loader, bench.lengths, config)
-    accelerator.print(f"{sizes}\n\n{memory_report(parts, config.model.quant)}\n")
+    accelerator.print(f"{sizes}\n\n{memory_report(parts)}\n")
     timing = time_steps(bench.model, loader, bench.lengths.by_split["train"], config, accelerator)
     if timing.microbatch != loader.microbatch:
         parts = bench.forecast(timing.microbatch)

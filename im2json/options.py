@@ -110,6 +110,19 @@ class ModelOptions:
         "of the computation: auto is bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
+    compile: str = option(
+        "auto",
+        "compile the layers, and replay each microbatch as a CUDA graph: auto does for large models on a GPU",
+        choices=("auto", "on", "off"),
+        free=True,
+    )
+    dequantize: str = option(
+        "auto",
+        "keep what the 4-bit weights stand for, instead of working it out in every pass: the same numbers, 4 times the "
+        "memory; auto does where there is plenty",
+        choices=("auto", "on", "off"),
+        free=True,
+    )
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, a quarter slower", free=True
     )

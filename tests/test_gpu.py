@@ -192,7 +192,7 @@ def test_a_plan_measures_beside_its_forecast(tmp_path: Path, capsys: pytest.Capt
     from train import main
 
     main(["--model", str(tmp_path / "model"), "--plan", "--output", str(tmp_path / "plan")], standalone_mode=False)
-    assert "GiB at most in 5 steps" in capsys.readouterr().out
+    assert "GiB at most in 6 steps" in capsys.readouterr().out
     assert not (tmp_path / "plan").exists()
 
 

@@ -30,7 +30,7 @@ from im2json.data.sources import load_splits
 from im2json.inference.evaluate import Evaluation
 from im2json.model.base import load_base, load_processor
 from im2json.model.lora import add_lora, trained
-from im2json.model.loss import summed_loss
+from im2json.model.loss import loss_at
 from im2json.options import ModelOptions, TrainOptions
 from im2json.runs import RunFolder, complete_checkpoints, read_lines
 from im2json.scoring import METRICS
@@ -62,9 +62,10 @@ class Recorder:
         self.steps += 1
         self.grads = [parameter.grad.clone() for parameter in self.parameters]
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, set_to_none: bool) -> None:
+        assert not set_to_none
         for parameter in self.parameters:
-            parameter.grad = None
+            parameter.grad.zero_()
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_any_split_of_a_step_gives_the_same_gradients(dataset, collator, model, 
         assert outcome.grad_norm == pytest.approx(float(norm), rel=1e-5)
         for got, wanted in zip(recorder.grads, expected):
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6 * float(norm))
-        assert all(parameter.grad is None for parameter in trained(model))
+        assert not any(parameter.grad.any() for parameter in trained(model))
 
 
 def test_gradients_are_scaled_down_to_the_norm(dataset, collator, model, accelerator):
@@ -163,12 +164,12 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch, fits: Callable[[int, int], bo
     """Have the GPU's memory run out where not `fits(call, examples)`, calls counted from 1."""
     calls = itertools.count(1)
 
-    def loss(model: Any, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        if not fits(next(calls), len(labels)):
+    def loss(model: Any, inputs: dict[str, torch.Tensor], *places_and_targets: torch.Tensor) -> torch.Tensor:
+        if not fits(next(calls), len(inputs["input_ids"])):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return summed_loss(model, batch, labels)
+        return loss_at(model, inputs, *places_and_targets)
 
-    monkeypatch.setattr("im2json.training.loop.summed_loss", loss)
+    monkeypatch.setattr("im2json.training.microstep.loss_at", loss)
 
 
 def test_out_of_memory_halves_the_microbatch_and_redoes_the_step(train, tmp_path, monkeypatch, capsys):
@@ -258,7 +259,7 @@ def test_what_is_not_finite_stops_before_the_optimizer_is_touched(dataset, colla
     assert all(torch.equal(one, other) for one, other in zip(before, parameters))
     after = copied_state(optimizer.optimizer)
     assert all(torch.equal(state[key][name], after[key][name]) for key in state for name in state[key])
-    assert all(parameter.grad is None for parameter in parameters)
+    assert not any(parameter.grad.any() for parameter in parameters)
 
 
 @pytest.mark.parametrize("poison", ["picture", "gradient"])
@@ -728,13 +729,13 @@ def test_data_that_changed_since_a_run_began_are_refused(train, cli, tmp_path):
 def test_a_layer_that_no_gradient_reaches_is_refused(cli, base_args, tmp_path, monkeypatch):
     import im2json.training.loop as loop
 
-    original = loop.sum_over_processes
+    original = loop.check_gradients
 
-    def without_one(values: Any, parameters: Any, accelerator: Any) -> Any:
-        parameters[1].grad = torch.zeros_like(parameters[1])
-        return original(values, parameters, accelerator)
+    def without_one(model: Any) -> None:
+        next(p for name, p in model.named_parameters() if ".lora_B." in name).grad.zero_()
+        original(model)
 
-    monkeypatch.setattr(loop, "sum_over_processes", without_one)
+    monkeypatch.setattr(loop, "check_gradients", without_one)
     error = clear_error(cli("train", *base_args, "--no-test", "--output", tmp_path / "run"))
     assert "no gradient reaches 1 of" in error and "lora_B" in error and "--target-modules" in error
 

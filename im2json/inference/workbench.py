@@ -25,6 +25,7 @@ from im2json.data.sources import open_splits
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
 from im2json.model.card import check_card, precision_note
+from im2json.model.compiled import LENGTHS, compile_layers, compiles, records
 from im2json.model.lora import add_lora
 from im2json.model.memory import Forecast, Load, Setting, Sizes, forecast, free_bytes, largest_microbatch
 from im2json.options import TrainConfig
@@ -99,8 +100,13 @@ class Workbench:
         model, prefix = self.config.model, len(self.collator.prefix_ids)
         longest = sorted(self.lengths.by_split["train"])[-microbatch:]
         answers = min(self.config.decode.eval_batch_size, len(self.splits["validation"]))
-        load = Load(microbatch, prefix + longest[-1], sum(longest), answers, prefix + self.max_new_tokens)
-        setting = Setting.of(model, self.config.train.optimizer, self.precision, self.model)
+        device = self.accelerator.device
+        width = prefix + longest[-1]
+        if records(model, self.model, device, self.precision):
+            width += -width % LENGTHS
+        load = Load(microbatch, width, sum(longest), answers, prefix + self.max_new_tokens)
+        compiled = compiles(model.compile, self.model, device)
+        setting = Setting.of(model, self.config.train.optimizer, self.precision, self.model, compiled)
         return forecast(Sizes.of(self.model.config), setting, load)
 
     def step_loader(self) -> StepLoader:
@@ -177,10 +183,13 @@ def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, ada
     collator = Collator(load_processor(config.model.model), config.data.prompt, config.data.letterbox)
     lengths = TargetLengths.count(splits, collator)
     accelerator.print(lengths.summary())
-    base = load_base(config.model.model, precision, config.model.quant, accelerator.device)
+    options = config.model
+    base = load_base(options.model, precision, options.quant, accelerator.device, options.dequantize)
     lengths.check(config.data.max_target_tokens, len(collator.prefix_ids), positions(base))
     lora = dataclasses.replace(config.model, adapter=str(adapter)) if adapter else config.model
     model = add_lora(base, lora, config.train.seed)
+    if compiles(options.compile, model, accelerator.device):
+        compile_layers(model)
     return Workbench(config, accelerator, precision, splits, collator, lengths, model)
 
 

@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from im2json.cli import first_line
 
 TINY = Path(__file__).parent / "tiny"
+PLENTY = 40 * 2**30  # free bytes
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -33,7 +34,9 @@ def load_processor(model: str) -> PaliGemmaProcessor:
     return _from_pretrained(PaliGemmaProcessor, model)
 
 
-def load_base(model: str, precision: str, quant: str, device: torch.device) -> PaliGemmaForConditionalGeneration:
+def load_base(
+    model: str, precision: str, quant: str, device: torch.device, dequantize: str = "off"
+) -> PaliGemmaForConditionalGeneration:
     """The frozen base on one device, its weights in `precision`; with `nf4`, its linear layers in 4 bits.
 
     NF4 with double quantisation is QLoRA's storage (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314): 4.127
@@ -52,10 +55,19 @@ def load_base(model: str, precision: str, quant: str, device: torch.device) -> P
             bnb_4bit_compute_dtype=dtype,
         )
     disable_progress_bar()
-    base = _from_pretrained(PaliGemmaForConditionalGeneration, model, **settings)
+    base: Any = _from_pretrained(PaliGemmaForConditionalGeneration, model, **settings)
+    if getattr(base.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        base.set_attn_implementation({"text_config": "eager"})  # PaliGemma 2 caps its scores, which sdpa leaves out
+    if quant == "nf4" and (plentiful(device) if dequantize == "auto" else dequantize == "on"):
+        base = base.dequantize(dtype)
     base.requires_grad_(False)
     base.config.use_cache = False
     return base
+
+
+def plentiful(device: torch.device) -> bool:
+    """Whether a device has memory to spare for PaliGemma's weights in 16 bits."""
+    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > PLENTY
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

@@ -7,28 +7,79 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# B examples, S positions, N label positions of a microbatch, D hidden, V vocabulary.
+from im2json.data.collate import IGNORE
+from im2json.model.forward import hidden_states
+
+# B examples, S positions, N label positions of a microbatch, D hidden, V vocabulary, C label positions of a chunk.
+CHUNK = 1024
+SCALE = 2.0**10
 
 
 def summed_loss(model: Any, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy summed over the target tokens of a microbatch, in nats.
 
     Summed and not averaged: the caller divides once by the target tokens of the whole step, so that any split into
-    microbatches and processes gives the same gradient. Logits exist at label positions only: over PaliGemma's
-    257,216 words all positions would take gigabytes.
+    microbatches and processes gives the same gradient.
 
     Args:
         model: a PaliGemmaForConditionalGeneration, with or without LoRA.
-        batch: input_ids, attention_mask and token_type_ids (B, S), pixel_values (B, 3, H, W). Without token_type_ids
-            the mask is wrong: causal all over, or leaking backwards, by the version of transformers.
+        batch: input_ids, attention_mask and token_type_ids (B, S), pixel_values (B, 3, H, W).
         labels: (B, S), -100 where nothing is to be learned.
     """
+    return loss_at(model, batch, *label_positions(labels))
+
+
+def label_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the hidden state predicts a target token, counted through all rows, and that token; (N,) each."""
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()  # position s predicts token s + 1
+    places = (following != IGNORE).nonzero().squeeze(1)  # N
+    return places, following[places]
+
+
+def loss_at(model: Any, batch: dict[str, torch.Tensor], places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`summed_loss` at the given places; a target of -100 counts nothing."""
     paligemma = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = paligemma.model(**batch, use_cache=False).last_hidden_state  # B x S x D
-    predicts = labels[:, 1:] != -100  # position s predicts token s + 1
-    hidden = hidden[:, :-1][predicts]  # N x D
-    logits = paligemma.lm_head(hidden).float()  # N x V
+    hidden = hidden_states(paligemma, batch).flatten(0, 1)[places]  # N x D
     cap = getattr(paligemma.config.get_text_config(), "final_logit_softcapping", None)
-    if cap is not None:  # PaliGemma 2; transformers 5.17 leaves it out
-        logits = cap * torch.tanh(logits / cap)
-    return F.cross_entropy(logits, labels[:, 1:][predicts], reduction="sum")
+    return _ChunkedCrossEntropy.apply(hidden, paligemma.lm_head.weight, targets, cap)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of hidden @ weight.T, with logits for C positions at a time.
+
+    Over PaliGemma's 257,216 words a step's logits and their gradient would take gigabytes. As the weight is frozen, the
+    gradient of the hidden states is all that is wanted, and it is known as soon as the logits are (as in Liger's fused
+    linear cross-entropy, https://arxiv.org/abs/2410.10989): they need no second product in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float | None
+    ) -> torch.Tensor:
+        """hidden (N, D), weight (V, D), targets (N,), cap: PaliGemma 2's, which transformers 5.17 leaves out."""
+        loss = torch.zeros((), device=hidden.device)
+        gradients = []
+        for states, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK)):
+            logits = F.linear(states, weight).float()  # C x V
+            if cap is not None:
+                logits = logits.div_(cap).tanh_().mul_(cap)
+            counts = (wanted != IGNORE).unsqueeze(1)  # C x 1
+            wanted = wanted.clamp(min=0).unsqueeze(1)  # C x 1
+            total = logits.logsumexp(1, keepdim=True)  # C x 1
+            loss += ((total - logits.gather(1, wanted)) * counts).sum()
+            if not ctx.needs_input_grad[0]:
+                continue
+            slope = 1 - (logits / cap).square() if cap is not None else None  # of the cap, C x V
+            change = logits.sub_(total).exp_()  # C x V: the softmax, and from here on the loss's change with the logits
+            change.scatter_add_(1, wanted, -torch.ones_like(total))
+            change = change.mul_(counts * SCALE)  # so that fp16 keeps probabilities down to 6e-11
+            change = change.mul_(slope) if slope is not None else change
+            gradients.append((change.to(weight.dtype) @ weight).float() / SCALE)  # C x D
+        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *change: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * change[0]).to(ctx.dtype), None, None, None

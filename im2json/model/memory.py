@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from im2json.model.base import DTYPES
+from im2json.model.loss import CHUNK
 from im2json.options import ModelOptions
 
 # B examples, S positions of the text, I image tokens; widths: D hidden, F intermediate, A heads x head dimension.
@@ -21,10 +22,8 @@ from im2json.options import ModelOptions
 
 NF4_BYTES = 4.127 / 8
 """A weight in NF4 with double quantisation."""
-LABELS_AT_ONCE = 1024
-"""Label positions whose logits exist at a time."""
-LOGIT_BYTES = 10
-"""A logit in the loss: its 16 bits, the same in fp32, and its softmax or gradient in fp32."""
+LOGIT_BYTES = 8
+"""A logit in the loss: in fp32, and once more while their exponentials are summed."""
 MARGIN = 0.9
 """Share of the free memory that is planned with: the rest is lost between blocks, or forecast wrongly."""
 
@@ -90,26 +89,29 @@ class Setting:
     """What of a run's options decides its memory."""
 
     precision: str  # bf16, fp16 or fp32
-    quant: str
+    quant: str  # nf4 or none: of the weights as they lie in memory
     r: int
     dropout: bool
     checkpointing: bool
     moment_bytes: int  # of the optimizer, both moments of a weight together
     text_targets: tuple[str, ...]  # linear layers with LoRA, by the last part of their names
     vision_targets: tuple[str, ...]
-    compiled: bool = False  # the decoder layers
+    compiled: bool = False  # the layers
 
     @classmethod
-    def of(cls, options: ModelOptions, optimizer: str, precision: str, model: torch.nn.Module) -> Setting:
+    def of(
+        cls, options: ModelOptions, optimizer: str, precision: str, model: torch.nn.Module, compiled: bool = False
+    ) -> Setting:
         """That of a model which has its LoRA layers already."""
         adapted = [name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name]
         text, vision = (
             tuple(sorted({name.rsplit(".", 1)[-1] for name in adapted if tower in name}))
             for tower in ("language_model", "vision_tower")
         )
+        packed = any(parameter.dtype == torch.uint8 for parameter in model.parameters())
         return cls(
-            precision, options.quant, options.r, options.dropout > 0, options.gradient_checkpointing,
-            8 if optimizer == "adamw" else 2, text, vision,
+            precision, "nf4" if packed else "none", options.r, options.dropout > 0, options.gradient_checkpointing,
+            8 if optimizer == "adamw" else 2, text, vision, compiled,
         )  # fmt: skip
 
     @property
@@ -168,7 +170,7 @@ def forecast(sizes: Sizes, setting: Setting, load: Load) -> Forecast:
         lora=trainable * (4 + 4 + autocast_copy + setting.moment_bytes),
         kept=kept,
         passing=passing,
-        logits=min(load.labels, LABELS_AT_ONCE) * sizes.vocabulary * LOGIT_BYTES,
+        logits=min(load.labels, CHUNK) * sizes.vocabulary * LOGIT_BYTES,
         evaluation=_evaluation(sizes, setting, load, linear),
     )
 

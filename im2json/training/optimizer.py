@@ -10,6 +10,20 @@ import torch
 from im2json.options import TrainOptions
 
 
+def flatten(parameters: list[torch.nn.Parameter]) -> torch.nn.Parameter:
+    """One parameter of which the given ones, and their gradients, become views: hundreds of LoRA matrices are then
+    updated, clipped, set to zero and summed over processes by one kernel each. (n,), in fp32."""
+    flat = torch.nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    start = 0
+    for parameter in parameters:
+        end = start + parameter.numel()
+        parameter.data = flat.data[start:end].view_as(parameter)
+        parameter.grad = flat.grad[start:end].view_as(parameter)
+        start = end
+    return flat
+
+
 def make_optimizer(parameters: list[torch.nn.Parameter], options: TrainOptions) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) over the LoRA weights.
 

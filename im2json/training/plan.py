@@ -18,9 +18,10 @@ from im2json.model.memory import Forecast
 from im2json.options import TrainConfig
 from im2json.report.table import table
 from im2json.training.loop import Microbatch, peak_memory_bytes, seed_dropout, train_step
-from im2json.training.optimizer import make_optimizer
+from im2json.training.microstep import make_microstep
+from im2json.training.optimizer import flatten, make_optimizer
 
-WARM_UP, TIMED = 2, 3  # steps
+TIMED = 3  # steps
 GIB = 2**30
 
 
@@ -63,10 +64,10 @@ def refusals(lengths: TargetLengths) -> str:
     return ", ".join(f"{lengths.longer_than(limit)} at {limit}" for limit in shown)
 
 
-def memory_report(parts: Forecast, quant: str) -> str:
+def memory_report(parts: Forecast) -> str:
     """The forecast, part by part, and its peak."""
     rows: list[tuple[str, float]] = [
-        ("frozen weights" + (" in NF4" if quant == "nf4" else ""), parts.weights),
+        ("frozen weights", parts.weights),
         ("embedding, tied to the output layer", parts.embedding),
         ("LoRA: weights, gradients, moments", parts.lora),
         ("step: activations kept for the backward pass", parts.kept),
@@ -82,29 +83,31 @@ def memory_report(parts: Forecast, quant: str) -> str:
 def time_steps(
     model: PeftModel, loader: StepLoader, target_lengths: list[int], config: TrainConfig, accelerator: Accelerator
 ) -> Timing:
-    """Take a few steps with the model in memory; nothing of them is kept.
+    """Take a few steps with the model in memory, twice, as at first layers are compiled; nothing of them is kept.
 
-    The steps stand together in the run's order, the one with the epoch's longest example after those of the warm-up.
+    The steps stand together in the run's order, the one with the epoch's longest example first.
     """
-    parameters = trained(model)
+    parameters = [flatten(trained(model))]
     optimizer = accelerator.prepare(make_optimizer(parameters, config.train))
-    microbatch = Microbatch(loader.microbatch)
-    first = max(0, longest_step(loader, target_lengths, total_steps(loader, config)) - WARM_UP)
+    microstep, microbatch = make_microstep(model, accelerator, config.model), Microbatch(loader.microbatch)
+    first = longest_step(loader, target_lengths, total_steps(loader, config))
     seconds = []
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    steps = [*loader.steps(first, first + TIMED)] * 2  # decoded before the clock runs, as workers do it
     clock = time.perf_counter()
-    for step, batches in enumerate(loader.steps(first, first + WARM_UP + TIMED), first):
+    for place, batches in enumerate(steps):
+        step = first + place % TIMED
         target_tokens = sum(target_lengths[i] for i in loader.order.step(step))
         seed_dropout(config.train.seed, step, accelerator.process_index)
         train_step(
             model, batches, target_tokens, parameters, optimizer, accelerator, config.train.max_grad_norm,
-            microbatch=microbatch,
+            microbatch=microbatch, microstep=microstep,
         )  # fmt: skip
-        seconds.append(time.perf_counter() - clock)  # waiting for data included
+        seconds.append(time.perf_counter() - clock)
         clock = time.perf_counter()
     peak = peak_memory_bytes() if accelerator.device.type == "cuda" else None
-    return Timing(statistics.median(seconds[WARM_UP:]), peak, microbatch.most)
+    return Timing(statistics.median(seconds[TIMED:]), peak, microbatch.most)
 
 
 def longest_step(loader: StepLoader, target_lengths: list[int], steps: int) -> int:
@@ -119,12 +122,12 @@ def time_report(timing: Timing, parts: Forecast, steps: int, price: float | None
     if timing.peak is not None:
         expected = parts.resident + parts.step
         lines.append(
-            f"{'measured':<13}{timing.peak / GIB:.2f} GiB at most in {WARM_UP + TIMED} steps; "
+            f"{'measured':<13}{timing.peak / GIB:.2f} GiB at most in {2 * TIMED} steps; "
             f"{expected / GIB:.2f} were forecast ({expected / timing.peak - 1:+.0%})"
         )
     whole = steps * timing.seconds
     lines.append(
-        f"{'time':<13}{timing.seconds:.2f} s a step (median of {TIMED} after {WARM_UP}): {duration(whole)} for "
+        f"{'time':<13}{timing.seconds:.2f} s a step (median of {TIMED} after {TIMED}): {duration(whole)} for "
         f"{steps:,} steps, evaluations left out"
     )
     if price is not None:

@@ -1,0 +1,219 @@
+"""Training steps at PaliGemma-3B's real size: im2json's and TRL's SFTTrainer's, side by side on one GPU.
+
+Both train the same random weights (speed and memory do not depend on their values) in NF4 on the same rows of CORD's
+lengths, with LoRA of rank 8 on the seven names of both towers, dropout .05, 16 examples a step. Each variant has a
+process of its own, one after the other. Printed are medians over steps after the compilation, peak memory as torch
+allocated it, the losses of the first steps, and ratios to TRL's. TRL is no dependency: `pip install trl`.
+
+python benchmarks/train_speed.py --work /tmp/speed
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+EXAMPLES = 16  # a step
+OURS: dict[str, dict[str, Any]] = {
+    "default": dict(),
+    "NF4 in every pass": dict(dequantize="off"),
+    "no dropout": dict(dropout=0.0),
+    "eager": dict(compile="off"),
+    "checkpointing, NF4, no dropout": dict(gradient_checkpointing=True, dequantize="off", dropout=0.0),
+    "checkpointing, NF4": dict(gradient_checkpointing=True, dequantize="off"),
+    "seed's 4 x 4, checkpointing, NF4": dict(gradient_checkpointing=True, dequantize="off", microbatch=4),
+    "language alone, no dropout": dict(target_modules="language", dropout=0.0),
+}
+TRL: dict[str, dict[str, Any]] = {
+    "TRL 16 x 1": dict(microbatch=16, checkpointing=False),
+    "TRL 16 x 1, checkpointing": dict(microbatch=16, checkpointing=True),
+    "TRL 4 x 4, checkpointing (the seed's)": dict(microbatch=4, checkpointing=True),
+}
+
+
+@click.command()
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="folder for the model")
+@click.option("--resolution", default=224)
+@click.option("--steps", default=14)
+@click.option("--size", type=click.Choice(["3b", "toy"]), default="3b", help="toy: try this script on a CPU")
+@click.option("--only", multiple=True, help="these variants alone")
+@click.option("--cap-gib", type=float, help="hold each process to so much memory")
+@click.option("--one", hidden=True)
+def main(
+    work: Path, resolution: int, steps: int, size: str, only: tuple[str, ...], cap_gib: float | None, one: str | None
+) -> None:
+    model = work / f"model-{size}-{resolution}"
+    if one is not None:
+        measure = ours if one in OURS else trl
+        print("RESULT" + json.dumps(measure(model, resolution, steps, cap_gib, **(OURS | TRL)[one])))
+        return
+    if not model.exists():
+        from full_size import save_random_paligemma
+
+        save_random_paligemma(model, size, resolution)
+    found = {}
+    for name in only or [*TRL, *OURS]:
+        command = [sys.executable, __file__, "--one", name, *sys.argv[1:]]
+        done = subprocess.run(command, capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+        if not lines:
+            print(f"{name:<38} failed:\n{done.stderr.strip()[-2000:]}", flush=True)
+            continue
+        found[name] = json.loads(lines[0].removeprefix("RESULT"))
+        print(line_of(name, found), flush=True)
+
+
+def line_of(name: str, found: dict[str, dict[str, Any]]) -> str:
+    result = found[name]
+    best = max((other["examples_per_second"] for key, other in found.items() if key in TRL), default=None)
+    ratio = f"  {result['examples_per_second'] / best:5.2f} x TRL's best so far" if best and name in OURS else ""
+    losses = " ".join(f"{loss:.3f}" for loss in result["losses"][:3])
+    return (
+        f"{name:<38} {result['examples_per_second']:6.1f} examples/s  {result['peak_gib']:5.1f} GiB  "
+        f"first step {result['first']:5.1f} s  loss {losses}{ratio}"
+    )
+
+
+def summary(times: list[float], losses: list[float], started: float) -> dict[str, Any]:
+    """From the clock at the end of each step: the median of the later half, when what is compiled has been."""
+    import torch
+
+    durations = sorted(b - a for a, b in zip(times[len(times) // 2 :], times[len(times) // 2 + 1 :]))
+    cuda = torch.cuda.is_available()
+    return {
+        "examples_per_second": EXAMPLES / durations[len(durations) // 2],
+        "first": times[0] - started,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+        "losses": losses,
+    }
+
+
+def cap(gib: float | None) -> None:
+    import torch
+
+    if gib is not None:
+        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+
+
+def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **changes: Any) -> dict[str, Any]:
+    """Steps through im2json's own parts, as fit() takes them."""
+    from im2json.cli import quiet_libraries
+
+    quiet_libraries()
+    import torch
+    from rows import Rows
+
+    from im2json.data.collate import Collator
+    from im2json.data.lengths import TargetLengths
+    from im2json.data.loader import StepLoader
+    from im2json.data.order import Order
+    from im2json.inference.workbench import start_accelerator
+    from im2json.model.base import load_base, load_processor
+    from im2json.model.compiled import compile_layers, compiles
+    from im2json.model.lora import add_lora, trained
+    from im2json.options import TrainConfig
+    from im2json.training.loop import seed_dropout, train_step
+    from im2json.training.microstep import make_microstep
+    from im2json.training.optimizer import flatten, make_optimizer
+
+    cap(cap_gib)
+    defaults = dict(r=8, alpha=32.0, dropout=0.05, microbatch=EXAMPLES, gradient_checkpointing=False)
+    config = TrainConfig.resolve({"model": str(model), **defaults, **changes})
+    accelerator, precision = start_accelerator(config)
+    rows = Rows(EXAMPLES * steps, resolution)
+    collator = Collator(load_processor(str(model)), config.data.prompt)
+    lengths = TargetLengths.count({"train": rows}, collator)
+    assert lengths.by_split["train"] == rows.tokens
+    options = config.model
+    base = load_base(options.model, precision, options.quant, accelerator.device, options.dequantize)
+    lora = add_lora(base, options, 0)
+    if compiles(options.compile, lora, accelerator.device):
+        compile_layers(lora)
+    parameters = [flatten(trained(lora))]
+    optimizer = accelerator.prepare(make_optimizer(parameters, config.train))
+    microstep = make_microstep(lora, accelerator, options)
+    loader = StepLoader(rows, collator, Order(len(rows), EXAMPLES, 0, rows.tokens), microbatch=config.train.microbatch,
+                        rank=0, processes=1, workers=4, pin_memory=torch.cuda.is_available())  # fmt: skip
+    times, losses, started = [], [], time.perf_counter()
+    for step, batches in enumerate(loader.steps(0, steps)):
+        seed_dropout(0, step, 0)
+        tokens = sum(rows.tokens[i] for i in loader.order.step(step))
+        outcome = train_step(lora, batches, tokens, parameters, optimizer, accelerator, 0.3, microstep=microstep)
+        times.append(time.perf_counter())
+        losses.append(outcome.loss)
+    return summary(times, losses, started)
+
+
+def trl(
+    model: Path, resolution: int, steps: int, cap_gib: float | None, microbatch: int, checkpointing: bool
+) -> dict[str, Any]:
+    """The study's recipe: SFTTrainer, bitsandbytes and PEFT as their documentation has it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from rows import Rows
+    from transformers import BitsAndBytesConfig, PaliGemmaForConditionalGeneration, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from im2json.data.collate import Collator
+    from im2json.data.order import Order
+    from im2json.model.base import load_processor
+
+    cap(cap_gib)
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )  # fmt: skip
+    base = PaliGemmaForConditionalGeneration.from_pretrained(
+        model, quantization_config=bits, device_map={"": 0}, dtype=torch.bfloat16
+    )
+    names = ["q_proj", "o_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = get_peft_model(
+        base, LoraConfig(r=8, lora_alpha=32, lora_dropout=0.05, target_modules=names, task_type="CAUSAL_LM")
+    )
+    rows = Rows(EXAMPLES * steps, resolution)
+    collator = Collator(load_processor(str(model)), "extract JSON.")
+    order = Order(len(rows), EXAMPLES, 0)
+    placed = [rows[i] for step in range(steps) for i in order.step(step)]  # the same examples in the same steps
+    times: list[float] = []
+    losses: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args: Any, **more: Any) -> None:
+            torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **more: Any) -> None:
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+
+    def collate(chosen: list[dict[str, int]]) -> dict[str, Any]:
+        batch = collator([placed[row["place"]] for row in chosen])
+        return {**batch.inputs, "labels": batch.labels}
+
+    from datasets import Dataset
+
+    settings = SFTConfig(
+        output_dir="/tmp/trl", max_steps=steps, per_device_train_batch_size=microbatch,
+        gradient_accumulation_steps=EXAMPLES // microbatch, gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False}, optim="adamw_torch_fused", bf16=True,
+        learning_rate=2e-4, max_grad_norm=0.3, report_to="none", save_strategy="no", logging_steps=1,
+        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, dataloader_num_workers=4,
+        eos_token=None, pad_token=None,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model=lora, args=settings, train_dataset=Dataset.from_dict({"place": list(range(len(placed)))}),
+        data_collator=collate, processing_class=collator.processor.tokenizer, callbacks=[Clock()],
+    )  # fmt: skip
+    trainer._get_train_sampler = lambda *args: None  # in the order given
+    started = time.perf_counter()
+    trainer.train()
+    return summary(times, losses, started)
+
+
+if __name__ == "__main__":
+    main()
