@@ -3,6 +3,7 @@
 accelerate launch train.py --r 16          the embedded base and receipts, no network and no GPU needed
 accelerate launch train.py --preset cord   PaliGemma-3B on CORD v2, one 16 GB GPU
 python train.py --check --dataset FOLDER   look at the data first: bad rows, copies, lengths, keys, and a page of it
+python train.py --plan --preset cord       what a run will take: steps, memory, time; nothing is kept
 """
 
 from __future__ import annotations
@@ -29,14 +30,29 @@ from im2json.runs import WEIGHTS, RunFolder, check_output, claim, fresh_options,
     help="leave the run after this step, with a checkpoint; the schedule stays that of the whole run",
 )
 @click.option("--check", "only_check", is_flag=True, help="look at the data without training, and write a page of it")
+@click.option("--plan", "only_plan", is_flag=True, help="say what a run takes: steps, memory, time from a few steps")
+@click.option(
+    "--price-per-hour", type=click.FloatRange(0), metavar="PRICE", help="of the machine: --plan says what a run costs"
+)
 @click.pass_context
 def main(
-    context: click.Context, preset: str | None, resume: str | None, stop_after: int | None, only_check: bool
+    context: click.Context,
+    preset: str | None,
+    resume: str | None,
+    stop_after: int | None,
+    only_check: bool,
+    only_plan: bool,
+    price_per_hour: float | None,
 ) -> None:
     """Fine-tune PaliGemma with QLoRA to turn pictures of documents into JSON."""
     given: dict[str, Any] = context.obj or {}
-    if only_check and resume is not None:
-        raise click.UsageError("--check goes with the options of a fresh run, not with --resume")
+    if only_check and only_plan:
+        raise click.UsageError("--check and --plan: give one of the two")
+    if (only_check or only_plan) and resume is not None:
+        flag = "--check" if only_check else "--plan"
+        raise click.UsageError(f"{flag} goes with the options of a fresh run, not with --resume")
+    if price_per_hour is not None and not only_plan:
+        raise click.UsageError("--price-per-hour goes with --plan")
     with user_errors("no step was taken yet"):
         if resume is not None:
             stopped = RunFolder(Path(resume))
@@ -45,6 +61,9 @@ def main(
             config = TrainConfig.resolve(fresh_options(given, preset), preset)
             if only_check:
                 sys.exit(0 if check(config) else 1)
+            if only_plan:
+                plan(config, price_per_hour)
+                return
             check_output(config.train.output)
             train(config, stop_after=stop_after)
 
@@ -60,6 +79,25 @@ def check(config: TrainConfig) -> bool:
 
     page = Path(config.train.output or f"runs/{Path(config.data.dataset).name}-check.html")
     return diagnose(config.data, lambda: load_processor(config.model.model), page, click.echo)
+
+
+def plan(config: TrainConfig, price: float | None = None) -> None:
+    """Print what a run would take; a few of its steps are taken and thrown away."""
+    quiet_libraries()
+    from im2json.inference.workbench import set_up, start_accelerator
+    from im2json.training.plan import memory_report, size_report, time_report, time_steps, total_steps
+
+    accelerator, precision = start_accelerator(config)
+    bench = set_up(config, accelerator, precision)
+    loader = bench.step_loader()
+    parts = bench.forecast(loader.microbatch)
+    sizes = size_report(bench.model, loader, bench.lengths, config)
+    accelerator.print(f"{sizes}\n\n{memory_report(parts)}\n")
+    timing = time_steps(bench.model, loader, bench.lengths.by_split["train"], config, accelerator)
+    if timing.microbatch != loader.microbatch:
+        parts = bench.forecast(timing.microbatch)
+    accelerator.print(time_report(timing, parts, total_steps(loader, config), price))
+    accelerator.end_training()
 
 
 def train(

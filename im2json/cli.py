@@ -59,7 +59,23 @@ def _flag(name: str) -> Callable:
     settings: dict[str, Any] = dict(help=help, expose_value=False, callback=_collect)
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, **settings)
-    return click.option(flag, name, type=click.Choice(choices) if choices else kind, metavar=metavar, **settings)
+    word = field.metadata["word"]
+    if word is not None:
+        metavar = f"{metavar or kind.__name__}|{word}"
+    type = click.Choice(choices) if choices else _NumberOrWord() if word is not None else kind
+    return click.option(flag, name, type=type, metavar=metavar, **settings)
+
+
+class _NumberOrWord(click.ParamType):
+    """A whole number where it reads as one; else the text, for `check` to take or to refuse."""
+
+    name = "number or word"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        try:
+            return int(value)
+        except ValueError:
+            return value
 
 
 def _shown_default(name: str, default: Any) -> str:

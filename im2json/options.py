@@ -42,16 +42,18 @@ def option(
     above: float | None = None,
     at_most: float | None = None,
     choices: tuple[str, ...] = (),
+    word: str | None = None,
     free: bool = False,
     later: bool = False,
 ) -> Any:
     """A dataclass field that knows how to explain and check itself.
 
+    `word` may be given in place of a number, as `auto` for one that is found when the run begins.
     `free` marks an option that changes how a run is carried out but not what it computes: it may differ on --resume
     and takes no part in a sweep point's identity. `later` marks one that does change the result, and may be given
     another value on --resume all the same, which holds from there on.
     """
-    bounds = dict(at_least=at_least, above=above, at_most=at_most, choices=choices)
+    bounds = dict(at_least=at_least, above=above, at_most=at_most, choices=choices, word=word)
     return dataclasses.field(default=default, metadata=dict(help=help, unit=unit, free=free, later=later, **bounds))
 
 
@@ -153,11 +155,12 @@ class TrainOptions:
     batch_size: int = option(
         4, "examples per step, all processes and microbatches together", unit="examples", at_least=1
     )
-    microbatch: int = option(
+    microbatch: int | str = option(
         4,
-        "examples per forward and backward pass, per process",
+        "examples per forward and backward pass, per process; auto: as many as the GPU's memory has room for",
         unit="examples",
         at_least=1,
+        word="auto",
         free=True,
     )
     optimizer: str = option(
@@ -217,7 +220,7 @@ _PALIGEMMA_RECIPE: dict[str, Any] = dict(
     lr=2e-4,
     epochs=3.0,
     batch_size=16,
-    microbatch=4,
+    microbatch="auto",
     max_grad_norm=0.3,
     warmup=0.03,
     gradient_checkpointing=True,
@@ -279,11 +282,10 @@ class TrainConfig:
 
 
 def scalar_type(name: str) -> tuple[type, bool]:
-    """An option's type without None, and whether None is allowed."""
+    """An option's type without None or the str of its word, and whether None is allowed."""
     hint = _TYPES[name]
     if isinstance(hint, types.UnionType):
-        (kind,) = (t for t in hint.__args__ if t is not types.NoneType)
-        return kind, True
+        return hint.__args__[0], types.NoneType in hint.__args__
     return hint, False
 
 
@@ -300,6 +302,9 @@ def check(name: str, value: Any) -> str | None:
     flag = flag_name(name)
     if value is None:
         return None if optional else f"{flag}: a value is needed"
+    word = FIELDS[name].metadata["word"]
+    if word is not None and value == word:
+        return None
     whole = isinstance(value, int) and not isinstance(value, bool)
     fits = {
         bool: isinstance(value, bool),
@@ -308,7 +313,7 @@ def check(name: str, value: Any) -> str | None:
         str: isinstance(value, str),
     }[kind]
     if not fits:
-        return f"{flag}: {value!r} is not {_KIND_WORDS[kind]}"
+        return f"{flag}: {value!r} is not {_KIND_WORDS[kind]}{f' or {word}' if word else ''}"
     meta = FIELDS[name].metadata
     if meta["choices"] and value not in meta["choices"]:
         return f"{flag}: {value!r} is not one of {', '.join(meta['choices'])}"

@@ -206,6 +206,21 @@ def test_a_strip_of_paper_is_scaled_down_before_it_would_need_a_vast_square(monk
     assert square.getpixel((48, 50)) == square.getpixel((50, 50)) == (255, 255, 255)
 
 
+def test_a_batch_is_cut_as_if_it_had_been_made_in_parts(collator, dataset):
+    split = load_splits(dataset)["train"]
+    examples = [split[i] for i in (0, 3, 7, 9, 5)]
+    whole = collator(examples)
+    assert whole.cut(5) == [whole]
+    for most, sizes in ((4, [4, 1]), (2, [2, 2, 1]), (1, [1] * 5)):
+        parts = whole.cut(most)
+        assert [len(part.ids) for part in parts] == sizes
+        for part, start in zip(parts, range(0, 5, most)):
+            made = collator(examples[start : start + most])
+            assert part.ids == made.ids and torch.equal(part.labels, made.labels)
+            assert part.inputs.keys() == made.inputs.keys()
+            assert all(torch.equal(part.inputs[name], value) for name, value in made.inputs.items())
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_hands_out_each_step_of_the_order_from_any_step_on(collator, dataset, workers):
     split = load_splits(dataset)["train"]

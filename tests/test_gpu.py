@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tests.small_model import save_small_paligemma
+
+if TYPE_CHECKING:
+    from im2json.inference.workbench import Workbench
 
 pytestmark = [
     pytest.mark.gpu,
@@ -121,6 +125,75 @@ def test_resuming_on_a_gpu_continues_the_same_run(tmp_path: Path) -> None:
     shutil.rmtree(other / "checkpoints" / "step-6")
     main(["--resume", str(other)], standalone_mode=False)
     assert losses(other) == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
+
+
+def make_bench(tmp_path: Path, **options: object) -> Workbench:
+    from im2json.inference.workbench import set_up, start_accelerator
+    from im2json.options import TrainConfig
+
+    save_small_paligemma(tmp_path / "model")
+    config = TrainConfig.resolve({"model": str(tmp_path / "model"), "batch_size": 16, "workers": 0, **options})
+    accelerator, precision = start_accelerator(config)
+    return set_up(config, accelerator, precision)
+
+
+def test_microbatch_auto_takes_the_whole_step_where_it_has_room(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path)
+    assert bench.config.train.microbatch == "auto"
+    assert bench.step_loader().microbatch == 16
+
+
+def test_microbatch_auto_takes_what_has_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The forecast against the room that the process is held to, as if the card were so small."""
+    from im2json.model.memory import MARGIN, free_bytes
+
+    bench = make_bench(tmp_path, gradient_checkpointing=False)
+    parts = bench.forecast(8)
+    room = torch.cuda.memory_allocated() + (parts.lora + parts.step) * 1.01 / MARGIN
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        assert free_bytes(bench.accelerator.device) == pytest.approx(room - torch.cuda.memory_allocated(), rel=1e-3)
+        assert bench.microbatch() == 8
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "--microbatch auto: 8 of a step's 16 examples" in capsys.readouterr().out
+
+
+def test_out_of_memory_halves_the_microbatch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A step that fits, and the same one with less room for activations than it took."""
+    from im2json.model.lora import trained
+    from im2json.training.loop import Microbatch, seed_dropout, train_step
+
+    bench = make_bench(tmp_path, gradient_checkpointing=False, microbatch=16)
+    parameters, microbatch, losses = trained(bench.model), Microbatch(16), []
+    (batches,) = bench.step_loader().steps(0, 1)
+    tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
+    before = torch.cuda.memory_allocated()
+    try:
+        for _ in range(2):
+            optimizer = bench.accelerator.prepare(torch.optim.SGD(parameters, lr=0.0))
+            seed_dropout(0, 0, 0)
+            outcome = train_step(
+                bench.model, batches, tokens, parameters, optimizer, bench.accelerator, 1.0, microbatch=microbatch
+            )
+            losses.append(outcome.loss)
+            room = before + 0.6 * (torch.cuda.max_memory_allocated() - before)
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert microbatch.most < 16
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)  # other masks of dropout
+    assert "out of memory with 16 examples at a time" in capsys.readouterr().out
+
+
+def test_a_plan_measures_beside_its_forecast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, "run", "--steps", "1", "--eval-every", "0")  # saves the model
+    from train import main
+
+    main(["--model", str(tmp_path / "model"), "--plan", "--output", str(tmp_path / "plan")], standalone_mode=False)
+    assert "GiB at most in 6 steps" in capsys.readouterr().out
+    assert not (tmp_path / "plan").exists()
 
 
 def test_training_memory_does_not_grow_with_evaluations(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from im2json.data.sources import load_splits
 from im2json.inference.evaluate import Evaluation
 from im2json.model.base import load_base, load_processor
 from im2json.model.lora import add_lora, trained
+from im2json.model.loss import loss_at
 from im2json.options import ModelOptions, TrainOptions
 from im2json.runs import RunFolder, complete_checkpoints, read_lines
 from im2json.scoring import METRICS
@@ -143,6 +145,59 @@ def test_runs_of_any_microbatch_log_the_same(train, tmp_path):
     for log in logs[1:]:
         for got, wanted in zip(log, logs[0]):
             assert got == pytest.approx(wanted, rel=1e-4)
+
+
+def test_auto_is_a_microbatch_of_four_on_a_cpu_and_stays_auto_in_the_config(train, resume, tmp_path):
+    flags = ("--batch-size", 6, "--no-test", "--eval-every", 0)
+    four, auto = (train(tmp_path / str(size), *flags, "--microbatch", size) for size in (4, "auto"))
+    assert metrics(auto) == metrics(four)
+    assert auto.read_config().train.microbatch == "auto"
+    assert json.loads((auto.path / "config.json").read_text())["options"]["microbatch"] == "auto"
+    resume(auto, "--steps", 5)
+    assert len(metrics(auto)) == 5
+
+
+# --- memory that runs out
+
+
+def out_of_memory(monkeypatch: pytest.MonkeyPatch, fits: Callable[[int, int], bool]) -> None:
+    """Have the GPU's memory run out where not `fits(call, examples)`, calls counted from 1."""
+    calls = itertools.count(1)
+
+    def loss(model: Any, inputs: dict[str, torch.Tensor], *places_and_targets: torch.Tensor) -> torch.Tensor:
+        if not fits(next(calls), len(inputs["input_ids"])):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss_at(model, inputs, *places_and_targets)
+
+    monkeypatch.setattr("im2json.training.microstep.loss_at", loss)
+
+
+def test_out_of_memory_halves_the_microbatch_and_redoes_the_step(train, tmp_path, monkeypatch, capsys):
+    """With dropout: the step that is begun anew draws the masks that it would have drawn."""
+    flags = ("--batch-size", 8, "--dropout", 0.2, "--no-test", "--eval-every", 0)
+    small = train(tmp_path / "small", *flags, "--microbatch", 2)
+    out_of_memory(monkeypatch, lambda call, examples: examples <= 2)
+    large = train(tmp_path / "large", *flags, "--microbatch", 8)
+    assert metrics(large) == metrics(small)
+    printed = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    assert len(printed) == 2  # and not once more in the steps that follow
+    assert "8 examples" in printed[0] and printed[0].endswith("--microbatch 4")
+    assert "4 examples" in printed[1] and printed[1].endswith("--microbatch 2")
+
+
+def test_gradients_of_a_step_that_memory_ran_out_in_are_dropped(train, tmp_path, monkeypatch):
+    flags = ("--batch-size", 8, "--microbatch", 4, "--no-test", "--eval-every", 0)
+    whole = train(tmp_path / "whole", *flags)
+    out_of_memory(monkeypatch, lambda call, examples: call != 2)  # the second half of the first step
+    broken = train(tmp_path / "broken", *flags)
+    for got, wanted in zip(metrics(broken), metrics(whole), strict=True):
+        assert got["values"] == pytest.approx(wanted["values"], rel=1e-4)
+
+
+def test_no_room_for_one_example_is_an_error(cli, base_args, tmp_path, monkeypatch):
+    out_of_memory(monkeypatch, lambda call, examples: False)
+    error = clear_error(cli("train", *base_args, "--no-test", "--output", tmp_path / "run"))
+    assert error.startswith("CUDA out of memory.") and "--gradient-checkpointing" in error
 
 
 # --- the learning rate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ OTHER_VALUES = {
     "prompt": "read it", "max_target_tokens": 90, "workers": 3,
     "model": "somewhere", "adapter": "there", "r": 8, "alpha": 5.0, "dropout": 0.25, "target_modules": "q_proj",
     "rslora": True, "dora": True, "quant": "none", "precision": "fp32", "gradient_checkpointing": False,
+    "compile": "on", "dequantize": "on",
     "max_new_tokens": 77, "eval_batch_size": 3, "lr": 0.5, "schedule": "linear", "warmup": 0.5, "weight_decay": 0.1,
     "max_grad_norm": 2.0, "epochs": 1.5, "steps": 7, "batch_size": 6, "microbatch": 3, "optimizer": "adamw",
     "eval_every": 4, "eval_examples": 9, "metric": "edit_distance", "patience": 2, "save_every": 6, "keep": 5,
@@ -125,6 +127,19 @@ def test_all_problems_are_named_at_once():
     assert "nf4, none" in str(error.value)
 
 
+def test_microbatch_is_a_number_or_auto(parsed):
+    assert parsed([]).train.microbatch == 4
+    assert parsed(["--microbatch", "auto"]).train.microbatch == "auto"
+    assert parsed(["--preset", "cord"]).train.microbatch == "auto"
+    assert parsed(["--preset", "cord", "--microbatch", "2"]).train.microbatch == 2
+    config = TrainConfig.resolve({"microbatch": "auto"})
+    assert TrainConfig.resolve(json.loads(json.dumps(config.flat())), "tiny") == config
+    with pytest.raises(ValueError, match="--microbatch: 'all' is not a whole number or auto"):
+        TrainConfig.resolve({"microbatch": "all"})
+    with pytest.raises(ValueError, match=r"--r: 'auto' is not a whole number$"):
+        TrainConfig.resolve({"r": "auto"})
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -134,6 +149,9 @@ def test_all_problems_are_named_at_once():
         (["--warmup", "-0.1"], "at least 0"),
         (["--alpha", "0"], "more than 0"),
         (["--steps", "many"], "not a valid integer"),
+        (["--microbatch", "many"], "not a whole number or auto"),
+        (["--microbatch", "0"], "at least 1"),
+        (["--price-per-hour", "2"], "--plan"),
         (["--metric", "accuracy"], "field_f1"),
         (["--preset", "nord"], "cord"),
         (["--bach-size", "8"], "--batch-size"),

@@ -83,11 +83,13 @@ def test_an_id_says_what_decides_the_result_and_nothing_else():
     assert alone.id == ids(8)[0] == plan(ablate={"r": [16]}, base={"r": 8}).points[0].id
 
 
+@pytest.mark.parametrize("microbatch", [2, "auto"])
 @pytest.mark.parametrize("preset", [None, "tiny", "cord"])
-def test_the_flags_of_a_point_make_its_config(preset, monkeypatch):
+def test_the_flags_of_a_point_make_its_config(preset, microbatch, monkeypatch):
     import train
 
     base = {"model": "somewhere", "rslora": True, "gradient_checkpointing": False, "alpha": "2r", "prompt": "read it"}
+    base["microbatch"] = microbatch
     (point,) = plan(preset=preset, base={**base, "r": 32, "lr": 1.23456789e-4}).points
     configs: list[TrainConfig] = []
     monkeypatch.setattr(train, "train", lambda config, **more: configs.append(config))
@@ -99,9 +101,10 @@ def test_the_flags_of_a_point_make_its_config(preset, monkeypatch):
 def test_set_overrides_the_base(tmp_path):
     grid = tmp_path / "g.json"
     grid.write_text('{"base": {"steps": 300}, "grid": {"r": [8]}}')
-    (point,) = read_plan(grid, ["steps=50", "dataset=17", "alpha=3r", "letterbox=true", "eval-every=5"]).points
+    (point,) = read_plan(grid, ["steps=50", "dataset=17", "alpha=3r", "letterbox=true", "microbatch=auto"]).points
     flat = point.config.flat()
-    assert [flat[n] for n in ("steps", "dataset", "alpha", "letterbox", "eval_every")] == [50, "17", 24.0, True, 5]
+    names = ("steps", "dataset", "alpha", "letterbox", "microbatch")
+    assert [flat[name] for name in names] == [50, "17", 24.0, True, "auto"]
 
 
 def test_200_points_are_planned_in_under_a_second():

@@ -29,6 +29,17 @@ class Batch:
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
         return Batch(self.ids, inputs, self.labels.to(device, non_blocking=True))
 
+    def cut(self, most: int) -> list[Batch]:
+        """Itself in parts of at most `most` examples, each padded no further than its longest."""
+        if len(self.ids) <= most:
+            return [self]
+        return [self._part(start, start + most) for start in range(0, len(self.ids), most)]
+
+    def _part(self, start: int, stop: int) -> Batch:
+        longest = int(self.inputs["attention_mask"][start:stop].sum(1).max())
+        inputs = {name: v[start:stop] if v.ndim > 2 else v[start:stop, :longest] for name, v in self.inputs.items()}
+        return Batch(self.ids[start:stop], inputs, self.labels[start:stop, :longest])
+
     def pin_memory(self) -> Batch:
         return Batch(self.ids, {k: v.pin_memory() for k, v in self.inputs.items()}, self.labels.pin_memory())
 

@@ -33,6 +33,7 @@ class StepLoader:
         self.split: Any = split
         self.collator = collator
         self.order = order
+        self.microbatch = microbatch
         self.shares = {"microbatch": microbatch, "rank": rank, "processes": processes}
         self.workers = workers
         self.pin_memory = pin_memory

@@ -24,11 +24,16 @@ from im2json.data.order import Order
 from im2json.data.sources import open_splits
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
-from im2json.model.compiled import compile_layers, compiles
+from im2json.model.card import check_card, precision_note
+from im2json.model.compiled import LENGTHS, compile_layers, compiles, records
 from im2json.model.lora import add_lora
+from im2json.model.memory import Forecast, Load, Setting, Sizes, forecast, free_bytes, largest_microbatch
 from im2json.options import TrainConfig
 from im2json.runs import RunFolder
 from im2json.scoring.text import canonical
+
+MICROBATCH_ON_CPU = 4  # examples
+"""What `--microbatch auto` is there: more would not be faster."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,6 @@ class Workbench:
 
     def evaluation(self, run: RunFolder, sink: Sink) -> Evaluation:
         """What evaluates the model into this run folder."""
-        room = positions(self.model) - len(self.collator.prefix_ids)
         return Evaluation(
             self.model,
             self.collator,
@@ -54,10 +58,16 @@ class Workbench:
             run,
             sink,
             dtype=DTYPES[self.precision],
-            max_new_tokens=self.lengths.new_token_limit(self.config.decode.max_new_tokens, room),
+            max_new_tokens=self.max_new_tokens,
             batch_size=self.config.decode.eval_batch_size,
             count=self.config.train.eval_examples,
         )
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest answer that is generated."""
+        room = positions(self.model) - len(self.collator.prefix_ids)
+        return self.lengths.new_token_limit(self.config.decode.max_new_tokens, room)
 
     def fingerprints(self) -> dict[str, str]:
         """By split, what tells its examples and their targets from others."""
@@ -65,6 +75,39 @@ class Workbench:
             name: hashlib.sha256(canonical([list(split.ids), split.targets]).encode()).hexdigest()[:16]
             for name, split in self.splits.items()
         }
+
+    def microbatch(self) -> int:
+        """--microbatch; where that is auto, what the memory has room for beside the model, and one line to say so."""
+        wanted, gpu = self.config.train.microbatch, self.accelerator.device.type == "cuda"
+        if isinstance(wanted, int):
+            return wanted
+        share = -(-self.config.train.batch_size // self.accelerator.num_processes)
+        if not gpu:
+            found = min(share, MICROBATCH_ON_CPU)
+            self.accelerator.print(f"--microbatch auto: {found} of a step's {share} examples a process, on a CPU")
+            return found
+        free = free_bytes(self.accelerator.device)
+        # LoRA's weights are there already: a little more is asked for than the step takes
+        found = largest_microbatch(share, lambda size: self.forecast(size).lora + self.forecast(size).step, free)
+        self.accelerator.print(
+            f"--microbatch auto: {found} of a step's {share} examples a process, for which "
+            f"{self.forecast(found).step / 2**30:.1f} GiB beside the model are forecast; {free / 2**30:.1f} are free"
+        )
+        return found
+
+    def forecast(self, microbatch: int) -> Forecast:
+        """The peak of the memory, in parts, with the longest examples in one microbatch."""
+        model, prefix = self.config.model, len(self.collator.prefix_ids)
+        longest = sorted(self.lengths.by_split["train"])[-microbatch:]
+        answers = min(self.config.decode.eval_batch_size, len(self.splits["validation"]))
+        device = self.accelerator.device
+        width = prefix + longest[-1]
+        if records(model, self.model, device, self.precision):
+            width += -width % LENGTHS
+        load = Load(microbatch, width, sum(longest), answers, prefix + self.max_new_tokens)
+        compiled = compiles(model.compile, self.model, device)
+        setting = Setting.of(model, self.config.train.optimizer, self.precision, self.model, compiled)
+        return forecast(Sizes.of(self.model.config), setting, load)
 
     def step_loader(self) -> StepLoader:
         """What feeds the training loop on this process."""
@@ -74,7 +117,7 @@ class Workbench:
             self.splits["train"],
             self.collator,
             Order(len(self.splits["train"]), options.batch_size, options.seed, self.lengths.by_split["train"]),
-            microbatch=options.microbatch,
+            microbatch=self.microbatch(),
             rank=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
             workers=(4 if gpu else 0) if workers is None else workers,
@@ -86,9 +129,11 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, str]:
     """Accelerate on the GPU, or else on the CPU with all its cores; and the precision that was settled on.
 
     Raises:
-        ValueError: if --precision is not possible here.
+        ValueError: if --precision is not possible here, or this build of torch does not serve the card.
     """
     cpu = not torch.cuda.is_available()
+    if not cpu:
+        check_card()
     precision = resolve_precision(config.model.precision, torch.device("cpu" if cpu else "cuda"))
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if configured not in ("no", precision):
@@ -96,6 +141,8 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, str]:
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision, cpu=cpu, log_with=further_trackers(config) or None
     )
+    if note := precision_note(config.model.precision, precision):
+        accelerator.print(note)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # `accelerate launch` sets OMP_NUM_THREADS to 1 unless told otherwise, which would leave cores idle.
     threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))

@@ -43,6 +43,16 @@ class StepOutcome:
     skipped: bool  # fp16 only: a gradient overflowed, the loss scale was halved and the update left out
 
 
+@dataclass
+class Microbatch:
+    """How many examples go through the model at a time."""
+
+    most: int  # examples
+
+    def halve(self) -> None:
+        self.most = (self.most + 1) // 2
+
+
 def fit(
     model: PeftModel,
     loader: StepLoader,
@@ -82,6 +92,7 @@ def fit(
     if checkpoint is None and config.model.adapter and accelerator.is_main_process:
         save_checkpoint(run, model, optimizer, accelerator.scaler, state, options.keep)  # a resume needs that no more
     total = options.steps or loader.order.steps(options.epochs)
+    microbatch = Microbatch(loader.microbatch)
     if stop_after is not None and stop_after <= state.step:
         raise ValueError(f"--stop-after {stop_after}: this run has taken {state.step} steps already")
     if out_of_patience(state, options):  # resumed after its last step
@@ -100,7 +111,7 @@ def fit(
                 check_labels(batches, loader.collator)
             outcome = train_step(
                 model, batches, target_tokens, parameters, optimizer, accelerator, options.max_grad_norm,
-                microstep=microstep, stop=stop, inspect=check_gradients if first else None,
+                microbatch=microbatch, microstep=microstep, stop=stop, inspect=check_gradients if first else None,
             )  # fmt: skip
             first = False
             if outcome.non_finite:
@@ -144,20 +155,20 @@ def train_step(
     accelerator: Accelerator,
     max_grad_norm: float,
     *,
+    microbatch: Microbatch | None = None,
     microstep: Microstep | None = None,
     stop: StopRequest | None = None,
     inspect: Callable[[PeftModel], None] | None = None,
 ) -> StepOutcome:
-    """One optimizer update from this process's microbatches.
+    """One optimizer update from this process's microbatches, cut further where `microbatch` is less by now.
 
-    Each microbatch's loss is a sum, divided by the target tokens of the whole step: gradients add up to those of the
-    mean over all target tokens, however the step was split. `inspect` sees the model with its gradients, before they
-    are clipped.
+    `inspect` sees the model with its gradients, before they are clipped.
     """
-    loss = torch.zeros((), device=accelerator.device)
-    microstep = microstep or Microstep(model, accelerator)
-    for batch in batches:
-        loss += microstep(batch, target_tokens)
+    largest = max((len(batch.ids) for batch in batches), default=1)
+    loss = add_gradients(
+        microstep or Microstep(model, accelerator), batches, target_tokens, parameters, accelerator,
+        microbatch or Microbatch(largest),
+    )  # fmt: skip
     asked = float(stop is not None and stop.made)
     sums = sum_over_processes(torch.stack([loss, loss.new_tensor(asked)]), parameters, accelerator)
     if inspect is not None:
@@ -171,6 +182,60 @@ def train_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=False)  # graphs add to where they are
     return StepOutcome(loss_value, norm_value, asked > 0, non_finite, scaled and optimizer.step_was_skipped)
+
+
+def add_gradients(
+    microstep: Microstep,
+    batches: list[Batch],
+    target_tokens: int,
+    parameters: list[torch.nn.Parameter],
+    accelerator: Accelerator,
+    microbatch: Microbatch,
+) -> torch.Tensor:
+    """The gradients of this process's share of a step, and its share of the loss.
+
+    Where the GPU's memory runs out, the microbatch is halved for good and the step begun anew, with its dropout. No
+    other process needs to know: they meet when the gradients are added up.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for a single example.
+    """
+    while True:
+        try:
+            return _backward(microstep, batches, target_tokens, accelerator, microbatch)
+        except torch.OutOfMemoryError:
+            # the largest part that was tried may be less than what is allowed: a short step, or a small --batch-size
+            microbatch.most = min(microbatch.most, max(len(batch.ids) for batch in batches))
+            if microbatch.most == 1:
+                raise
+        # not in the `except`: until its end the error's traceback holds on to the activations
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.zero_()  # in place, where graphs add to it
+        microstep.forget()
+        torch.cuda.empty_cache()
+        torch.manual_seed(torch.initial_seed())  # as `seed_dropout` left it
+        before = microbatch.most
+        microbatch.halve()
+        tqdm.write(
+            f"process {accelerator.process_index}: out of memory with {before} examples at a time: begins the step "
+            f"anew and goes on with --microbatch {microbatch.most}"
+        )
+
+
+def _backward(
+    microstep: Microstep, batches: list[Batch], target_tokens: int, accelerator: Accelerator, microbatch: Microbatch
+) -> torch.Tensor:
+    """Forward and backward, microbatch by microbatch.
+
+    Each one's loss is a sum, divided by the target tokens of the whole step: gradients add up to those of the mean
+    over all target tokens, however the step was split.
+    """
+    loss = torch.zeros((), device=accelerator.device)
+    for batch in batches:
+        for part in batch.cut(microbatch.most):
+            loss += microstep(part, target_tokens)
+    return loss
 
 
 def sum_over_processes(

@@ -11,13 +11,12 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from im2json.data.collate import IGNORE, Batch
-from im2json.model.compiled import compiles
+from im2json.model.compiled import LENGTHS, records
 from im2json.model.loss import label_positions, loss_at
 from im2json.options import ModelOptions
 
 # B examples, S positions, N label positions.
-LENGTHS = 64  # S is padded to a multiple of this,
-PLACES = 512  # and N to one of this, so that few shapes occur
+PLACES = 512  # N is padded to a multiple of this, and S to one of LENGTHS, so that few shapes occur
 MAX_GRAPHS = 24
 
 
@@ -41,6 +40,9 @@ class Microstep:
             loss = loss_at(self.model, inputs, places, targets) / target_tokens
         self.accelerator.backward(loss)
         return loss.detach()
+
+    def forget(self) -> None:
+        """Give back the memory that is held from one pass to the next."""
 
 
 @dataclass
@@ -136,9 +138,6 @@ def padded(batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def make_microstep(model: PeftModel, accelerator: Accelerator, options: ModelOptions) -> Microstep:
-    """Graphs where --compile says so and they can be: on CUDA, not under fp16's loss scaling, nor with dropout that
-    recomputed layers would have to draw again."""
-    device, recomputes_dropout = accelerator.device, options.gradient_checkpointing and options.dropout > 0
-    if device.type != "cuda" or accelerator.scaler is not None or recomputes_dropout:
-        return Microstep(model, accelerator)
-    return (GraphedMicrostep if compiles(options.compile, model, device) else Microstep)(model, accelerator)
+    """Graphs where --compile says so and they can be."""
+    graphs = records(options, model, accelerator.device, accelerator.mixed_precision)
+    return (GraphedMicrostep if graphs else Microstep)(model, accelerator)

@@ -1,0 +1,275 @@
+"""How much memory a run will take on a GPU, from the sizes of the model alone; nothing is measured here.
+
+Written out tensor by tensor, so that a change to the model or its layers shows which line is no longer true. Only what
+grows with the model, the microbatch or the sequence is counted; CUDA's own 0.5 GiB or so, and what the allocator
+loses between blocks, come on top. DoRA, which keeps more, is counted as LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from im2json.model.base import DTYPES
+from im2json.model.loss import CHUNK
+from im2json.options import ModelOptions
+
+# B examples, S positions of the text, I image tokens; widths: D hidden, F intermediate, A heads x head dimension.
+# e is the bytes of a number in the precision of the computation.
+
+NF4_BYTES = 4.127 / 8
+"""A weight in NF4 with double quantisation."""
+LOGIT_BYTES = 8
+"""A logit in the loss: in fp32, and once more while their exponentials are summed."""
+MARGIN = 0.9
+"""Share of the free memory that is planned with: the rest is lost between blocks, or forecast wrongly."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A stack of transformer layers."""
+
+    layers: int
+    hidden: int  # D
+    intermediate: int  # F
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norms: int  # a layer
+    linears: dict[str, tuple[int, int]]  # of a layer: name -> numbers in, numbers out
+
+    @property
+    def linear_weights(self) -> int:
+        return self.layers * sum(wide * high for wide, high in self.linears.values())
+
+    def lora_weights(self, r: int, targets: Sequence[str]) -> int:
+        return self.layers * r * sum(sum(self.linears[name]) for name in targets)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a PaliGemma's config decides its memory."""
+
+    text: Tower
+    vision: Tower
+    vocabulary: int
+    image_tokens: int  # I
+    projector: int  # weights between the towers
+    other: int  # weights that are never quantised: of the patches and their positions
+
+    @classmethod
+    def of(cls, config: Any) -> Sizes:
+        """Those of a PaliGemmaConfig, of the first or the second Gemma."""
+        text, vision = config.get_text_config(), config.vision_config
+        tokens = (vision.image_size // vision.patch_size) ** 2
+        wide, narrow = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+        d, f = text.hidden_size, text.intermediate_size
+        gemma = Tower(
+            text.num_hidden_layers, d, f, text.num_attention_heads, text.num_key_value_heads, text.head_dim,
+            norms=4 if text.model_type == "gemma2" else 2,
+            linears=dict(
+                q_proj=(d, wide), k_proj=(d, narrow), v_proj=(d, narrow), o_proj=(wide, d),
+                gate_proj=(d, f), up_proj=(d, f), down_proj=(f, d),
+            ),
+        )  # fmt: skip
+        d, f, heads = vision.hidden_size, vision.intermediate_size, vision.num_attention_heads
+        siglip = Tower(
+            vision.num_hidden_layers, d, f, heads, heads, d // heads, norms=2,
+            linears=dict(q_proj=(d, d), k_proj=(d, d), v_proj=(d, d), out_proj=(d, d), fc1=(d, f), fc2=(f, d)),
+        )  # fmt: skip
+        patches = d * (3 * vision.patch_size**2 + tokens)
+        return cls(gemma, siglip, text.vocab_size, tokens, d * text.hidden_size, patches)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What of a run's options decides its memory."""
+
+    precision: str  # bf16, fp16 or fp32
+    quant: str  # nf4 or none: of the weights as they lie in memory
+    r: int
+    dropout: bool
+    checkpointing: bool
+    moment_bytes: int  # of the optimizer, both moments of a weight together
+    text_targets: tuple[str, ...]  # linear layers with LoRA, by the last part of their names
+    vision_targets: tuple[str, ...]
+    compiled: bool = False  # the layers
+
+    @classmethod
+    def of(
+        cls, options: ModelOptions, optimizer: str, precision: str, model: torch.nn.Module, compiled: bool = False
+    ) -> Setting:
+        """That of a model which has its LoRA layers already."""
+        adapted = [name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name]
+        text, vision = (
+            tuple(sorted({name.rsplit(".", 1)[-1] for name in adapted if tower in name}))
+            for tower in ("language_model", "vision_tower")
+        )
+        packed = any(parameter.dtype == torch.uint8 for parameter in model.parameters())
+        return cls(
+            precision, "nf4" if packed else "none", options.r, options.dropout > 0, options.gradient_checkpointing,
+            8 if optimizer == "adamw" else 2, text, vision, compiled,
+        )  # fmt: skip
+
+    @property
+    def bytes(self) -> int:
+        return DTYPES[self.precision].itemsize
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is computed at a time."""
+
+    microbatch: int  # B
+    positions: int  # S: of the longest example, prefix included
+    labels: int  # target tokens of a microbatch, at most
+    eval_batch: int  # answers generated at a time
+    eval_positions: int  # of each: the prefix and the longest answer
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes, part by part."""
+
+    weights: float  # frozen, all but the embedding
+    embedding: float  # tied to the output layer
+    lora: float  # fp32 weights, their copy in 16 bits, gradients, the optimizer's moments
+    kept: float  # activations from the forward to the backward pass; with checkpointing each layer's input
+    passing: float  # in the backward pass of a layer; with checkpointing its activations, computed again
+    logits: float  # of one chunk of label positions, before the backward pass through the layers begins
+    evaluation: float  # the merged copy and what generation takes, while nothing else is computed
+
+    @property
+    def resident(self) -> float:
+        return self.weights + self.embedding + self.lora
+
+    @property
+    def step(self) -> float:
+        """On top of what is resident."""
+        return self.kept + max(self.passing, self.logits)
+
+    @property
+    def total(self) -> float:
+        return self.resident + max(self.step, self.evaluation)
+
+
+def forecast(sizes: Sizes, setting: Setting, load: Load) -> Forecast:
+    """The peak of a run's memory, in parts."""
+    text, vision, e = sizes.text, sizes.vision, setting.bytes
+    linear = text.linear_weights + vision.linear_weights + sizes.projector
+    trainable = text.lora_weights(setting.r, setting.text_targets)
+    trainable += vision.lora_weights(setting.r, setting.vision_targets)
+    autocast_copy = 0 if setting.precision == "fp32" else e
+    kept, passing = _activations(sizes, setting, load)
+    return Forecast(
+        weights=linear * (NF4_BYTES if setting.quant == "nf4" else e) + sizes.other * e,
+        embedding=sizes.vocabulary * text.hidden * e,
+        lora=trainable * (4 + 4 + autocast_copy + setting.moment_bytes),
+        kept=kept,
+        passing=passing,
+        logits=min(load.labels, CHUNK) * sizes.vocabulary * LOGIT_BYTES,
+        evaluation=_evaluation(sizes, setting, load, linear),
+    )
+
+
+def _activations(sizes: Sizes, setting: Setting, load: Load) -> tuple[float, float]:
+    """What is kept for the backward pass, and what one layer takes in it, in bytes."""
+    text, vision, e = sizes.text, sizes.vision, setting.bytes
+    text_layer = decoder_layer_bytes(text, setting, load.microbatch, load.positions)
+    vision_layer = encoder_layer_bytes(vision, setting, load.microbatch, sizes.image_tokens)
+    if not setting.vision_targets:  # no gradient goes that far: nothing is kept
+        vision_layer = 0
+    numbers = load.microbatch * load.positions  # of every feature
+    # the gradients of two of the MLP's inner tensors meet, and one weight is there in full
+    gradients = 2 * e * numbers * text.intermediate + e * max(wide * high for wide, high in text.linears.values())
+    last_norm = 4 * numbers * text.hidden
+    if not setting.checkpointing:
+        return text.layers * text_layer + vision.layers * vision_layer + last_norm, gradients
+    inputs = text.layers * e * numbers * text.hidden + last_norm
+    if setting.vision_targets:
+        inputs += vision.layers * _vision_bytes(setting) * load.microbatch * sizes.image_tokens * vision.hidden
+    return inputs, max(text_layer + gradients, vision_layer)
+
+
+def decoder_layer_bytes(text: Tower, setting: Setting, examples: int, positions: int) -> float:
+    """What autograd keeps of one of Gemma's layers.
+
+    The frozen weights need no gradient, so that what goes into a linear layer is kept for its LoRA matrix alone.
+    """
+    e, targets, compiled = setting.bytes, setting.text_targets, setting.compiled
+    numbers = examples * positions
+    wide = text.heads * text.head_dim  # A
+    # The norm computes in fp32 and keeps its input's copy in it; compiled it keeps the input and converts it again.
+    norms = text.norms * numbers * text.hidden * (e if compiled else 4)
+    # Queries and what comes out; keys and values, repeated for every head unless a single one of theirs serves all,
+    # which is a view; the softmax's sums in fp32; the mask, which becomes a bias of its own in each layer.
+    repeated = text.head_dim if text.kv_heads == 1 else wide
+    attention = 2 * e * numbers * (wide + repeated) + 4 * numbers * text.heads + e * examples * positions**2
+    # gelu(gate) * up: gate, up and gelu(gate), which is computed again where compiled
+    mlp = (2 if compiled else 3) * e * numbers * text.intermediate
+    # what comes out of attention is kept by it already
+    groups = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    return norms + attention + mlp + _lora_inputs(text, setting, targets, groups, numbers)
+
+
+def encoder_layer_bytes(vision: Tower, setting: Setting, examples: int, positions: int) -> float:
+    """What autograd keeps of one of SigLIP's layers."""
+    e, numbers = setting.bytes, examples * positions
+    norms = vision.norms * 4 * numbers * vision.hidden  # layer_norm runs in fp32 under autocast
+    attention = 4 * e * numbers * vision.hidden + 4 * numbers * vision.heads
+    mlp = _vision_bytes(setting) * numbers * vision.intermediate  # what gelu goes by
+    # its norm hands out fp32, which autocast converts for each of the three; in fp32 they share it
+    groups = [["q_proj", "k_proj", "v_proj"]] if e == 4 else [["q_proj"], ["k_proj"], ["v_proj"]]
+    groups += [["out_proj"], ["fc1"], ["fc2"]]
+    return norms + attention + mlp + _lora_inputs(vision, setting, setting.vision_targets, groups, numbers)
+
+
+def _lora_inputs(
+    tower: Tower, setting: Setting, targets: Sequence[str], groups: Sequence[Sequence[str]], numbers: int
+) -> float:
+    """What the LoRA matrices of a layer keep: the first its input, the second what comes from the first.
+
+    Dropout makes a copy of the input for each, beside a mask of a byte a number. Without it, those in a group share
+    one, and one in no group keeps what is kept anyway.
+    """
+    e = setting.bytes
+    between = e * numbers * setting.r * len(targets)
+    if setting.dropout:
+        return between + (e + 1) * numbers * sum(tower.linears[name][0] for name in targets)
+    shared = [next(name for name in group if name in targets) for group in groups if set(group) & set(targets)]
+    return between + e * numbers * sum(tower.linears[name][0] for name in shared)
+
+
+def _vision_bytes(setting: Setting) -> int:
+    """Bytes of a number between SigLIP's layers: bitsandbytes hands back the fp32 that layer_norm hands out."""
+    return 4 if setting.quant == "nf4" else setting.bytes
+
+
+def _evaluation(sizes: Sizes, setting: Setting, load: Load, linear: int) -> float:
+    """A merged copy, its key/value cache, and the larger of what its making and reading the prefix take, in bytes."""
+    text, vision, e = sizes.text, sizes.vision, setting.bytes
+    cache = 2 * text.layers * text.kv_heads * text.head_dim * e * load.eval_batch * load.eval_positions
+    largest = max(wide * high for wide, high in text.linears.values())
+    merging = 3 * 4 * largest  # LoRA's product in fp32, scaled, and in the weight's layout
+    read = load.eval_batch * sizes.image_tokens  # positions of the prefix, nearly
+    reading = 3 * e * read * max(text.intermediate, vision.intermediate)
+    return linear * e + max(merging, cache + reading)
+
+
+def largest_microbatch(most: int, needs: Callable[[int], float], free: float) -> int:
+    """`most` examples, halved until what so many need has room in `free` bytes; at least 1."""
+    while most > 1 and needs(most) > MARGIN * free:
+        most = (most + 1) // 2
+    return most
+
+
+def free_bytes(device: torch.device) -> float:
+    """What this process may still take of a GPU: free for all, or held by its allocator and unused; no more than
+    torch.cuda.set_per_process_memory_fraction leaves."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    return max(0.0, min(free + reserved, allowed) - used)

@@ -1,0 +1,123 @@
+"""The forecast of memory against what autograd keeps, and against what PaliGemma-3B took on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import PaliGemmaConfig
+
+from im2json.data.collate import Batch
+from im2json.model.base import load_base
+from im2json.model.lora import add_lora, count_parameters
+from im2json.model.memory import MARGIN, Load, Setting, Sizes, forecast, largest_microbatch
+from im2json.options import SEED_TARGET_MODULES, ModelOptions
+
+GIB = 2**30
+TEXT, VISION = tuple(SEED_TARGET_MODULES.split(",")), ("q_proj", "k_proj", "v_proj")
+
+
+def paligemma(resolution: int) -> Sizes:
+    """PaliGemma-3B."""
+    return Sizes.of(
+        PaliGemmaConfig(
+            vision_config=dict(
+                model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
+                num_attention_heads=16, patch_size=14, image_size=resolution,
+            ),
+            text_config=dict(
+                model_type="gemma", hidden_size=2048, intermediate_size=16384, num_hidden_layers=18,
+                num_attention_heads=8, num_key_value_heads=1, head_dim=256, vocab_size=257216,
+            ),
+        )
+    )  # fmt: skip
+
+
+def setting(**changes: object) -> Setting:
+    usual = Setting("bf16", "nf4", 8, True, False, 2, TEXT, VISION)
+    return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
+
+
+def load(resolution: int, microbatch: int) -> Load:
+    """CORD-shaped rows: 6 tokens of prompt, targets of 180 on average and at most 400."""
+    return Load(microbatch, (resolution // 14) ** 2 + 406, 180 * microbatch, 8, (resolution // 14) ** 2 + 456)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_modules": "language"},
+        {"target_modules": "q_proj,down_proj"},
+        {"gradient_checkpointing": True},
+    ],
+    ids=["all", "language", "two", "checkpointing"],
+)
+def test_what_is_kept_is_what_autograd_saves(small_model, batch: Batch, options):
+    """On a CPU in fp32 without dropout, whose mask takes more there than on a GPU."""
+    given = ModelOptions(model="small", r=4, alpha=8.0, quant="none", **options)
+    model = add_lora(load_base(small_model, "fp32", "none", torch.device("cpu")), given, seed=0)
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, torch.Tensor] = {}  # by storage, kept alive so that no address comes twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    inputs = long(batch)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _hidden = model.get_base_model().model(**inputs, use_cache=False).last_hidden_state
+    measured = sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in own)
+    examples, positions = inputs["input_ids"].shape
+    kept = forecast(
+        Sizes.of(model.config), Setting.of(given, "adamw", "fp32", model), Load(examples, positions, 1, 1, 1)
+    ).kept
+    assert kept == pytest.approx(measured, rel=0.03)
+
+
+def long(batch: Batch) -> dict[str, torch.Tensor]:
+    """The inputs of a batch with a target as long as a receipt's."""
+    more = {name: torch.cat([value, value[:, -1:].expand(-1, 300)], 1) for name, value in batch.inputs.items()
+            if value.ndim == 2}  # fmt: skip
+    return {**batch.inputs, **more}
+
+
+def test_lora_weights_are_counted_as_they_are(small_model):
+    for modules in ("q_proj,down_proj", "language", SEED_TARGET_MODULES):
+        given = ModelOptions(model="small", r=4, alpha=8.0, quant="none", target_modules=modules)
+        model = add_lora(load_base(small_model, "fp32", "none", torch.device("cpu")), given, seed=0)
+        one = Setting.of(given, "adamw", "fp32", model)
+        trainable, total = count_parameters(model)
+        parts = forecast(Sizes.of(model.config), one, Load(1, 10, 1, 1, 1))
+        assert parts.lora == trainable * (4 + 4 + 8)
+        assert parts.weights + parts.embedding == pytest.approx((total - trainable) * 4, rel=0.02)  # biases, norms
+
+
+@pytest.mark.parametrize(
+    ("resolution", "microbatch", "changes", "gib"),
+    [
+        (224, 16, {}, 45),
+        (224, 16, {"compiled": True}, 38),
+        (224, 16, {"compiled": True, "dropout": False, "vision_targets": ()}, 26),
+        (448, 16, {"compiled": True, "dropout": False, "vision_targets": ()}, 55),
+        (224, 16, {"checkpointing": True}, 6.2),
+        (448, 16, {"checkpointing": True}, 11.6),
+        (448, 4, {"checkpointing": True}, 4.6),
+    ],
+)
+def test_what_paligemma_took_on_a_gpu(resolution, microbatch, changes, gib):
+    """Peaks of steps on one H100, of LoRA with r 8."""
+    parts = forecast(paligemma(resolution), setting(**changes), load(resolution, microbatch))
+    assert (parts.resident + parts.step) / GIB == pytest.approx(gib, rel=0.15)
+
+
+def test_the_largest_microbatch_that_has_room():
+    sizes, one = paligemma(224), setting()
+    needs = {size: forecast(sizes, one, load(224, size)).step for size in (16, 8, 4, 2, 1)}
+    assert list(needs.values()) == sorted(needs.values(), reverse=True)
+    for size, need in needs.items():
+        assert largest_microbatch(16, needs.__getitem__, need * 1.001 / MARGIN) == size
+        assert largest_microbatch(16, needs.__getitem__, need * 0.999 / MARGIN) == max(size // 2, 1)
+    assert largest_microbatch(10, float, 6.0) == 5
+    assert largest_microbatch(5, float, 2.0) == 1
