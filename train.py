@@ -35,8 +35,8 @@ def main(
 ) -> None:
     """Fine-tune PaliGemma with QLoRA to turn pictures of documents into JSON."""
     given: dict[str, Any] = context.obj or {}
-    if only_check and resume is not None:
-        raise click.UsageError("--check goes with the options of a fresh run, not with --resume")
+    if only_check and (resume is not None or stop_after is not None):
+        raise click.UsageError("--check goes with the options of a fresh run, not with --resume or --stop-after")
     with user_errors("no step was taken yet"):
         if resume is not None:
             stopped = RunFolder(Path(resume))

@@ -130,6 +130,7 @@ def test_all_problems_are_named_at_once():
     [
         (["--r", "0"], "at least 1"),
         (["--lr", "nan"], "not a finite number"),
+        (["--r", "1" + "0" * 400], "a whole number of more than 300 digits is too large"),
         (["--dropout", "1"], "at most 0.999"),
         (["--warmup", "-0.1"], "at least 0"),
         (["--alpha", "0"], "more than 0"),
