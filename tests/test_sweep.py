@@ -23,7 +23,14 @@ from im2json.scoring import StreamingEvaluator
 from im2json.sweep.answer import write_board
 from im2json.sweep.grid import make_plan, read_plan
 from im2json.sweep.halving import halve, value_at
-from im2json.sweep.launch import Job, is_locked, lock, make_jobs, make_slots, signal_group
+from im2json.sweep.launch import (
+    Job,
+    is_locked,
+    lock,
+    make_jobs,
+    make_slots,
+    signal_group,
+)
 from im2json.sweep.leaderboard import make_board, markdown
 from im2json.sweep.progress import Progress
 
@@ -53,6 +60,26 @@ def test_an_ablation_varies_one_axis_at_a_time_around_its_base():
     assert [point.name for point in found.points] == ["base", "r=8", "alpha=r", "dropout=0.05"]
     assert found.base == {"r": 32, "alpha": "2r", "dropout": 0}
     assert found.points[1].place == {"r": 8, "alpha": "2r", "dropout": 0}
+
+
+def test_an_alpha_that_follows_r_is_told_as_such():
+    """The point r=8 has alpha 16, so its place is not that of the base's 64."""
+    for base in ({"r": 32}, {"r": 32, "alpha": "2r"}):
+        found = plan(base=base, ablate={"alpha": [16, 64, 5], "r": [8]})
+        assert options(found.points, "r", "alpha") == [(32, 64), (32, 16), (32, 5), (8, 16)]
+        assert found.base == {"alpha": "2r", "r": 32} and found.points[-1].place == {"alpha": "2r", "r": 8}
+        assert found.axes == {"alpha": ["2r", 16, 5], "r": [32, 8]}
+    assert plan(base={"r": 32}, ablate={"alpha": [16, 64]}).axes == {"alpha": [16, 64]}
+    found = plan(base={"r": 32, "alpha": 64}, ablate={"alpha": [16, 64], "r": [8]})
+    assert found.points[-1].place == {"alpha": 64, "r": 8} and options(found.points[-1:], "alpha") == [(64,)]
+
+
+def test_a_line_break_in_a_value_is_shown_escaped(tmp_path):
+    found = plan(grid={"prompt": ["read\nit", "read it"]})
+    assert [point.name for point in found.points] == [r"prompt='read\nit'", "prompt=read it"]
+    told = markdown(board_of(tmp_path, found, {r"prompt='read\nit'": [True], "prompt=read it": [False]}))
+    assert [line[:3] for line in told.splitlines()[2:5]] == ["| *", "| p", ""]
+    assert r"- prompt: 'read\nit' is best" in told
 
 
 def test_seeds_repeat_every_point():
@@ -122,6 +149,13 @@ MISTAKES = {
     '{"grid": {"r": [8], "alpha": ["2r", 16]}}': "r=8 alpha=2r and r=8 alpha=16 are the same point: leave one out",
     '{"base": {"r": 8}, "ablate": {"alpha": ["2r", 16]}}': "ablate.alpha: '2r' and 16 are the same point",
     '{"grid": {"alpha": ["two r"]}}': "grid.alpha: 'two r' is neither a number nor a multiple of r, like \"2r\"",
+    '{"grid": {"alpha": ["٣r"]}}': "grid.alpha: '٣r' is neither a number nor a multiple of r, like \"2r\"",
+    '{"base": {"alpha": "0r"}}': "base.alpha: 0.0 is too small: more than 0",
+    '{"grid": {"alpha": ["%sr"]}}' % ("9" * 400): "grid.alpha: inf is not a finite number",
+    '{"grid": {"lr": [1%s]}}' % ("0" * 400): "grid.lr: a whole number of more than 300 digits is too large",
+    '{"base": {"steps": 1%s}}' % ("0" * 400): "base.steps: a whole number of more than 300 digits is too large",
+    '{"grid": {"prompt": ["a\\u0000b"]}}': r"grid.prompt: 'a\x00b' holds a character that no command line can",
+    '{"base": {"dataset": "a\\ud800"}}': r"base.dataset: 'a\ud800' holds a character that no command line can",
     '{"grid": {"threads": [1, 2]}}': "grid.threads: it does not change the result; it belongs into base",
     '{"grid": {"metric": ["key_f1"]}}': "grid.metric: points are ranked by one metric; it belongs into base",
     '{"base": {"output": "there"}}': "base.output: leave it out, sweep.py names the run folders itself",
@@ -303,18 +337,18 @@ def write_run(folder: Path, right: list[bool], **result: Any) -> None:
     """What a finished run leaves: of each validation example one field, right or wrong at step 2, wrong at step 1."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    for step, answers in ((1, [False] * len(right)), (2, right)):
+    for step, marks in ((1, [False] * len(right)), (2, right)):
         append_lines(
             folder / "predictions.jsonl",
             (
                 {"id": str(i), "step": step, "split": "validation", "stage": "during", "target": {"a": str(i)},
-                 "text": json.dumps({"a": str(i) if answer else "?"})}
-                for i, answer in enumerate(answers)
+                 "text": json.dumps({"a": str(i) if mark else "?"})}
+                for i, mark in enumerate(marks)
             ),
         )  # fmt: skip
     evaluator = StreamingEvaluator()
-    for i, answer in enumerate(right):
-        evaluator.update(json.dumps({"a": str(i) if answer else "?"}), {"a": str(i)}, str(i))
+    for i, mark in enumerate(right):
+        evaluator.update(json.dumps({"a": str(i) if mark else "?"}), {"a": str(i)}, str(i))
     stored = {"step": 2, "best_step": 2, "validation": evaluator.compute(), "trainable": 9, "seconds": 61.0,
               "peak_memory_bytes": 2**30}  # fmt: skip
     (folder / "result.json").write_text(json.dumps(stored | result))
