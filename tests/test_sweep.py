@@ -23,7 +23,7 @@ from im2json.scoring import StreamingEvaluator
 from im2json.sweep.answer import write_board
 from im2json.sweep.cluster import start_guard
 from im2json.sweep.grid import make_plan, read_plan
-from im2json.sweep.halving import halve, value_at
+from im2json.sweep.halving import Dropped, halve, value_at
 from im2json.sweep.launch import (
     Here,
     Job,
@@ -250,6 +250,12 @@ def test_a_stopped_point_goes_on_with_the_options_that_change_no_result(tmp_path
     assert flags[flags.index("--resume") + 2 :] == ["--microbatch", "1", "--gradient-checkpointing", "--threads", "2"]
 
 
+def test_an_output_that_cannot_be_is_one_line_that_names_it(cli, tmp_path):
+    (tmp_path / "g.json").write_text("{}")
+    for output in (tmp_path / "g.json", tmp_path / "g.json" / "below"):
+        assert clear_error(cli("sweep", tmp_path / "g.json", "--output", output)).startswith(f"--output {output}")
+
+
 def test_a_cluster_that_is_not_there_is_told_at_once(cli, tmp_path):
     (tmp_path / "g.json").write_text("{}")
     for address, why in {
@@ -259,6 +265,15 @@ def test_a_cluster_that_is_not_there_is_told_at_once(cli, tmp_path):
         message = clear_error(cli("sweep", tmp_path / "g.json", "--output", tmp_path / "sweep", "--ray", address))
         assert message.startswith(f"--ray {address}: {why}")
     assert not (tmp_path / "sweep").exists()
+
+
+def test_halving_wants_one_beat_of_validations_and_starts_to_be_of_use(cli, tmp_path):
+    (tmp_path / "g.json").write_text('{"grid": {"eval_every": [5, 10]}}')
+    message = clear_error(cli("sweep", tmp_path / "g.json", "--output", tmp_path / "sweep", "--halve", "field_f1"))
+    assert message == "--halve compares validations at the same step, so eval_every may not differ: [5, 10]"
+    assert not (tmp_path / "sweep").exists()
+    for flag in ("--dry-run", "--list"):
+        assert "leave out --dry-run and --list" in cli("sweep", tmp_path / "g.json", "--halve", "field_f1", flag).output
 
 
 class Stub:
@@ -467,6 +482,7 @@ def halved(found, sweep: Path, curves: dict[str, list[float]], fails: str = "") 
             job.state = job.state_on_disk()
 
     halve(jobs, "field_f1", run, dropped)
+    assert {d.metric for d in dropped} <= {"field_f1"}
     return [(d.setting, d.step, d.value) for d in dropped], starts, {job.point.name: job.state for job in jobs}
 
 
@@ -489,6 +505,17 @@ def test_settings_are_halved_by_the_mean_of_their_seeds(tmp_path):
     assert list(states.values()) == ["dropped", "dropped", "done", "done"]
     dropped, _, states = halved(found, tmp_path / "b", curves, fails="r=1 seed=1")
     assert dropped == [("r=2", 2, 6)] and list(states.values()) == ["done", "failed", "dropped", "dropped"]
+
+
+def test_a_setting_that_is_done_is_not_dropped(tmp_path):
+    """As where it was finished before, without halving."""
+    found = plan(base={"eval_every": 2}, grid={"r": [1, 2]})
+    (tmp_path / "points" / found.points[0].id).mkdir(parents=True)
+    jobs = make_jobs(found.points, tmp_path)
+    append_lines(jobs[0].run.metrics, [{"step": 2, "split": "validation", "values": {"field_f1": 0.1}}])
+    jobs[0].run.result.touch()
+    dropped, starts, states = halved(found, tmp_path, {"r=2": [5, 5]})
+    assert dropped == [] and states == {"r=1": "done", "r=2": "done"} and starts[0] == ("r=2", 2)
 
 
 # --- the leaderboard
@@ -586,6 +613,18 @@ def test_with_seeds_a_difference_has_to_exceed_theirs_too(tmp_path):
     del right["r=8 seed=1"]
     board = board_of(tmp_path / "c", found, {name: [i < n for i in range(40)] for name, n in right.items()})
     assert board.axes[0]["exceeds_noise"] is None and "not validated on the same" in board.axes[0]["sentence"]
+
+
+def test_what_was_dropped_is_told_with_its_metric(tmp_path):
+    found = plan(grid={"r": [8, 16]})
+    write_run(tmp_path / "points" / found.points[0].id, [True])
+    dropped = [Dropped("r=16", 2, "edit_distance", 0.25)]
+    board = make_board(found, make_jobs(found.points, tmp_path), dropped)
+    assert "Dropped by halving: r=16 after step 2 (edit_distance 0.250)." in markdown(board)
+    write_board(board, tmp_path, None)
+    assert json.loads((tmp_path / "summary.json").read_text())["dropped"] == [
+        {"setting": "r=16", "step": 2, "metric": "edit_distance", "value": 0.25}
+    ]
 
 
 class Page(HTMLParser):

@@ -210,7 +210,9 @@ def markdown(board: Board) -> str:
 
 def absent(board: Board) -> list[str]:
     """A sentence each on what the table does not hold."""
-    dropped = ", ".join(f"{found.setting} after step {found.step} ({found.value:.3f})" for found in board.dropped)
+    dropped = ", ".join(
+        f"{found.setting} after step {found.step} ({found.metric} {found.value:.3f})" for found in board.dropped
+    )
     found = {"Without a result": ", ".join(board.missing), "Dropped by halving": dropped}
     return [f"{why}: {names}." for why, names in found.items() if names]
 
