@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ import pytest
 from conftest import ROOT, clear_error
 
 from im2json.options import FIELDS, TrainConfig
-from im2json.runs import append_lines, read_lines
+from im2json.runs import RunFolder, append_lines, read_lines
 from im2json.scoring import StreamingEvaluator
-from im2json.sweep.answer import write_board
+from im2json.sweep.answer import answer, score_test, write_board
 from im2json.sweep.cluster import start_guard
 from im2json.sweep.grid import make_plan, read_plan
 from im2json.sweep.halving import Dropped, halve, value_at
@@ -625,6 +626,43 @@ def test_what_was_dropped_is_told_with_its_metric(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["dropped"] == [
         {"setting": "r=16", "step": 2, "metric": "edit_distance", "value": 0.25}
     ]
+
+
+def test_the_test_split_is_scored_once_and_told_as_long_as_it_is_the_winners(tmp_path):
+    found = plan(grid={"r": [8, 16]})
+    board_of(tmp_path, found, {"r=8": [True, False]})
+    scored = []
+
+    def score(winner, log):
+        scored.append(winner.path.name)
+        return 0, '{"before": {"field_f1": 0.0}, "after": {"field_f1": 0.5}}'
+
+    def told() -> Any:
+        return json.loads((tmp_path / "summary.json").read_text())["test"]
+
+    answer(found, make_jobs(found.points, tmp_path), tmp_path, [], score)
+    answer(found, make_jobs(found.points, tmp_path), tmp_path, [])  # as after Ctrl-C
+    assert told()["point"] == found.points[0].id == scored[0]
+    assert "Test split" in (tmp_path / "report.html").read_text()
+    board_of(tmp_path, found, {"r=16": [True, True]})
+    answer(found, make_jobs(found.points, tmp_path), tmp_path, [])
+    assert told() is None and len(scored) == 1
+
+
+def test_two_sweeps_at_their_end_score_the_test_split_once(tmp_path):
+    found = plan(grid={"r": [8]})
+    board_of(tmp_path, found, {"r=8": [True]})
+    scored = []
+
+    def score(winner, log):
+        scored.append(winner.path.name)
+        time.sleep(0.5)
+        return 0, '{"before": {"field_f1": 0.0}, "after": {"field_f1": 1.0}}'
+
+    run = RunFolder(tmp_path / "points" / found.points[0].id)
+    with ThreadPoolExecutor() as both:
+        first, second = both.map(lambda _: score_test(run, tmp_path, score), range(2))
+    assert first == second and len(scored) == 1
 
 
 class Page(HTMLParser):
