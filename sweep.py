@@ -15,7 +15,7 @@ import click
 
 from im2json.cli import user_errors
 from im2json.options import METRIC_NAMES
-from im2json.runs import RunFolder
+from im2json.runs import RunFolder, check_folder, make_folder
 from im2json.sweep.grid import read_plan
 from im2json.sweep.launch import Here, Job, Place, command, make_jobs, make_slots, run_jobs
 
@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 @click.option("--jobs", type=click.IntRange(1), help="points at a time; 1 on a CPU, else as many as the GPUs take")
 @click.option("--gpus-per-run", type=click.IntRange(1), help="GPUs for each point; 1 unless given")
 @click.option(
-    "--ray", metavar="ADDRESS", help="run the points on this Ray cluster; the sweep's folder is shared with it"
+    "--ray", metavar="HOST:PORT", help="run the points on this Ray cluster, or `auto`; it shares the sweep's folder"
 )
 @click.option(
     "--halve",
@@ -49,6 +49,8 @@ def main(
 
     The same command again goes on: finished points are kept, stopped ones resumed, and new ones added.
     """
+    if halving is not None and (dry_run or as_list):
+        raise click.UsageError("--halve finds out while it runs which points go on: leave out --dry-run and --list")
     with user_errors("the same command goes on"):
         plan = read_plan(grid, overrides)
         sweep = output or Path("runs") / grid.stem
@@ -68,15 +70,19 @@ def main(
                     click.echo(("    " if dry_run else "") + shlex.join(make_command(job)))
             return
         from im2json.sweep.answer import answer
-        from im2json.sweep.halving import Dropped, halve
+        from im2json.sweep.cluster import Cluster
+        from im2json.sweep.halving import Dropped, check_rungs, halve
         from im2json.sweep.progress import Progress
 
-        place: Place = Here(slots, make_command)
-        if ray is not None:
-            from im2json.sweep.cluster import Cluster
-
+        if halving is not None:
+            check_rungs(plan.points)
+        check_folder(sweep)
+        place: Place
+        if ray is None:
+            place = Here(slots, make_command)
+        else:
             place = Cluster(ray, HERE / "train.py", jobs or len(points), gpus_per_run)
-        sweep.mkdir(parents=True, exist_ok=True)
+        make_folder(sweep)
         run = functools.partial(run_jobs, points, place, Progress(points, plan.metric))
         dropped: list[Dropped] = []
         try:

@@ -48,9 +48,9 @@ def main(
     given: dict[str, Any] = context.obj or {}
     if only_check and only_plan:
         raise click.UsageError("--check and --plan: give one of the two")
-    if (only_check or only_plan) and resume is not None:
+    if (only_check or only_plan) and (resume is not None or stop_after is not None):
         flag = "--check" if only_check else "--plan"
-        raise click.UsageError(f"{flag} goes with the options of a fresh run, not with --resume")
+        raise click.UsageError(f"{flag} goes with the options of a fresh run, not with --resume or --stop-after")
     if price_per_hour is not None and not only_plan:
         raise click.UsageError("--price-per-hour goes with --plan")
     with user_errors("no step was taken yet"):

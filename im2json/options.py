@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -306,6 +307,8 @@ def check(name: str, value: Any) -> str | None:
     if word is not None and value == word:
         return None
     whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and abs(value) > sys.float_info.max:
+        return f"{flag}: a whole number of more than 300 digits is too large"
     fits = {
         bool: isinstance(value, bool),
         int: whole,

@@ -136,25 +136,43 @@ def check_output(output: str | None) -> None:
             raise ValueError("runs, where a fresh run's folder would be made, is a file here: give --output")
         return
     run = RunFolder(Path(output))
-    if os.path.lexists(run.path) and not run.path.is_dir():
-        raise ValueError(f"--output {output} is no folder: name one, or what can become one")
+    check_folder(run.path)
     if run.done:
         raise ValueError(f"--output {output} holds a finished run: choose another folder, or see evaluate.py {output}")
     if run.config.exists():
         raise ValueError(f"--output {output} holds an unfinished run: go on with --resume {output}, or choose another")
-    there = next(folder for folder in (run.path, *run.path.absolute().parents) if folder.exists())
+
+
+def check_folder(output: Path) -> None:
+    """Refuse an --output that is no folder to write to, and cannot become one.
+
+    Raises:
+        ValueError: saying why.
+    """
+    if os.path.lexists(output) and not output.is_dir():
+        raise ValueError(f"--output {output} is no folder: name one, or what can become one")
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"--output {output}: {there} is not a folder that can be written to: choose another")
+
+
+def make_folder(output: Path) -> None:
+    """Make an --output.
+
+    Raises:
+        ValueError: if the system refuses.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {output} cannot be made: {error.strerror}; choose another") from error
 
 
 def new_run(config: TrainConfig) -> RunFolder:
     """Make the folder of a fresh run, at --output or under a new name in runs/."""
     if config.train.output is not None:
         path = Path(config.train.output)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--output {path} cannot be made: {error.strerror}; choose another") from error
+        make_folder(path)
     else:
         name = f"{Path(config.model.model).name}-r{config.model.r}-{time.strftime('%Y%m%d-%H%M%S')}"
         Path("runs").mkdir(exist_ok=True)

@@ -199,6 +199,7 @@ def test_check_trains_nothing_and_names_its_page(cli, small_model, data, tmp_pat
 
 def test_check_of_nothing_is_one_clear_line(cli, tmp_path):
     assert "there is no such folder" in clear_error(cli("train", "--check", "--dataset", tmp_path / "nowhere"))
-    result = cli("train", "--check", "--resume", tmp_path)
-    assert result.exit_code == 2
-    assert "not with --resume" in result.output
+    for flags in (("--resume", tmp_path), ("--stop-after", 5)):
+        result = cli("train", "--check", *flags)
+        assert result.exit_code == 2
+        assert "not with --resume or --stop-after" in result.output

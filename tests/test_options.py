@@ -145,6 +145,7 @@ def test_microbatch_is_a_number_or_auto(parsed):
     [
         (["--r", "0"], "at least 1"),
         (["--lr", "nan"], "not a finite number"),
+        (["--r", "1" + "0" * 400], "a whole number of more than 300 digits is too large"),
         (["--dropout", "1"], "at most 0.999"),
         (["--warmup", "-0.1"], "at least 0"),
         (["--alpha", "0"], "more than 0"),

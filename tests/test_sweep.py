@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,24 @@ import pytest
 from conftest import ROOT, clear_error
 
 from im2json.options import FIELDS, TrainConfig
-from im2json.runs import append_lines, read_lines
+from im2json.runs import RunFolder, append_lines, read_lines
 from im2json.scoring import StreamingEvaluator
-from im2json.sweep.answer import write_board
+from im2json.sweep.answer import answer, score_test, write_board
+from im2json.sweep.cluster import start_guard
 from im2json.sweep.grid import make_plan, read_plan
-from im2json.sweep.halving import halve, value_at
-from im2json.sweep.launch import Job, is_locked, lock, make_jobs, make_slots, signal_group
+from im2json.sweep.halving import Dropped, halve, value_at
+from im2json.sweep.launch import (
+    Here,
+    Job,
+    command,
+    is_locked,
+    launch,
+    lock,
+    make_jobs,
+    make_slots,
+    run_jobs,
+    signal_group,
+)
 from im2json.sweep.leaderboard import make_board, markdown
 from im2json.sweep.progress import Progress
 
@@ -53,6 +66,26 @@ def test_an_ablation_varies_one_axis_at_a_time_around_its_base():
     assert [point.name for point in found.points] == ["base", "r=8", "alpha=r", "dropout=0.05"]
     assert found.base == {"r": 32, "alpha": "2r", "dropout": 0}
     assert found.points[1].place == {"r": 8, "alpha": "2r", "dropout": 0}
+
+
+def test_an_alpha_that_follows_r_is_told_as_such():
+    """The point r=8 has alpha 16, so its place is not that of the base's 64."""
+    for base in ({"r": 32}, {"r": 32, "alpha": "2r"}):
+        found = plan(base=base, ablate={"alpha": [16, 64, 5], "r": [8]})
+        assert options(found.points, "r", "alpha") == [(32, 64), (32, 16), (32, 5), (8, 16)]
+        assert found.base == {"alpha": "2r", "r": 32} and found.points[-1].place == {"alpha": "2r", "r": 8}
+        assert found.axes == {"alpha": ["2r", 16, 5], "r": [32, 8]}
+    assert plan(base={"r": 32}, ablate={"alpha": [16, 64]}).axes == {"alpha": [16, 64]}
+    found = plan(base={"r": 32, "alpha": 64}, ablate={"alpha": [16, 64], "r": [8]})
+    assert found.points[-1].place == {"alpha": 64, "r": 8} and options(found.points[-1:], "alpha") == [(64,)]
+
+
+def test_a_line_break_in_a_value_is_shown_escaped(tmp_path):
+    found = plan(grid={"prompt": ["read\nit", "read it"]})
+    assert [point.name for point in found.points] == [r"prompt='read\nit'", "prompt=read it"]
+    told = markdown(board_of(tmp_path, found, {r"prompt='read\nit'": [True], "prompt=read it": [False]}))
+    assert [line[:3] for line in told.splitlines()[2:5]] == ["| *", "| p", ""]
+    assert r"- prompt: 'read\nit' is best" in told
 
 
 def test_seeds_repeat_every_point():
@@ -125,6 +158,13 @@ MISTAKES = {
     '{"grid": {"r": [8], "alpha": ["2r", 16]}}': "r=8 alpha=2r and r=8 alpha=16 are the same point: leave one out",
     '{"base": {"r": 8}, "ablate": {"alpha": ["2r", 16]}}': "ablate.alpha: '2r' and 16 are the same point",
     '{"grid": {"alpha": ["two r"]}}': "grid.alpha: 'two r' is neither a number nor a multiple of r, like \"2r\"",
+    '{"grid": {"alpha": ["٣r"]}}': "grid.alpha: '٣r' is neither a number nor a multiple of r, like \"2r\"",
+    '{"base": {"alpha": "0r"}}': "base.alpha: 0.0 is too small: more than 0",
+    '{"grid": {"alpha": ["%sr"]}}' % ("9" * 400): "grid.alpha: inf is not a finite number",
+    '{"grid": {"lr": [1%s]}}' % ("0" * 400): "grid.lr: a whole number of more than 300 digits is too large",
+    '{"base": {"steps": 1%s}}' % ("0" * 400): "base.steps: a whole number of more than 300 digits is too large",
+    '{"grid": {"prompt": ["a\\u0000b"]}}': r"grid.prompt: 'a\x00b' holds a character that no command line can",
+    '{"base": {"dataset": "a\\ud800"}}': r"base.dataset: 'a\ud800' holds a character that no command line can",
     '{"grid": {"threads": [1, 2]}}': "grid.threads: it does not change the result; it belongs into base",
     '{"grid": {"metric": ["key_f1"]}}': "grid.metric: points are ranked by one metric; it belongs into base",
     '{"base": {"output": "there"}}': "base.output: leave it out, sweep.py names the run folders itself",
@@ -204,6 +244,177 @@ def test_dry_run_and_list_start_nothing(cli, tmp_path, monkeypatch):
     assert sorted(sweep.rglob("*")) == before
 
 
+def test_a_stopped_point_goes_on_with_the_options_that_change_no_result(tmp_path):
+    found = plan(base={"microbatch": 1, "gradient_checkpointing": True, "workers": None, "steps": 5, "threads": 2})
+    (job,) = make_jobs(found.points, tmp_path)
+    assert "--resume" not in command(job, Path("train.py"), 1, 1)
+    job.run.path.mkdir(parents=True)
+    job.run.config.touch()
+    flags = command(job, Path("train.py"), 1, 1)
+    assert flags[flags.index("--resume") + 2 :] == ["--microbatch", "1", "--gradient-checkpointing", "--threads", "2"]
+
+
+def test_an_output_that_cannot_be_is_one_line_that_names_it(cli, tmp_path):
+    (tmp_path / "g.json").write_text("{}")
+    for output in (tmp_path / "g.json", tmp_path / "g.json" / "below"):
+        assert clear_error(cli("sweep", tmp_path / "g.json", "--output", output)).startswith(f"--output {output}")
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(cli, tmp_path):
+    (tmp_path / "g.json").write_text("{}")
+    for address, why in {
+        "127.0.0.1:1": "no Ray cluster answers there", "ray://127.0.0.1:1": "no Ray cluster answers there",
+        "local": "expected the HOST:PORT of a cluster", "somewhere": "expected the HOST:PORT of a cluster",
+    }.items():  # fmt: skip
+        message = clear_error(cli("sweep", tmp_path / "g.json", "--output", tmp_path / "sweep", "--ray", address))
+        assert message.startswith(f"--ray {address}: {why}")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_halving_wants_one_beat_of_validations_and_starts_to_be_of_use(cli, tmp_path):
+    (tmp_path / "g.json").write_text('{"grid": {"eval_every": [5, 10]}}')
+    message = clear_error(cli("sweep", tmp_path / "g.json", "--output", tmp_path / "sweep", "--halve", "field_f1"))
+    assert message == "--halve compares validations at the same step, so eval_every may not differ: [5, 10]"
+    assert not (tmp_path / "sweep").exists()
+    for flag in ("--dry-run", "--list"):
+        assert "leave out --dry-run and --list" in cli("sweep", tmp_path / "g.json", "--halve", "field_f1", flag).output
+
+
+class Stub:
+    """A place whose points end when they are asked to; the program of the `refused` one cannot be started."""
+
+    def __init__(self, refused: str = "") -> None:
+        self.refused = refused
+        self.running: set[str] = set()
+        self.started: list[str] = []
+        self.stops: list[bool] = []
+
+    def has_room(self, beside):
+        return not beside
+
+    def start(self, job, beside):
+        if job.point.name == self.refused:
+            raise OSError(7, "Argument list too long")
+        self.running.add(job.point.id)
+        self.started.append(job.point.name)
+        return True
+
+    def is_running(self, job):
+        return job.point.id in self.running
+
+    def stop(self, job, at_once):
+        self.stops.append(at_once)
+        if at_once:
+            self.running.clear()
+
+    def output_of(self, arguments, log):
+        raise AssertionError
+
+
+def test_a_point_that_cannot_be_started_fails_and_the_others_go_on(tmp_path):
+    jobs, place = make_jobs(plan(grid={"r": [1, 2, 3]}).points, tmp_path), Stub(refused="r=2")
+
+    def show() -> None:
+        place.running.clear()
+
+    run_jobs(jobs, place, show)
+    assert "Argument list too long" in jobs[1].last_words()
+    assert jobs[1].state == "failed" and place.started == ["r=1", "r=3"]
+
+
+def test_many_requests_in_one_look_ask_once_and_gently(tmp_path, capsys):
+    jobs, place, looks = make_jobs(plan().points, tmp_path), Stub(), iter(range(9))
+
+    def show() -> None:
+        if (look := next(looks)) in (0, 2):
+            for _ in range(3 - look):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(jobs, place, show)
+    assert place.stops == [False, True] and capsys.readouterr().err.count("stopping: ") == 1
+
+
+def hold(job: Job, gpus: str = "") -> subprocess.Popen:
+    """A process that holds a job, and notes the signals that it gets at the end of its log."""
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    program = "trap 'echo got it' TERM; echo ready; while :; do sleep 0.05; done"
+    with job.log.open("ab") as log:
+        assert lock(log)
+        process = launch(job, ["sh", "-c", program], log, {"CUDA_VISIBLE_DEVICES": gpus})
+    wait_for(lambda: "ready" in job.log.read_text())
+    return process
+
+
+def test_a_point_is_asked_once_to_stop_whoever_asks(tmp_path):
+    (job,) = make_jobs(plan().points, tmp_path)
+    process = hold(job)
+    for _ in range(3):
+        signal_group(job, signal.SIGTERM)
+        wait_for(lambda: "got it" in job.log.read_text())
+        time.sleep(0.2)
+    assert job.log.read_text().count("got it") == 1
+    signal_group(job, signal.SIGKILL)
+    assert process.wait(10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("end", ["of the process", "of the task", "after it was asked"])
+def test_a_guard_asks_once_when_its_process_ends(end, tmp_path):
+    (job,) = make_jobs(plan().points, tmp_path)
+    process = hold(job)
+    guard = start_guard(job, process.pid)
+    guard.wait(10)  # what waits is its child
+    if end == "after it was asked":
+        signal_group(job, signal.SIGTERM)
+    guard.communicate(b"\n" if end == "of the task" else b"")
+    time.sleep(0.5)
+    assert job.log.read_text().count("got it") == (end != "of the task")
+    signal_group(job, signal.SIGTERM)
+    time.sleep(0.3)
+    assert job.log.read_text().count("got it") == 1
+    signal_group(job, signal.SIGKILL)
+    process.wait(10)
+
+
+def test_a_point_left_running_keeps_its_gpus(tmp_path):
+    jobs = make_jobs(plan(grid={"r": [1, 2, 3]}).points, tmp_path)
+    process = hold(jobs[0], "1")
+    try:
+        slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "012"]
+        assert Here(slots, lambda job: []).free_slots(jobs[:1]) == [slots[0], slots[2]]
+        assert Here(slots[1:2], lambda job: []).has_room(jobs[:1]) is False
+        pairs = [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+        assert Here(pairs, lambda job: []).free_slots(jobs[:1]) == pairs[1:]
+        assert Here([{}, {}], lambda job: []).free_slots(jobs[:1]) == [{}]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    wait_for(lambda: not is_locked(jobs[0].log))
+    assert len(Here(slots, lambda job: []).free_slots([])) == 3
+
+
+def test_a_sweep_is_looked_at_without_the_right_to_write(tmp_path):
+    log = tmp_path / "a.log"
+    log.touch(0o400)
+    assert not is_locked(log)
+    with log.open("rb") as file:
+        assert lock(file) and is_locked(log)
+
+
+def test_the_time_left_is_that_to_the_rung_and_of_points_of_this_sweep_alone(tmp_path):
+    (job,) = make_jobs(plan(base={"steps": 100}).points, tmp_path)
+    job.run.path.mkdir(parents=True)
+    rows = [{"step": step, "split": "train", "time": 1000.0 + step, "values": {}} for step in (1, 2, 3)]
+    append_lines(job.run.metrics, rows)
+    job.state, job.stop_after = "running", 13
+    progress = Progress([job], "field_f1")
+    assert progress._row(job)[-1] == ""  # it may have been paused for long
+    job.started = 1000.0
+    assert progress._row(job)[-1] == "0:10 left"
+    job.stop_after = None
+    assert progress._row(job)[-1] == "1:37 left"
+
+
 @pytest.mark.parametrize(
     ("gpus", "jobs", "share", "places", "processes"),
     [
@@ -275,6 +486,7 @@ def halved(found, sweep: Path, curves: dict[str, list[float]], fails: str = "") 
             job.state = job.state_on_disk()
 
     halve(jobs, "field_f1", run, dropped)
+    assert {d.metric for d in dropped} <= {"field_f1"}
     return [(d.setting, d.step, d.value) for d in dropped], starts, {job.point.name: job.state for job in jobs}
 
 
@@ -299,6 +511,17 @@ def test_settings_are_halved_by_the_mean_of_their_seeds(tmp_path):
     assert dropped == [("r=2", 2, 6)] and list(states.values()) == ["done", "failed", "dropped", "dropped"]
 
 
+def test_a_setting_that_is_done_is_not_dropped(tmp_path):
+    """As where it was finished before, without halving."""
+    found = plan(base={"eval_every": 2}, grid={"r": [1, 2]})
+    (tmp_path / "points" / found.points[0].id).mkdir(parents=True)
+    jobs = make_jobs(found.points, tmp_path)
+    append_lines(jobs[0].run.metrics, [{"step": 2, "split": "validation", "values": {"field_f1": 0.1}}])
+    jobs[0].run.result.touch()
+    dropped, starts, states = halved(found, tmp_path, {"r=2": [5, 5]})
+    assert dropped == [] and states == {"r=1": "done", "r=2": "done"} and starts[0] == ("r=2", 2)
+
+
 # --- the leaderboard
 
 
@@ -306,18 +529,18 @@ def write_run(folder: Path, right: list[bool], **result: Any) -> None:
     """What a finished run leaves: of each validation example one field, right or wrong at step 2, wrong at step 1."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    for step, answers in ((1, [False] * len(right)), (2, right)):
+    for step, marks in ((1, [False] * len(right)), (2, right)):
         append_lines(
             folder / "predictions.jsonl",
             (
                 {"id": str(i), "step": step, "split": "validation", "stage": "during", "target": {"a": str(i)},
-                 "text": json.dumps({"a": str(i) if answer else "?"})}
-                for i, answer in enumerate(answers)
+                 "text": json.dumps({"a": str(i) if mark else "?"})}
+                for i, mark in enumerate(marks)
             ),
         )  # fmt: skip
     evaluator = StreamingEvaluator()
-    for i, answer in enumerate(right):
-        evaluator.update(json.dumps({"a": str(i) if answer else "?"}), {"a": str(i)}, str(i))
+    for i, mark in enumerate(right):
+        evaluator.update(json.dumps({"a": str(i) if mark else "?"}), {"a": str(i)}, str(i))
     stored = {"step": 2, "best_step": 2, "validation": evaluator.compute(), "trainable": 9, "seconds": 61.0,
               "peak_memory_bytes": 2**30}  # fmt: skip
     (folder / "result.json").write_text(json.dumps(stored | result))
@@ -394,6 +617,55 @@ def test_with_seeds_a_difference_has_to_exceed_theirs_too(tmp_path):
     del right["r=8 seed=1"]
     board = board_of(tmp_path / "c", found, {name: [i < n for i in range(40)] for name, n in right.items()})
     assert board.axes[0]["exceeds_noise"] is None and "not validated on the same" in board.axes[0]["sentence"]
+
+
+def test_what_was_dropped_is_told_with_its_metric(tmp_path):
+    found = plan(grid={"r": [8, 16]})
+    write_run(tmp_path / "points" / found.points[0].id, [True])
+    dropped = [Dropped("r=16", 2, "edit_distance", 0.25)]
+    board = make_board(found, make_jobs(found.points, tmp_path), dropped)
+    assert "Dropped by halving: r=16 after step 2 (edit_distance 0.250)." in markdown(board)
+    write_board(board, tmp_path, None)
+    assert json.loads((tmp_path / "summary.json").read_text())["dropped"] == [
+        {"setting": "r=16", "step": 2, "metric": "edit_distance", "value": 0.25}
+    ]
+
+
+def test_the_test_split_is_scored_once_and_told_as_long_as_it_is_the_winners(tmp_path):
+    found = plan(grid={"r": [8, 16]})
+    board_of(tmp_path, found, {"r=8": [True, False]})
+    scored = []
+
+    def score(winner, log):
+        scored.append(winner.path.name)
+        return 0, '{"before": {"field_f1": 0.0}, "after": {"field_f1": 0.5}}'
+
+    def told() -> Any:
+        return json.loads((tmp_path / "summary.json").read_text())["test"]
+
+    answer(found, make_jobs(found.points, tmp_path), tmp_path, [], score)
+    answer(found, make_jobs(found.points, tmp_path), tmp_path, [])  # as after Ctrl-C
+    assert told()["point"] == found.points[0].id == scored[0]
+    assert "Test split" in (tmp_path / "report.html").read_text()
+    board_of(tmp_path, found, {"r=16": [True, True]})
+    answer(found, make_jobs(found.points, tmp_path), tmp_path, [])
+    assert told() is None and len(scored) == 1
+
+
+def test_two_sweeps_at_their_end_score_the_test_split_once(tmp_path):
+    found = plan(grid={"r": [8]})
+    board_of(tmp_path, found, {"r=8": [True]})
+    scored = []
+
+    def score(winner, log):
+        scored.append(winner.path.name)
+        time.sleep(0.5)
+        return 0, '{"before": {"field_f1": 0.0}, "after": {"field_f1": 1.0}}'
+
+    run = RunFolder(tmp_path / "points" / found.points[0].id)
+    with ThreadPoolExecutor() as both:
+        first, second = both.map(lambda _: score_test(run, tmp_path, score), range(2))
+    assert first == second and len(scored) == 1
 
 
 class Page(HTMLParser):
@@ -626,7 +898,7 @@ def test_a_ray_cluster_gives_the_table_that_this_machine_gives(grid, swept, tmp_
         process = start_sweep(grid, sweep, "--ray", cluster.address)
         base, other = list(jobs_of(grid, sweep).values())[:2]
         wait_for(lambda: (base.run.checkpoints / "step-2").exists())
-        os.kill(parent(int(base.group.read_text())), signal.SIGKILL)
+        os.kill(worker_of(base), signal.SIGKILL)
         printed, _ = process.communicate(timeout=300)
     finally:
         cluster.shutdown()
@@ -636,9 +908,73 @@ def test_a_ray_cluster_gives_the_table_that_this_machine_gives(grid, swept, tmp_
     assert (ranked(sweep), judged(sweep)) == (ranked(swept[0]), judged(swept[0]))
 
 
-def parent(process: int) -> int:
-    status = Path(f"/proc/{process}/status").read_text()
+def worker_of(job: Job) -> int:
+    """The process that has started a job's launcher."""
+    holder = job.holder()
+    assert holder is not None
+    status = Path(f"/proc/{holder[0]}/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:")))
+
+
+@pytest.fixture(scope="module")
+def one_core():
+    """The address of a Ray cluster that runs a point at a time."""
+    from ray import cluster_utils
+
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.fixture
+def long_point(grid, tmp_path) -> Path:
+    """A grid of one point of so many steps that no test sees its end."""
+    base = json.loads(grid.read_text())["base"] | {"steps": 5000, "eval_every": 5000}
+    (tmp_path / "long.json").write_text(json.dumps({"base": base}))
+    return tmp_path / "long.json"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["the worker ends", "the sweep is killed", "two requests at once"])
+def test_no_point_of_a_ray_cluster_is_left_behind(how, one_core, long_point, tmp_path):
+    sweep = tmp_path / "ray"
+    (job,) = jobs_of(long_point, sweep).values()
+    process = start_sweep(long_point, sweep, "--ray", one_core)
+    wait_for(lambda: sum(1 for _ in read_lines(job.run.metrics)) > 2)
+    if how == "the worker ends":
+        os.kill(worker_of(job), signal.SIGTERM)
+        wait_for(lambda: job.log.read_text().count("run folder: ") == 2)  # Ray's next try goes on
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+    elif how == "the sweep is killed":
+        process.kill()
+    else:
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGKILL if how == "the sweep is killed" else 130), printed
+    assert printed.count("stopping: ") == (how != "the sweep is killed")
+    wait_for(lambda: not is_locked(job.log), 60)
+    saved = job.run.latest_checkpoint()
+    assert saved is not None
+
+    process = start_sweep(long_point, sweep, "--ray", one_core)
+    wait_for(lambda: list(read_lines(job.run.metrics))[-1]["step"] > int(saved.name.removeprefix("step-")))
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert not is_locked(job.log)
+    steps = [row["step"] for row in read_lines(job.run.metrics)]
+    assert steps == [*range(1, len(steps) + 1)]
+
+
+@pytest.mark.slow
+def test_the_reason_of_a_failed_point_comes_back_from_a_cluster(one_core, long_point, tmp_path):
+    grid = json.loads(long_point.read_text())
+    grid["base"]["prompt"] = "long " * 40_000
+    long_point.write_text(json.dumps(grid))
+    status, printed = sweep_to_its_end(long_point, tmp_path / "ray", "--ray", one_core)
+    assert status == 1 and "Ray gave up on this point: [Errno 7] Argument list too long" in printed, printed
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -30,7 +31,7 @@ def answer(
     """Write and print what the finished points say.
 
     Args:
-        score: leaves the test split alone where it is None.
+        score: where it is None, no test split is scored, and only one that was is told.
 
     Raises:
         ValueError: if the winner's test split could not be scored.
@@ -39,11 +40,14 @@ def answer(
     if board is None:
         click.echo("no point has a result yet")
         return
-    write_board(board, sweep, None)  # before what may take long, or fail
+    winner = board.settings[0].best_run(plan.metric)
+    test = known_test(winner, sweep)
+    write_board(board, sweep, test)  # before what may take long, or fail
     click.echo(f"\n{text(board)}")
-    if score is not None:
-        test = score_test(board.settings[0].best_run(plan.metric), sweep, score)
+    if test is None and score is not None:
+        test = score_test(winner, sweep, score)
         write_board(board, sweep, test)
+    if test is not None:
         click.echo(f"\ntest split, the base before and {board.settings[0].name} ({test['point']}) after:")
         click.echo(before_after_table(test["before"], test["after"]))
     paths = f"leaderboard  {sweep / 'leaderboard.md'}\nreport       {sweep / 'report.html'}"
@@ -78,22 +82,30 @@ def text(board: Board) -> str:
     return "\n".join(lines + absent(board))
 
 
+def known_test(winner: RunFolder, sweep: Path) -> dict[str, Any] | None:
+    """What `score_test` has kept; None where that is not of this winner."""
+    kept = sweep / "test.json"
+    test = json.loads(kept.read_text("utf-8")) if kept.exists() else None
+    return test if test is not None and test["point"] == winner.path.name else None
+
+
 def score_test(winner: RunFolder, sweep: Path, score: Score) -> dict[str, Any]:
     """{"point", "before", "after"}: metrics of the base and of the winner, kept in test.json for the next call.
 
     Raises:
         ValueError: if evaluate.py fails, with the end of what it said.
     """
-    kept = sweep / "test.json"
-    if kept.exists():
-        test = json.loads(kept.read_text("utf-8"))
-        if test["point"] == winner.path.name:
-            return test
     log = sweep / "test.log"
+    with log.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # waits for a sweep beside this one, and takes what that has found
+        return known_test(winner, sweep) or _scored(winner, sweep, score, log)
+
+
+def _scored(winner: RunFolder, sweep: Path, score: Score, log: Path) -> dict[str, Any]:
     status, printed = score(winner, log)
     if status != 0:
         last = log.read_text("utf-8", "replace").strip().rsplit("\n", 1)[-1]
         raise ValueError(f"the test split of {winner.path} could not be scored: {last} ({log})")
     test = {"point": winner.path.name, **json.loads(printed)}
-    write_json(kept, test)
+    write_json(sweep / "test.json", test)
     return test

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import re
+import shlex
 import signal
+import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from im2json.cli import first_line
-from im2json.sweep.launch import POLL_SECONDS, Job, command, is_locked, launch, lock, output_of, signal_group
+from im2json.sweep.launch import ASKED, POLL_SECONDS, Job, command, is_locked, launch, lock, output_of, signal_group
 
+ANSWER_SECONDS = 5  # for a cluster to take a connection; Ray itself tries for minutes
 RETRIES = 3  # of a point whose worker or machine was lost; it goes on from its checkpoint
 
 
@@ -23,6 +28,7 @@ class Cluster:
         Raises:
             ValueError: if Ray is not installed, no cluster answers, or no machine has as many GPUs.
         """
+        check_address(address)
         try:
             import ray
         except ImportError:
@@ -41,7 +47,10 @@ class Cluster:
         if self.gpus > most:
             raise ValueError(f"--gpus-per-run {self.gpus}: no machine of the cluster has more than {most:g} GPU(s)")
 
-    def start(self, job: Job) -> bool:
+    def has_room(self, beside: Sequence[Job]) -> bool:
+        return len(beside) < self.capacity
+
+    def start(self, job: Job, beside: Sequence[Job]) -> bool:
         # on CPUs a point takes a core, or as many as the grid says
         threads = None if self.gpus else job.point.config.train.threads or 1
         run = self.ray.remote(num_gpus=self.gpus, num_cpus=threads or 1, max_retries=RETRIES)(run_point)
@@ -57,43 +66,68 @@ class Cluster:
             self.ray.get(task)
         except self.ray.exceptions.TaskCancelledError:
             pass
+        except self.ray.exceptions.RayTaskError as error:  # its own text begins with where it was raised
+            job.complain(f"Ray gave up on this point: {first_line(error.cause)}")
         except self.ray.exceptions.RayError as error:
-            with job.log.open("a") as log:
-                log.write(f"Error: Ray gave up on this point: {first_line(error)}\n")
+            job.complain(f"Ray gave up on this point: {first_line(error)}")
         return is_locked(job.log)
 
     def stop(self, job: Job, at_once: bool) -> None:
         if task := self.tasks.get(job.point.id):
             self.ray.cancel(task, force=at_once)
+        if at_once or task is None:  # without a task, another sweep has started it
+            signal_group(job, signal.SIGKILL if at_once else signal.SIGTERM)
 
     def output_of(self, arguments: list[str], log: Path) -> tuple[int, str]:
         run = self.ray.remote(num_gpus=self.gpus, max_retries=RETRIES)(output_of)
         return self.ray.get(run.remote(arguments, log))
 
 
+def check_address(address: str) -> None:
+    """Raises ValueError where there is no cluster to be found, which Ray would take minutes to say."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:([0-9]+)", address)
+    if address != "auto" and found is None:
+        raise ValueError(f"--ray {address}: expected the HOST:PORT of a cluster, or auto for the one on this machine")
+    if found is not None:
+        host, port = found.groups()
+        try:
+            socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
+        except (OSError, OverflowError, UnicodeError) as error:
+            raise ValueError(f"--ray {address}: no Ray cluster answers there ({error})") from None
+
+
 def run_point(job: Job, train: Path, processes: int, threads: int | None) -> None:
     """The task: a point's program, brought to its end on the machine that Ray has chosen.
 
-    Where the worker that runs this dies, the guard asks the point to save and stop, and Ray's next try goes on.
+    Where the worker that runs this ends, in whatever way, the guard asks the point to save and stop, and Ray's next try
+    goes on.
     """
-    with job.log.open("ab") as log:
-        while not lock(log):  # what a lost worker has started is ending
-            time.sleep(POLL_SECONDS)
-        if job.state_at_rest() in ("done", "left"):
-            return
-        process = launch(job, command(job, train, processes, threads), log, {})
-    # reads what is never written, until this end is closed, by the end of this task or of this process
-    guard = subprocess.Popen(
-        ["sh", "-c", f"read _; kill -TERM -{process.pid}"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
     try:
+        with job.log.open("ab") as log:
+            while not lock(log):  # what a lost worker has started is ending
+                time.sleep(POLL_SECONDS)
+            if job.state_at_rest() in ("done", "paused"):
+                return
+            process = launch(job, command(job, train, processes, threads), log, {})
+        guard = start_guard(job, process.pid)
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
-    except KeyboardInterrupt:  # as Ray cancels a task
+        guard.communicate(b"\n")
+    except KeyboardInterrupt:  # as Ray cancels a task; it ends a worker by SystemExit, which is the guard's matter
         signal_group(job, signal.SIGTERM)
-        process.wait()
+        while is_locked(job.log):
+            time.sleep(POLL_SECONDS)
         raise
-    finally:
-        guard.kill()
-        guard.wait()
+
+
+def start_guard(job: Job, group: int) -> subprocess.Popen:
+    """What asks a process group to stop, unless it was asked, when this process ends; a line sends it home.
+
+    It waits for the line in a grandchild: Ray kills the children of a worker that it kills.
+    """
+    note = shlex.quote(str(job.group))
+    ask = f"grep -qx '{ASKED}' {note} || {{ kill -TERM -{group} && echo '{ASKED}' >> {note}; }}"
+    return subprocess.Popen(
+        ["sh", "-c", f"exec 3<&0; (read _ <&3 || {{ {ask}; }}) &"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip

@@ -30,6 +30,7 @@ class Point:
     id: str  # the same for the same options that decide the result, in any grid
     config: TrainConfig
     flags: list[str]  # of train.py, for these options and no others
+    free: list[str]  # of them, those of the options that change no result, as --resume takes them again
     place: Values  # axis -> its value as the grid has it ("2r" for alpha)
     setting: str  # in words, what the grid makes different from its base; the same for all seeds
     name: str  # the same with the seed, where the grid repeats its points
@@ -115,11 +116,13 @@ def make_plan(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> Plan:
     if any(point.config.train.eval_every == 0 for point in points):
         raise ValueError("eval_every: 0 leaves nothing to rank the points by: at least 1")
     around = places[0][0] if part == "ablate" else None
-    ordered = {
-        name: values if around is None or around[name] in values else [around[name], *values]
-        for name, values in axes.items()
-    }
+    ordered = {name: _ordered([place[name] for place, _ in places], values) for name, values in axes.items()}
     return Plan(points, ordered, points[0].config.train.metric, around)
+
+
+def _ordered(placed: list[Any], values: list[Any]) -> list[Any]:
+    """The values that the points have on an axis, in the grid's order; one that only the base has comes first."""
+    return [value for value in dict.fromkeys([*(v for v in placed if v not in values), *values]) if value in placed]
 
 
 def _crossed(axes: Mapping[str, list[Any]]) -> list[tuple[Values, Values]]:
@@ -142,16 +145,25 @@ def _ablated(base: Values, axes: Mapping[str, list[Any]], preset: str | None) ->
             raise ValueError(f"ablate.{name}: {same[0]!r} and {same[1]!r} are the same point")
         middle[name] = same[0] if same else middle[name]
         changes += [(name, value) for value in values if value not in same]
+    follows = base.get("alpha", "2r")
+    if {"r", "alpha"} <= axes.keys() and isinstance(follows, str) and not isinstance(middle["alpha"], str):
+        middle["alpha"] = follows  # which the points of another r have as well, and no number says
     return [(middle, {})] + [({**middle, name: value}, {name: value}) for name, value in changes]
 
 
 def _words(values: Values) -> str:
-    return " ".join(f"{name}={value}" for name, value in values.items()) or "base"
+    return " ".join(f"{name}={shown(value)}" for name, value in values.items()) or "base"
+
+
+def shown(value: Any) -> str:
+    """A value on one line: text that holds a line break or the like is quoted and escaped."""
+    return str(value) if str(value).isprintable() else repr(value)
 
 
 def _point(given: Values, preset: str | None, place: Values, setting: str, name: str) -> Point:
     config = _resolve(given, preset)
-    return Point(point_id(config), config, _flags(given, config, preset or "tiny"), place, setting, name)
+    free = [flag for option in given if FIELDS[option].metadata["free"] for flag in _flag(option, given[option])]
+    return Point(point_id(config), config, _flags(given, config, preset or "tiny"), free, place, setting, name)
 
 
 def _resolve(given: Values, preset: str | None) -> TrainConfig:
@@ -175,7 +187,12 @@ def _with_alpha(given: Values, preset: str | None) -> Values:
         return given
     others = {name: value for name, value in given.items() if name != "alpha"}
     r = TrainConfig.resolve(fresh_options(others, preset), preset).model.r
-    return {**given, "alpha": float(alpha.removesuffix("r") or 1) * r}
+    return {**given, "alpha": _times(alpha) * r}
+
+
+def _times(alpha: str) -> float:
+    """How many times r an alpha like "2r" is."""
+    return float(alpha.removesuffix("r") or 1)
 
 
 def _flags(given: Values, config: TrainConfig, preset: str) -> list[str]:
@@ -183,14 +200,19 @@ def _flags(given: Values, config: TrainConfig, preset: str) -> list[str]:
     usual = TrainConfig.resolve({}, preset).flat()
     flags = ["--preset", preset]
     for name, value in config.flat().items():
-        if value is None or (value == usual[name] and name not in given and name != "alpha"):
-            continue
-        flag = flag_name(name)
-        if isinstance(value, bool):
-            flags.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            flags += [flag, f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)]
+        if value != usual[name] or name in given or name == "alpha":
+            flags += _flag(name, value)
     return flags
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    """What gives train.py this value."""
+    flag = flag_name(name)
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    return [flag, f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)]
 
 
 def _checked_base(values: Any, where: str = "base") -> Values:
@@ -233,13 +255,22 @@ def _check(where: str, name: str, value: Any) -> None:
     if name in NOT_HERE:
         raise ValueError(f"{where}: leave it out, {NOT_HERE[name]}")
     if name == "alpha" and isinstance(value, str):
-        if not re.fullmatch(r"(\d+\.?\d*)?r", value):
+        if not re.fullmatch(r"([0-9]+\.?[0-9]*)?r", value):
             raise ValueError(f'{where}: {value!r} is neither a number nor a multiple of r, like "2r"')
-        return
+        value = _times(value)
     if name == "preset":
         raise ValueError(f"{where}: it stands beside base, not among the options")
+    if isinstance(value, str) and not _fits_a_command(value):
+        raise ValueError(f"{where}: {value!r} holds a character that no command line can")
     if problem := check(name, value):
         raise ValueError(f"{where}: {problem.removeprefix(f'{flag_name(name)}: ')}")
+
+
+def _fits_a_command(text: str) -> bool:
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
 
 
 def _refuse_copies(points: list[Point]) -> None:

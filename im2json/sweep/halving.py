@@ -13,6 +13,7 @@ from statistics import fmean
 
 from im2json.runs import read_lines
 from im2json.scoring import METRICS
+from im2json.sweep.grid import Point
 from im2json.sweep.launch import Job
 
 
@@ -22,7 +23,15 @@ class Dropped:
 
     setting: str
     step: int  # the rung
+    metric: str
     value: float  # of the metric there, the mean over the seeds
+
+
+def check_rungs(points: Sequence[Point]) -> None:
+    """Raises ValueError where the points are not validated at the same steps, so that none could be a rung."""
+    found = sorted({point.config.train.eval_every for point in points})
+    if len(found) > 1:
+        raise ValueError(f"--halve compares validations at the same step, so eval_every may not differ: {found}")
 
 
 def halve(jobs: Sequence[Job], metric: str, run: Callable[[], None], dropped: list[Dropped]) -> None:
@@ -38,7 +47,7 @@ def halve(jobs: Sequence[Job], metric: str, run: Callable[[], None], dropped: li
     alive: dict[str, list[Job]] = {}
     for job in jobs:
         alive.setdefault(job.point.setting, []).append(job)
-    rung = max(job.point.config.train.eval_every for job in jobs)
+    rung = jobs[0].point.config.train.eval_every  # of all, see `check_rungs`
     while True:
         _aim(alive, rung if len(alive) > 1 else None)
         run()
@@ -49,9 +58,11 @@ def halve(jobs: Sequence[Job], metric: str, run: Callable[[], None], dropped: li
         values = {name: fmean(value_at(job, metric, rung) for job in kept) for name, kept in alive.items()}
         order = sorted(alive, key=lambda name: -METRICS[metric].gain(values[name]))  # of equals the grid's first
         for name in order[math.ceil(len(order) / 2) :]:
-            for job in alive.pop(name):
-                job.state = job.state if job.state == "done" else "dropped"
-            dropped.append(Dropped(name, rung, values[name]))
+            unfinished = [job for job in alive.pop(name) if job.state != "done"]
+            for job in unfinished:
+                job.state = "dropped"
+            if unfinished:  # what was done before loses nothing, and is ranked
+                dropped.append(Dropped(name, rung, metric, values[name]))
         rung *= 2
 
 

@@ -7,10 +7,11 @@ import dataclasses
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -21,6 +22,7 @@ from im2json.sweep.grid import Point
 
 POLL_SECONDS = 0.5
 TAIL_LINES = 6
+ASKED = "asked to stop"
 NOTICE = "stopping: every point finishes its step and writes a checkpoint; once more stops at once"
 
 
@@ -30,9 +32,8 @@ class Job:
 
     point: Point
     run: RunFolder
-    state: str = (
-        ""  # done, running, stopped (has something to go on from), to do, left (after stop_after), dropped, failed
-    )
+    # done, running, stopped (has something to go on from), to do, paused (after stop_after), dropped, failed
+    state: str = ""
     stop_after: int | None = None  # the step after which it is to be left
     started: float = 0.0  # by this sweep, in seconds since the epoch; 0 for what a killed sweep left running
 
@@ -42,8 +43,19 @@ class Job:
 
     @property
     def group(self) -> Path:
-        """Holds the number of the running process group, for the sweep that comes after a killed one."""
+        """Who runs the point, for the sweep that comes after a killed one: a line each for the number of the process
+        group, its machine and its GPUs, and a last one, ASKED, once it was asked to stop."""
         return self.run.path.with_name(f"{self.run.path.name}.pid")
+
+    def holder(self) -> tuple[int, set[str], bool] | None:
+        """The process group, its GPUs, and whether it was asked to stop, if the point runs on this machine."""
+        if not is_locked(self.log):  # the number may be that of others by now
+            return None
+        try:
+            number, machine, gpus, *asked = self.group.read_text().splitlines()
+            return (int(number), set(gpus_of(gpus)), asked == [ASKED]) if machine == socket.gethostname() else None
+        except (OSError, ValueError):  # it is about to be written, or has just been removed
+            return None
 
     def state_on_disk(self) -> str:
         return "running" if is_locked(self.log) else self.state_at_rest()
@@ -52,12 +64,17 @@ class Job:
         if self.run.done:
             return "done"
         if self.stop_after is not None and self.validated() >= self.stop_after:
-            return "left"
+            return "paused"
         return "stopped" if self.run.config.exists() else "to do"
 
     def validated(self) -> int:
         """The step of the last validation; 0 before the first."""
         return max((row["step"] for row in read_lines(self.run.metrics) if row["split"] == "validation"), default=0)
+
+    def complain(self, why: str) -> None:
+        """Have the log end with an error that train.py could not tell itself."""
+        with self.log.open("a", encoding="utf-8", errors="backslashreplace") as log:
+            log.write(f"Error: {why}\n")
 
     def last_words(self) -> str:
         """The end of the log: train.py's error, or the last lines."""
@@ -72,12 +89,15 @@ class Job:
 class Place(Protocol):
     """Where points run."""
 
-    @property
-    def capacity(self) -> int:
-        """Points at a time."""
+    def has_room(self, beside: Sequence[Job]) -> bool:
+        """Whether one more point can run beside these."""
 
-    def start(self, job: Job) -> bool:
-        """Start a job, or go on with it; False where a sweep beside this one has it."""
+    def start(self, job: Job, beside: Sequence[Job]) -> bool:
+        """Start a job, or go on with it; False where a sweep beside this one has it.
+
+        Raises:
+            OSError, ValueError: if its program cannot be started.
+        """
 
     def is_running(self, job: Job) -> bool:
         """Whether something of the job lives, whoever started it."""
@@ -103,7 +123,7 @@ def command(job: Job, train: Path, processes: int, threads: int | None) -> list[
     if processes > 1:
         launch += ["--main_process_port", "0"]  # a free one: other points are on this machine
     run = str(job.run.path)
-    flags = ["--resume", run] if job.run.config.exists() else [*job.point.flags, "--output", run]
+    flags = ["--resume", run, *job.point.free] if job.run.config.exists() else [*job.point.flags, "--output", run]
     if job.stop_after is not None:
         flags += ["--stop-after", str(job.stop_after)]
     if threads is not None and job.point.config.train.threads is None:
@@ -135,12 +155,17 @@ def visible_gpus() -> list[str]:
     """The GPUs that CUDA may use, by number or name."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+        return gpus_of(named)
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return []
+
+
+def gpus_of(named: str) -> list[str]:
+    """The GPUs that a CUDA_VISIBLE_DEVICES names."""
+    return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
 
 
 class Here:
@@ -149,24 +174,28 @@ class Here:
     def __init__(self, slots: list[dict[str, str]], make_command: Callable[[Job], list[str]]) -> None:
         self.slots = slots
         self.make_command = make_command
-        self.processes: dict[str, tuple[subprocess.Popen, int]] = {}  # by point, with the slot
+        self.processes: dict[str, subprocess.Popen] = {}  # by point
 
-    @property
-    def capacity(self) -> int:
-        return len(self.slots)
+    def free_slots(self, beside: Sequence[Job]) -> list[dict[str, str]]:
+        """The slots that are left beside these points, of which a killed sweep may have started some."""
+        holders = (job.holder() for job in beside)
+        taken = {gpu for holder in holders if holder is not None for gpu in holder[1]}
+        free = [slot for slot in self.slots if taken.isdisjoint(gpus_of(slot.get("CUDA_VISIBLE_DEVICES", "")))]
+        return free[: max(0, len(self.slots) - len(beside))]
 
-    def start(self, job: Job) -> bool:
-        taken = {slot for _, slot in self.processes.values()}
-        slot = next(number for number in range(len(self.slots)) if number not in taken)
+    def has_room(self, beside: Sequence[Job]) -> bool:
+        return bool(self.free_slots(beside))
+
+    def start(self, job: Job, beside: Sequence[Job]) -> bool:
+        slot, *_ = self.free_slots(beside) or self.slots  # which may have been taken since `has_room`
         with job.log.open("ab") as log:
             if not lock(log):
                 return False
-            process = launch(job, self.make_command(job), log, self.slots[slot])
-        self.processes[job.point.id] = process, slot
+            self.processes[job.point.id] = launch(job, self.make_command(job), log, slot)
         return True
 
     def is_running(self, job: Job) -> bool:
-        process, _ = self.processes.get(job.point.id, (None, None))
+        process = self.processes.get(job.point.id)
         # train.py lives on after its launcher was stopped, and so does the log's lock
         if (process is not None and process.poll() is None) or is_locked(job.log):
             return True
@@ -191,31 +220,43 @@ def output_of(arguments: list[str], log: Path) -> tuple[int, str]:
 def launch(job: Job, arguments: list[str], log: BinaryIO, environment: dict[str, str]) -> subprocess.Popen:
     """Start a job's processes, a group of their own, which write to the log and hold its lock."""
     job.group.unlink(missing_ok=True)
+    environment = {**os.environ, "TQDM_MININTERVAL": "5", **environment}
     # a session of its own: Ctrl-C in the terminal is for the sweep alone, which then asks each point once
     process = subprocess.Popen(
         arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        env={**os.environ, "TQDM_MININTERVAL": "5", **environment},
+        env=environment,
     )  # fmt: skip
-    job.group.write_text(str(process.pid))
+    gpus = environment.get("CUDA_VISIBLE_DEVICES", "")
+    job.group.write_text(f"{process.pid}\n{socket.gethostname()}\n{gpus}\n")
     return process
 
 
 def signal_group(job: Job, number: int) -> None:
-    """Send a signal to all processes of a job that runs on this machine."""
-    with contextlib.suppress(OSError, ValueError):
-        if is_locked(job.log):  # so the number is still that of this job
-            os.killpg(int(job.group.read_text()), number)
+    """Send a signal to all processes of a job that runs on this machine.
+
+    SIGTERM is sent once, whoever sends it: a second one has train.py end at once, without a checkpoint.
+    """
+    if (holder := job.holder()) is None:
+        return
+    group, _, asked = holder
+    if number == signal.SIGTERM and asked:
+        return
+    with contextlib.suppress(OSError):  # it has just ended
+        os.killpg(group, number)
+        if number == signal.SIGTERM:
+            with job.group.open("a") as file:
+                file.write(f"{ASKED}\n")
 
 
 def run_jobs(jobs: list[Job], place: Place, show: Callable[[], None]) -> None:
-    """Bring every job to an end: done, left after the step that was asked for, or failed.
+    """Bring every job to an end: done, paused after the step that was asked for, or failed.
 
     Args:
         show: called after every look at the jobs.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C or SIGTERM. The points were asked to save and stop, and have ended; the second
-            request ends them at once.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM. The points were asked to save and stop, and have ended; a request
+            after they were asked ends them at once.
     """
     with stop_requests() as requests:
         heard = 0
@@ -224,22 +265,31 @@ def run_jobs(jobs: list[Job], place: Place, show: Callable[[], None]) -> None:
                 for job in jobs:
                     if job.state == "running" and not place.is_running(job):
                         finish(job, stopping=bool(requests))
-                free = place.capacity - sum(job.state == "running" for job in jobs)
-                waiting = [job for job in jobs if job.state in ("to do", "stopped")]
-                for job in waiting[: 0 if requests else max(0, free)]:
-                    start(job, place)
+                if not requests:
+                    start_all(jobs, place)
                 show()
                 if not any(job.state == "running" for job in jobs):
                     break
                 if len(requests) > heard:
+                    if not heard:  # the first look that finds any asks, however many came since the last
+                        click.echo(NOTICE, err=True)
+                    _stop_all(jobs, place, at_once=heard > 0)
                     heard = len(requests)
-                    click.echo(NOTICE, err=True)
-                    _stop_all(jobs, place, at_once=heard > 1)
                 time.sleep(POLL_SECONDS)
         finally:
             _stop_all(jobs, place, at_once=False)  # only where something went wrong here is one running still
     if requests:
         raise KeyboardInterrupt
+
+
+def start_all(jobs: list[Job], place: Place) -> None:
+    """Start as many of the jobs that wait as there is room for."""
+    for job in jobs:
+        if job.state in ("to do", "stopped"):
+            running = [other for other in jobs if other.state == "running"]
+            if not place.has_room(running):
+                return
+            start(job, place, running)
 
 
 def _stop_all(jobs: list[Job], place: Place, at_once: bool) -> None:
@@ -248,24 +298,29 @@ def _stop_all(jobs: list[Job], place: Place, at_once: bool) -> None:
             place.stop(job, at_once)
 
 
-def start(job: Job, place: Place) -> None:
+def start(job: Job, place: Place, running: Sequence[Job]) -> None:
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    job.state, now = "running", time.time()
-    job.started = now if place.start(job) else 0.0
+    now = time.time()
+    try:
+        job.started = now if place.start(job, running) else 0.0
+        job.state = "running"
+    except (OSError, ValueError) as error:  # as where an option is too long for a command line
+        job.complain(f"its program could not be started: {error}")
+        job.state = "failed"
 
 
 def finish(job: Job, stopping: bool) -> None:
     ours, job.started = job.started > 0, 0.0
     job.group.unlink(missing_ok=True)
     job.state = job.state_on_disk()
-    if job.state not in ("done", "left") and ours and not stopping:
+    if job.state not in ("done", "paused") and ours and not stopping:
         job.state = "failed"
 
 
-def lock(file: BinaryIO) -> bool:
+def lock(file: BinaryIO, how: int = fcntl.LOCK_EX) -> bool:
     """Lock an open file, for all processes that inherit it; False where it is locked already."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -274,8 +329,8 @@ def lock(file: BinaryIO) -> bool:
 def is_locked(path: Path) -> bool:
     if not path.exists():
         return False
-    with path.open("ab") as file:
-        return not lock(file)
+    with path.open("rb") as file:  # a shared lock takes no right to write
+        return not lock(file, fcntl.LOCK_SH)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from im2json.runs import RunFolder, read_lines
 from im2json.scoring import METRICS, StreamingEvaluator, compare
 from im2json.scoring.text import scoring_text
-from im2json.sweep.grid import Plan, Values
+from im2json.sweep.grid import Plan, Values, shown
 from im2json.sweep.halving import Dropped
 from im2json.sweep.launch import Job
 from im2json.sweep.progress import duration
@@ -120,11 +119,11 @@ def judge_axis(axis: str, around: Values, settings: Sequence[Setting], metric: s
     found |= {"best": best.place[axis], "runner_up": second.place[axis]}
     found["difference"] = best.value(metric) - second.value(metric)
     if not found["difference"]:
-        sentence = f"{axis}: {found['best']} and {found['runner_up']} are level with {metric} {best.value(metric):.3f}."
-        return found | {"exceeds_noise": False, "sentence": sentence}
+        level = f"{shown(found['best'])} and {shown(found['runner_up'])} are level with {metric}"
+        return found | {"exceeds_noise": False, "sentence": f"{axis}: {level} {best.value(metric):.3f}."}
     head = (
-        f"{axis}: {found['best']} is best with {metric} {best.value(metric):.3f}, "
-        f"before {found['runner_up']} with {second.value(metric):.3f}"
+        f"{axis}: {shown(found['best'])} is best with {metric} {best.value(metric):.3f}, "
+        f"before {shown(found['runner_up'])} with {second.value(metric):.3f}"
     )
     if best.examples != second.examples:
         return found | {
@@ -132,13 +131,12 @@ def judge_axis(axis: str, around: Values, settings: Sequence[Setting], metric: s
             "sentence": f"{head}; they were not validated on the same examples and seeds, so nothing is said of noise.",
         }
     compared = compare(second.evaluator, best.evaluator)[metric]
-    low, high = (None if math.isnan(bound) else bound for bound in (compared.low, compared.high))
     exceeds = compared.exceeds_noise and not _overlap(best.values(metric), second.values(metric))
     noise = "noise" if len(best.runs) > 1 else "noise of the examples (that of seeds takes several to tell)"
     verdict = f"exceeds the {noise}" if exceeds else "is within the noise, so this grid does not tell them apart"
-    bounds = "" if low is None or high is None else f" [{low:+.3f}, {high:+.3f}]"
-    sentence = f"{head}: the difference {found['difference']:+.3f}{bounds} {verdict}."
-    return found | {"low": low, "high": high, "exceeds_noise": exceeds, "sentence": sentence}
+    bounds = f"[{compared.low:+.3f}, {compared.high:+.3f}]"
+    sentence = f"{head}: the difference {found['difference']:+.3f} {bounds} {verdict}."
+    return found | {"low": compared.low, "high": compared.high, "exceeds_noise": exceeds, "sentence": sentence}
 
 
 def _overlap(first: Sequence[float], second: Sequence[float]) -> bool:
@@ -164,7 +162,7 @@ def rows(board: Board) -> list[dict[str, Any]]:
                 row |= {f"{name}_min": min(setting.values(name)), f"{name}_max": max(setting.values(name))}
         row["seconds"] = sum(result["seconds"] for result in setting.results) / len(setting.results)
         row["peak_memory_bytes"] = max(result["peak_memory_bytes"] for result in setting.results)
-        table.append({name: None if value != value else value for name, value in row.items()})  # JSON has no NaN
+        table.append(row)
     return table
 
 
@@ -179,13 +177,13 @@ class Cell:
 
 def cells(metric: str, table: Sequence[Values]) -> tuple[list[str], list[list[Cell]]]:
     """Headers, and under them what is shown of `rows`: the metric that ranks before the others."""
-    shown = list(dict.fromkeys([metric, *SHOWN]))
-    best = {name: max(METRICS[name].gain(row[name]) for row in table) for name in shown}
-    arrows = [name if METRICS[name].higher_is_better else f"{name} (lower is better)" for name in shown]
+    names = list(dict.fromkeys([metric, *SHOWN]))
+    best = {name: max(METRICS[name].gain(row[name]) for row in table) for name in names}
+    arrows = [name if METRICS[name].higher_is_better else f"{name} (lower is better)" for name in names]
     lines = []
     for row in table:
         left = [Cell(f"{row[name]:g}" if isinstance(row[name], float) else str(row[name])) for name in OPTIONS]
-        metrics = [_metric_cell(row, name, METRICS[name].gain(row[name]) == best[name]) for name in shown]
+        metrics = [_metric_cell(row, name, METRICS[name].gain(row[name]) == best[name]) for name in names]
         used = [Cell(duration(row["seconds"])), Cell(f"{row['peak_memory_bytes'] / 2**30:.2f} GiB")]
         config = Cell(row["config"], best=row["rank"] == 1)
         lines.append([config, *left, Cell(f"{row['trainable']:,}"), *metrics, *used])
@@ -193,9 +191,7 @@ def cells(metric: str, table: Sequence[Values]) -> tuple[list[str], list[list[Ce
 
 
 def _metric_cell(row: Values, name: str, best: bool) -> Cell:
-    more = []
-    if row[f"{name}_low"] is not None:
-        more.append(f"[{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]")
+    more = [f"[{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"]
     if f"{name}_min" in row:
         more.append(f"({row[f'{name}_min']:.3f} to {row[f'{name}_max']:.3f})")
     return Cell(f"{row[name]:.3f}", more, best)
@@ -214,7 +210,9 @@ def markdown(board: Board) -> str:
 
 def absent(board: Board) -> list[str]:
     """A sentence each on what the table does not hold."""
-    dropped = ", ".join(f"{found.setting} after step {found.step} ({found.value:.3f})" for found in board.dropped)
+    dropped = ", ".join(
+        f"{found.setting} after step {found.step} ({found.metric} {found.value:.3f})" for found in board.dropped
+    )
     found = {"Without a result": ", ".join(board.missing), "Dropped by halving": dropped}
     return [f"{why}: {names}." for why, names in found.items() if names]
 

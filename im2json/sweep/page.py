@@ -10,7 +10,7 @@ from im2json.report.plot import Curve, Estimate, curve_plot, estimate_plot, lege
 from im2json.report.table import BEFORE_AFTER, before_after_rows, cell_text
 from im2json.runs import read_lines
 from im2json.scoring import METRICS
-from im2json.sweep.grid import Values
+from im2json.sweep.grid import Values, shown
 from im2json.sweep.leaderboard import Board, Cell, absent, axis_line, cells, note, rows
 
 _STYLE = """
@@ -56,8 +56,8 @@ def _summary(board: Board) -> str:
 
 def _leaderboard(board: Board, table: list[Values]) -> str:
     headers, lines = cells(board.metric, table)
-    shown = html_table(headers, ([_cell(cell) for cell in line] for line in lines))
-    return f'{shown}\n<p class="muted">{html.escape(note(board))}</p>'
+    drawn = html_table(headers, ([_cell(cell) for cell in line] for line in lines))
+    return f'{drawn}\n<p class="muted">{html.escape(note(board))}</p>'
 
 
 def _cell(cell: Cell) -> str:
@@ -73,13 +73,13 @@ def _axis(board: Board, axis: dict[str, Any], table: list[Values]) -> str:
     estimates = []
     for value in board.order[name]:
         if value not in found:
-            estimates.append(Estimate(str(value), None))
+            estimates.append(Estimate(shown(value), None))
             continue
         setting = found[value]
         row = by_config[setting.name]
         seeds = setting.values(metric) if len(setting.runs) > 1 else []
-        estimates.append(Estimate(str(value), row[metric], row[f"{metric}_low"], row[f"{metric}_high"], seeds))
-    others = ", ".join(f"{other}={value}" for other, value in board.around.items() if other != name)
+        estimates.append(Estimate(shown(value), row[metric], row[f"{metric}_low"], row[f"{metric}_high"], seeds))
+    others = ", ".join(f"{other}={shown(value)}" for other, value in board.around.items() if other != name)
     where = f'<p class="muted">At {html.escape(others)}.</p>' if others else ""
     plot = estimate_plot(estimates, name, _named(metric))
     return (

@@ -73,10 +73,12 @@ class Progress:
         values = [row["values"][self.metric] for row in rows if row["split"] == "validation"]
         step, total = (steps[-1]["step"] if steps else 0), total_steps(job)
         left = ""
-        recent = [row for row in steps if row["time"] >= job.started]
+        # of a point that another sweep has started it is not known since when it runs
+        recent = [row for row in steps if row["time"] >= job.started] if job.started else []
         if job.state == "running" and total and len(recent) > 1:
             pace = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
-            left = f"{duration(pace * (total - step))} left"
+            end = total if job.stop_after is None else min(job.stop_after, total)
+            left = f"{duration(pace * max(0, end - step))} left"
         value = f"{values[-1]:.3f}" if values else ""
         state = "queued" if job.state == "running" and not is_locked(job.log) else job.state  # by a cluster
         return [job.point.name, state, str(step or ""), str(total or ""), value, left]
