@@ -24,7 +24,9 @@ OURS: dict[str, dict[str, Any]] = {
     "default": dict(),
     "NF4 in every pass": dict(dequantize="off"),
     "no dropout": dict(dropout=0.0),
-    "eager": dict(compile="off"),
+    "graphs alone": dict(compile="off"),
+    "compiled layers alone": dict(graphs="off"),
+    "neither": dict(compile="off", graphs="off"),
     "checkpointing, NF4, no dropout": dict(gradient_checkpointing=True, dequantize="off", dropout=0.0),
     "checkpointing, NF4": dict(gradient_checkpointing=True, dequantize="off"),
     "seed's 4 x 4, checkpointing, NF4": dict(gradient_checkpointing=True, dequantize="off", microbatch=4),
@@ -69,6 +71,7 @@ def main(
             print(f"{name:<38} failed:\n{done.stderr.strip()[-2000:]}", flush=True)
             continue
         found[name] = json.loads(lines[0].removeprefix("RESULT"))
+        print(done.stderr.strip().splitlines()[-1][:300])
         print(line_of(name, found), flush=True)
 
 
@@ -89,6 +92,7 @@ def summary(times: list[float], losses: list[float], started: float) -> dict[str
 
     durations = sorted(b - a for a, b in zip(times[len(times) // 2 :], times[len(times) // 2 + 1 :]))
     cuda = torch.cuda.is_available()
+    print("seconds", [round(b - a, 2) for a, b in zip(times, times[1:])], file=sys.stderr)
     return {
         "examples_per_second": EXAMPLES / durations[len(durations) // 2],
         "first": times[0] - started,
@@ -118,7 +122,7 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
     from im2json.data.order import Order
     from im2json.inference.workbench import start_accelerator
     from im2json.model.base import load_base, load_processor
-    from im2json.model.compiled import compile_layers, compiles
+    from im2json.model.compiled import compile_layers, pays
     from im2json.model.lora import add_lora, trained
     from im2json.options import TrainConfig
     from im2json.training.loop import seed_dropout, train_step
@@ -136,7 +140,7 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
     options = config.model
     base = load_base(options.model, precision, options.quant, accelerator.device, options.dequantize)
     lora = add_lora(base, options, 0)
-    if compiles(options.compile, lora, accelerator.device):
+    if pays(options.compile, lora, accelerator.device):
         compile_layers(lora)
     parameters = [flatten(trained(lora))]
     optimizer = accelerator.prepare(make_optimizer(parameters, config.train))

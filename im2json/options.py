@@ -113,7 +113,13 @@ class ModelOptions:
     )
     compile: str = option(
         "auto",
-        "compile the layers, and replay each microbatch as a CUDA graph: auto does for large models on a GPU",
+        "compile the layers of both towers: auto does for large models on a GPU",
+        choices=("auto", "on", "off"),
+        free=True,
+    )
+    graphs: str = option(
+        "auto",
+        "replay each microbatch as a CUDA graph, one for each shape: auto does for large models in bf16 on a GPU",
         choices=("auto", "on", "off"),
         free=True,
     )

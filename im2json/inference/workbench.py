@@ -25,7 +25,7 @@ from im2json.data.sources import open_splits
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
 from im2json.model.card import check_card, precision_note
-from im2json.model.compiled import LENGTHS, compile_layers, compiles, records
+from im2json.model.compiled import LENGTHS, compile_layers, pays, records
 from im2json.model.lora import add_lora
 from im2json.model.memory import Forecast, Load, Setting, Sizes, forecast, free_bytes, largest_microbatch
 from im2json.options import TrainConfig
@@ -86,7 +86,7 @@ class Workbench:
             found = min(share, MICROBATCH_ON_CPU)
             self.accelerator.print(f"--microbatch auto: {found} of a step's {share} examples a process, on a CPU")
             return found
-        free = free_bytes(self.accelerator.device)
+        free = free_bytes()
         # LoRA's weights are there already: a little more is asked for than the step takes
         found = largest_microbatch(share, lambda size: self.forecast(size).lora + self.forecast(size).step, free)
         self.accelerator.print(
@@ -105,7 +105,7 @@ class Workbench:
         if records(model, self.model, device, self.precision):
             width += -width % LENGTHS
         load = Load(microbatch, width, sum(longest), answers, prefix + self.max_new_tokens)
-        compiled = compiles(model.compile, self.model, device)
+        compiled = pays(model.compile, self.model, device)
         setting = Setting.of(model, self.config.train.optimizer, self.precision, self.model, compiled)
         return forecast(Sizes.of(self.model.config), setting, load)
 
@@ -188,7 +188,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, ada
     lengths.check(config.data.max_target_tokens, len(collator.prefix_ids), positions(base))
     lora = dataclasses.replace(config.model, adapter=str(adapter)) if adapter else config.model
     model = add_lora(base, lora, config.train.seed)
-    if compiles(options.compile, model, accelerator.device):
+    if pays(options.compile, model, accelerator.device):
         compile_layers(model)
     return Workbench(config, accelerator, precision, splits, collator, lengths, model)
 

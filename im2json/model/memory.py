@@ -266,10 +266,10 @@ def largest_microbatch(most: int, needs: Callable[[int], float], free: float) ->
     return most
 
 
-def free_bytes(device: torch.device) -> float:
-    """What this process may still take of a GPU: free for all, or held by its allocator and unused; no more than
+def free_bytes() -> float:
+    """What this process may still take of its GPU: free for all, or held by its allocator and unused; no more than
     torch.cuda.set_per_process_memory_fraction leaves."""
-    free, total = torch.cuda.mem_get_info(device)
-    reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    free, total = torch.cuda.mem_get_info()
+    reserved, used = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    allowed = torch.cuda.get_per_process_memory_fraction() * total
     return max(0.0, min(free + reserved, allowed) - used)

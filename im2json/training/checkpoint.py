@@ -111,6 +111,11 @@ def save_checkpoint(
         if state.best_step is not None:
             shutil.copyfile(run.adapter / WEIGHTS, aside / BEST)
         write_json(aside / "state.json", dataclasses.asdict(state))
+    drop_old(run, keep)
+
+
+def drop_old(run: RunFolder, keep: int) -> None:
+    """Remove all checkpoints but the last `keep`."""
     for old in complete_checkpoints(run.checkpoints)[:-keep]:
         dying = old.with_name(f".{old.name}.tmp")  # a kill in the middle leaves nothing that looks whole
         old.rename(dying)

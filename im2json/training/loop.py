@@ -20,7 +20,7 @@ from im2json.model.lora import trained
 from im2json.options import TrainConfig, TrainOptions
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS
-from im2json.training.checkpoint import load_checkpoint, save_checkpoint, write_adapter
+from im2json.training.checkpoint import drop_old, load_checkpoint, save_checkpoint, write_adapter
 from im2json.training.microstep import Microstep, make_microstep
 from im2json.training.optimizer import flatten, learning_rate, make_optimizer, set_learning_rate
 from im2json.training.state import TrainState
@@ -91,6 +91,8 @@ def fit(
     state = load_checkpoint(checkpoint, run, model, optimizer, accelerator) if checkpoint else TrainState()
     if checkpoint is None and config.model.adapter and accelerator.is_main_process:
         save_checkpoint(run, model, optimizer, accelerator.scaler, state, options.keep)  # a resume needs that no more
+    if checkpoint is not None and accelerator.is_main_process:
+        drop_old(run, options.keep)  # where the run was stopped before it came to that
     total = options.steps or loader.order.steps(options.epochs)
     microbatch = Microbatch(loader.microbatch)
     if stop_after is not None and stop_after <= state.step:

@@ -16,7 +16,7 @@ from im2json.model.loss import label_positions, loss_at
 from im2json.options import ModelOptions
 
 # B examples, S positions, N label positions.
-PLACES = 512  # N is padded to a multiple of this, and S to one of LENGTHS, so that few shapes occur
+PLACES = 1024  # N is padded to a multiple of this, and S to one of LENGTHS, so that few shapes occur
 MAX_GRAPHS = 24
 
 
@@ -94,12 +94,8 @@ class GraphedMicrostep(Microstep):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         # in the graphs' memory as soon as there is some, or it would be needed twice
-        pool = (
-            _use_cuda_memory_pool_manager(torch.cuda.current_device(), self.pool, side)
-            if self.recorded
-            else nullcontext()
-        )
-        with torch.cuda.stream(side), pool:
+        ours = _use_cuda_memory_pool_manager(torch.cuda.current_device(), self.pool, side)
+        with torch.cuda.stream(side), ours if self.recorded else nullcontext():
             self.run(static, self.target_tokens)
         torch.cuda.current_stream().wait_stream(side)
         for grad, value in zip(grads, kept):
