@@ -24,9 +24,7 @@ OURS: dict[str, dict[str, Any]] = {
     "default": dict(),
     "NF4 in every pass": dict(dequantize="off"),
     "no dropout": dict(dropout=0.0),
-    "graphs alone": dict(compile="off"),
-    "compiled layers alone": dict(graphs="off"),
-    "neither": dict(compile="off", graphs="off"),
+    "compiled layers": dict(compile=True),
     "checkpointing, NF4, no dropout": dict(gradient_checkpointing=True, dequantize="off", dropout=0.0),
     "checkpointing, NF4": dict(gradient_checkpointing=True, dequantize="off"),
     "seed's 4 x 4, checkpointing, NF4": dict(gradient_checkpointing=True, dequantize="off", microbatch=4),
@@ -71,7 +69,6 @@ def main(
             print(f"{name:<38} failed:\n{done.stderr.strip()[-2000:]}", flush=True)
             continue
         found[name] = json.loads(lines[0].removeprefix("RESULT"))
-        print(done.stderr.strip().splitlines()[-1][:300])
         print(line_of(name, found), flush=True)
 
 
@@ -92,7 +89,6 @@ def summary(times: list[float], losses: list[float], started: float) -> dict[str
 
     durations = sorted(b - a for a, b in zip(times[len(times) // 2 :], times[len(times) // 2 + 1 :]))
     cuda = torch.cuda.is_available()
-    print("seconds", [round(b - a, 2) for a, b in zip(times, times[1:])], file=sys.stderr)
     return {
         "examples_per_second": EXAMPLES / durations[len(durations) // 2],
         "first": times[0] - started,
@@ -122,11 +118,10 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
     from im2json.data.order import Order
     from im2json.inference.workbench import start_accelerator
     from im2json.model.base import load_base, load_processor
-    from im2json.model.compiled import compile_layers, pays
+    from im2json.model.compiled import compile_layers
     from im2json.model.lora import add_lora, trained
     from im2json.options import TrainConfig
     from im2json.training.loop import seed_dropout, train_step
-    from im2json.training.microstep import make_microstep
     from im2json.training.optimizer import flatten, make_optimizer
 
     cap(cap_gib)
@@ -140,18 +135,17 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
     options = config.model
     base = load_base(options.model, precision, options.quant, accelerator.device, options.dequantize)
     lora = add_lora(base, options, 0)
-    if pays(options.compile, lora, accelerator.device):
+    if options.compile:
         compile_layers(lora)
     parameters = [flatten(trained(lora))]
     optimizer = accelerator.prepare(make_optimizer(parameters, config.train))
-    microstep = make_microstep(lora, accelerator, options)
     loader = StepLoader(rows, collator, Order(len(rows), EXAMPLES, 0, rows.tokens), microbatch=config.train.microbatch,
                         rank=0, processes=1, workers=4, pin_memory=torch.cuda.is_available())  # fmt: skip
     times, losses, started = [], [], time.perf_counter()
     for step, batches in enumerate(loader.steps(0, steps)):
         seed_dropout(0, step, 0)
         tokens = sum(rows.tokens[i] for i in loader.order.step(step))
-        outcome = train_step(lora, batches, tokens, parameters, optimizer, accelerator, 0.3, microstep=microstep)
+        outcome = train_step(lora, batches, tokens, parameters, optimizer, accelerator, 0.3)
         times.append(time.perf_counter())
         losses.append(outcome.loss)
     return summary(times, losses, started)

@@ -111,17 +111,8 @@ class ModelOptions:
         "of the computation: auto is bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
-    compile: str = option(
-        "auto",
-        "compile the layers of both towers: auto does for large models on a GPU",
-        choices=("auto", "on", "off"),
-        free=True,
-    )
-    graphs: str = option(
-        "auto",
-        "replay each microbatch as a CUDA graph, one for each shape: auto does for large models in bf16 on a GPU",
-        choices=("auto", "on", "off"),
-        free=True,
+    compile: bool = option(
+        False, "compile the layers of both towers, for large models on a GPU: the first steps take longer", free=True
     )
     dequantize: str = option(
         "auto",

@@ -169,7 +169,7 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch, fits: Callable[[int, int], bo
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return loss_at(model, inputs, *places_and_targets)
 
-    monkeypatch.setattr("im2json.training.microstep.loss_at", loss)
+    monkeypatch.setattr("im2json.training.loop.loss_at", loss)
 
 
 def test_out_of_memory_halves_the_microbatch_and_redoes_the_step(train, tmp_path, monkeypatch, capsys):

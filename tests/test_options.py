@@ -20,7 +20,7 @@ OTHER_VALUES = {
     "prompt": "read it", "max_target_tokens": 90, "workers": 3,
     "model": "somewhere", "adapter": "there", "r": 8, "alpha": 5.0, "dropout": 0.25, "target_modules": "q_proj",
     "rslora": True, "dora": True, "quant": "none", "precision": "fp32", "gradient_checkpointing": False,
-    "compile": "on", "graphs": "on", "dequantize": "on",
+    "compile": True, "dequantize": "on",
     "max_new_tokens": 77, "eval_batch_size": 3, "lr": 0.5, "schedule": "linear", "warmup": 0.5, "weight_decay": 0.1,
     "max_grad_norm": 2.0, "epochs": 1.5, "steps": 7, "batch_size": 6, "microbatch": 3, "optimizer": "adamw",
     "eval_every": 4, "eval_examples": 9, "metric": "edit_distance", "patience": 2, "save_every": 6, "keep": 5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections.abc import Sequence
@@ -223,7 +224,7 @@ class _Batch:
         """Capture the step as a CUDA graph: its thousand kernels take a GPU less time than a host needs to start
         them one by one."""
         present = torch.cuda.current_stream()
-        aside = torch.cuda.Stream()
+        aside = _aside()
         aside.wait_stream(present)
         with torch.cuda.stream(aside):  # the first runs allocate and choose kernels, which cannot be captured
             for _ in range(WARM_UP):
@@ -261,6 +262,12 @@ class _Batch:
         self.latest.copy_(token[:, None])
         self.count += 1
         self.finished |= (token == self.eos) | (self.limits <= self.count)
+
+
+@functools.cache
+def _aside() -> torch.cuda.Stream:
+    """The one stream for first runs: cuBLAS keeps 32 MiB for each stream that it was ever used on."""
+    return torch.cuda.Stream()
 
 
 def _until(eos: int, row: list[int]) -> list[int]:

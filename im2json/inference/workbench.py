@@ -25,7 +25,7 @@ from im2json.data.sources import open_splits
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
 from im2json.model.card import check_card, precision_note
-from im2json.model.compiled import LENGTHS, compile_layers, pays, records
+from im2json.model.compiled import compile_layers
 from im2json.model.lora import add_lora
 from im2json.model.memory import Forecast, Load, Setting, Sizes, forecast, free_bytes, largest_microbatch
 from im2json.options import TrainConfig
@@ -100,13 +100,8 @@ class Workbench:
         model, prefix = self.config.model, len(self.collator.prefix_ids)
         longest = sorted(self.lengths.by_split["train"])[-microbatch:]
         answers = min(self.config.decode.eval_batch_size, len(self.splits["validation"]))
-        device = self.accelerator.device
-        width = prefix + longest[-1]
-        if records(model, self.model, device, self.precision):
-            width += -width % LENGTHS
-        load = Load(microbatch, width, sum(longest), answers, prefix + self.max_new_tokens)
-        compiled = pays(model.compile, self.model, device)
-        setting = Setting.of(model, self.config.train.optimizer, self.precision, self.model, compiled)
+        load = Load(microbatch, prefix + longest[-1], sum(longest), answers, prefix + self.max_new_tokens)
+        setting = Setting.of(model, self.config.train.optimizer, self.precision, self.model, model.compile)
         return forecast(Sizes.of(self.model.config), setting, load)
 
     def step_loader(self) -> StepLoader:
@@ -188,7 +183,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, ada
     lengths.check(config.data.max_target_tokens, len(collator.prefix_ids), positions(base))
     lora = dataclasses.replace(config.model, adapter=str(adapter)) if adapter else config.model
     model = add_lora(base, lora, config.train.seed)
-    if pays(options.compile, model, accelerator.device):
+    if options.compile:
         compile_layers(model)
     return Workbench(config, accelerator, precision, splits, collator, lengths, model)
 

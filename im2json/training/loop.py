@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 from im2json.data.collate import IGNORE, Batch, Collator
 from im2json.data.loader import StepLoader
 from im2json.model.lora import trained
+from im2json.model.loss import label_positions, loss_at
 from im2json.options import TrainConfig, TrainOptions
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS
 from im2json.training.checkpoint import drop_old, load_checkpoint, save_checkpoint, write_adapter
-from im2json.training.microstep import Microstep, make_microstep
 from im2json.training.optimizer import flatten, learning_rate, make_optimizer, set_learning_rate
 from im2json.training.state import TrainState
 from im2json.training.stopping import StopRequest
@@ -87,7 +87,6 @@ def fit(
     options = config.train
     parameters = [flatten(trained(model))]
     optimizer = accelerator.prepare(make_optimizer(parameters, options))
-    microstep = make_microstep(model, accelerator, config.model)
     state = load_checkpoint(checkpoint, run, model, optimizer, accelerator) if checkpoint else TrainState()
     if checkpoint is None and config.model.adapter and accelerator.is_main_process:
         save_checkpoint(run, model, optimizer, accelerator.scaler, state, options.keep)  # a resume needs that no more
@@ -113,7 +112,7 @@ def fit(
                 check_labels(batches, loader.collator)
             outcome = train_step(
                 model, batches, target_tokens, parameters, optimizer, accelerator, options.max_grad_norm,
-                microbatch=microbatch, microstep=microstep, stop=stop, inspect=check_gradients if first else None,
+                microbatch=microbatch, stop=stop, inspect=check_gradients if first else None,
             )  # fmt: skip
             first = False
             if outcome.non_finite:
@@ -158,7 +157,6 @@ def train_step(
     max_grad_norm: float,
     *,
     microbatch: Microbatch | None = None,
-    microstep: Microstep | None = None,
     stop: StopRequest | None = None,
     inspect: Callable[[PeftModel], None] | None = None,
 ) -> StepOutcome:
@@ -167,10 +165,7 @@ def train_step(
     `inspect` sees the model with its gradients, before they are clipped.
     """
     largest = max((len(batch.ids) for batch in batches), default=1)
-    loss = add_gradients(
-        microstep or Microstep(model, accelerator), batches, target_tokens, parameters, accelerator,
-        microbatch or Microbatch(largest),
-    )  # fmt: skip
+    loss = add_gradients(model, batches, target_tokens, parameters, accelerator, microbatch or Microbatch(largest))
     asked = float(stop is not None and stop.made)
     sums = sum_over_processes(torch.stack([loss, loss.new_tensor(asked)]), parameters, accelerator)
     if inspect is not None:
@@ -182,12 +177,12 @@ def train_step(
     non_finite = not math.isfinite(loss_value) or not (math.isfinite(norm_value) or scaled)
     if not non_finite:
         optimizer.step()
-    optimizer.zero_grad(set_to_none=False)  # graphs add to where they are
+    optimizer.zero_grad(set_to_none=False)  # they are views of one tensor, see optimizer.flatten
     return StepOutcome(loss_value, norm_value, asked > 0, non_finite, scaled and optimizer.step_was_skipped)
 
 
 def add_gradients(
-    microstep: Microstep,
+    model: PeftModel,
     batches: list[Batch],
     target_tokens: int,
     parameters: list[torch.nn.Parameter],
@@ -204,7 +199,7 @@ def add_gradients(
     """
     while True:
         try:
-            return _backward(microstep, batches, target_tokens, accelerator, microbatch)
+            return _backward(model, batches, target_tokens, accelerator, microbatch)
         except torch.OutOfMemoryError:
             # the largest part that was tried may be less than what is allowed: a short step, or a small --batch-size
             microbatch.most = min(microbatch.most, max(len(batch.ids) for batch in batches))
@@ -213,8 +208,7 @@ def add_gradients(
         # not in the `except`: until its end the error's traceback holds on to the activations
         for parameter in parameters:
             if parameter.grad is not None:
-                parameter.grad.zero_()  # in place, where graphs add to it
-        microstep.forget()
+                parameter.grad.zero_()
         torch.cuda.empty_cache()
         torch.manual_seed(torch.initial_seed())  # as `seed_dropout` left it
         before = microbatch.most
@@ -226,7 +220,7 @@ def add_gradients(
 
 
 def _backward(
-    microstep: Microstep, batches: list[Batch], target_tokens: int, accelerator: Accelerator, microbatch: Microbatch
+    model: PeftModel, batches: list[Batch], target_tokens: int, accelerator: Accelerator, microbatch: Microbatch
 ) -> torch.Tensor:
     """Forward and backward, microbatch by microbatch.
 
@@ -236,7 +230,15 @@ def _backward(
     loss = torch.zeros((), device=accelerator.device)
     for batch in batches:
         for part in batch.cut(microbatch.most):
-            loss += microstep(part, target_tokens)
+            places, targets = label_positions(part.labels)  # on the CPU, where looking for them waits for nobody
+            part = part.to(accelerator.device)
+            with accelerator.autocast():
+                share = (
+                    loss_at(model, part.inputs, places.to(accelerator.device), targets.to(accelerator.device))
+                    / target_tokens
+                )
+            accelerator.backward(share)
+            loss += share.detach()
     return loss
 
 

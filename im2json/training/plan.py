@@ -18,7 +18,6 @@ from im2json.model.memory import Forecast
 from im2json.options import TrainConfig
 from im2json.report.table import table
 from im2json.training.loop import Microbatch, peak_memory_bytes, seed_dropout, train_step
-from im2json.training.microstep import make_microstep
 from im2json.training.optimizer import flatten, make_optimizer
 
 TIMED = 3  # steps
@@ -89,7 +88,7 @@ def time_steps(
     """
     parameters = [flatten(trained(model))]
     optimizer = accelerator.prepare(make_optimizer(parameters, config.train))
-    microstep, microbatch = make_microstep(model, accelerator, config.model), Microbatch(loader.microbatch)
+    microbatch = Microbatch(loader.microbatch)
     first = longest_step(loader, target_lengths, total_steps(loader, config))
     seconds = []
     if accelerator.device.type == "cuda":
@@ -102,7 +101,7 @@ def time_steps(
         seed_dropout(config.train.seed, step, accelerator.process_index)
         train_step(
             model, batches, target_tokens, parameters, optimizer, accelerator, config.train.max_grad_norm,
-            microbatch=microbatch, microstep=microstep,
+            microbatch=microbatch,
         )  # fmt: skip
         seconds.append(time.perf_counter() - clock)
         clock = time.perf_counter()
