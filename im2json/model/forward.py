@@ -13,8 +13,7 @@ def hidden_states(paligemma: Any, batch: dict[str, torch.Tensor]) -> torch.Tenso
     """The last hidden states of pictures, prompts and targets; B x S x D.
 
     transformers looks for the image tokens and compares counts on the GPU, at the cost of a synchronisation; here they
-    are known to stand in front (see Collator), and the rest follows. Everything is queued at once, or captured as a
-    CUDA graph.
+    are known to stand in front (see Collator), and the rest follows. Everything is queued at once.
 
     Args:
         batch: input_ids, attention_mask and token_type_ids (B, S), padded on the right; pixel_values (B, 3, H, W).
