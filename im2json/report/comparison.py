@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from im2json.report.table import before_after_table, table
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS, Difference, compare_predictions
+from im2json.scoring.catalogue import labelled
 from im2json.scoring.examples import kept_predictions, score_run
 from im2json.scoring.fieldtable import compare_fields
 from im2json.scoring.scorecard import Scorecard
@@ -23,7 +24,7 @@ def scorecard_report(card: Scorecard, as_json: bool = False) -> str:
         return json.dumps(card.as_json(), indent=2)
     values, bounds = card.metrics.compute(), card.metrics.intervals()
     metrics = table(
-        [[_named(name), values[name], *bounds[name]] for name in METRICS], ["metric", "value", "low", "high"]
+        [[labelled(name), values[name], *bounds[name]] for name in METRICS], ["metric", "value", "low", "high"]
     )
     errors = [[name, found["examples"], found["occurrences"]] for name, found in card.errors.compute().items()]
     parts = [f"{int(values['num'])} examples, with 95 % intervals:\n{metrics}", fields_table(card)]
@@ -78,7 +79,7 @@ def comparison_report(first: RunFolder, second: RunFolder, split: str, as_json: 
 def comparison_tables(metrics: Mapping[str, Difference], fields: Mapping[str, Difference]) -> str:
     """A table of metrics and, where there are any, one of fields."""
     headers = ["A", "B", "B - A", "low", "high", ""]
-    rows = [[_named(name), *_cells(found, METRICS[name].higher_is_better)] for name, found in metrics.items()]
+    rows = [[labelled(name), *_cells(found, METRICS[name].higher_is_better)] for name, found in metrics.items()]
     by_field = [[path, *_cells(found, True)] for path, found in fields.items()]
     note = "low, high: the 95 % interval of B - A by a paired bootstrap; of 20 rows one may exceed the noise by chance"
     parts = [table(rows, ["metric", *headers]), table(by_field, ["F1 of field", *headers]) if by_field else "", note]
@@ -105,10 +106,6 @@ def comparison_json(metrics: Mapping[str, Difference], fields: Mapping[str, Diff
 def _as_json(found: Difference, higher_is_better: bool) -> dict[str, object]:
     values = {name: None if math.isnan(value) else value for name, value in found._asdict().items()}
     return values | {"verdict": verdict(found, higher_is_better)}
-
-
-def _named(name: str) -> str:
-    return name if METRICS[name].higher_is_better else f"{name} (lower is better)"
 
 
 def _cells(found: Difference, higher_is_better: bool) -> list[object]:

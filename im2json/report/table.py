@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from im2json.scoring import METRICS
+from im2json.scoring.catalogue import labelled
 
 BEFORE_AFTER = ["metric", "before", "after", "change", ""]
 
@@ -58,7 +59,7 @@ def before_after_rows(before: Mapping[str, float], after: Mapping[str, float]) -
 
 def _comparison(name: str, before: float | None, after: float | None) -> list[Any]:
     metric = METRICS.get(name)
-    shown = name if metric is None or metric.higher_is_better else f"{name} (lower is better)"
+    shown = labelled(name)
     if before is None or after is None or metric is None:
         change = None if before is None or after is None else _Signed(after - before)
         return [shown, before, after, change, ""]

@@ -32,3 +32,9 @@ METRICS: dict[str, Metric] = {
 }
 """Every metric that an evaluation reports (`num`, the number of examples, comes besides), in table order.
 All of them lie within [0, 1]."""
+
+
+def labelled(name: str) -> str:
+    """A metric's name as tables and plots show it: where lower is better, it says so. Any other name stays as it is."""
+    lower = name in METRICS and not METRICS[name].higher_is_better
+    return f"{name} (lower is better)" if lower else name

@@ -9,6 +9,7 @@ from typing import Any
 
 from im2json.runs import RunFolder, read_lines
 from im2json.scoring import METRICS, StreamingEvaluator, compare
+from im2json.scoring.catalogue import labelled
 from im2json.scoring.text import scoring_text
 from im2json.sweep.grid import Plan, Values, shown
 from im2json.sweep.halving import Dropped
@@ -179,7 +180,7 @@ def cells(metric: str, table: Sequence[Values]) -> tuple[list[str], list[list[Ce
     """Headers, and under them what is shown of `rows`: the metric that ranks before the others."""
     names = list(dict.fromkeys([metric, *SHOWN]))
     best = {name: max(METRICS[name].gain(row[name]) for row in table) for name in names}
-    arrows = [name if METRICS[name].higher_is_better else f"{name} (lower is better)" for name in names]
+    arrows = [labelled(name) for name in names]
     lines = []
     for row in table:
         left = [Cell(f"{row[name]:g}" if isinstance(row[name], float) else str(row[name])) for name in OPTIONS]

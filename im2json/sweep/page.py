@@ -10,6 +10,7 @@ from im2json.report.plot import Curve, Estimate, curve_plot, estimate_plot, lege
 from im2json.report.table import BEFORE_AFTER, before_after_rows, cell_text
 from im2json.runs import read_lines
 from im2json.scoring import METRICS
+from im2json.scoring.catalogue import labelled
 from im2json.sweep.grid import Values, shown
 from im2json.sweep.leaderboard import Board, Cell, absent, axis_line, cells, note, rows
 
@@ -49,7 +50,7 @@ def sweep_page(board: Board, name: str, test: dict[str, Any] | None) -> str:
 def _summary(board: Board) -> str:
     done = sum(len(setting.runs) for setting in board.settings)
     settings = f", of {len(board.settings)} settings" if done > len(board.settings) else ""
-    told = f"Ranked by <b>{_named(board.metric)}</b>: {html.escape(METRICS[board.metric].help)}."
+    told = f"Ranked by <b>{labelled(board.metric)}</b>: {html.escape(METRICS[board.metric].help)}."
     counted = f"{done} of {board.points} points have a result{settings}."
     return f"<p>{told}</p>\n<p>{html.escape(' '.join([counted, *absent(board)]))}</p>"
 
@@ -81,7 +82,7 @@ def _axis(board: Board, axis: dict[str, Any], table: list[Values]) -> str:
         estimates.append(Estimate(shown(value), row[metric], row[f"{metric}_low"], row[f"{metric}_high"], seeds))
     others = ", ".join(f"{other}={shown(value)}" for other, value in board.around.items() if other != name)
     where = f'<p class="muted">At {html.escape(others)}.</p>' if others else ""
-    plot = estimate_plot(estimates, name, _named(metric))
+    plot = estimate_plot(estimates, name, labelled(metric))
     return (
         f"<section><h2>{html.escape(name)}</h2>\n<p>{html.escape(axis['sentence'])}</p>\n{where}"
         f'<div class="wide">{plot}</div></section>'
@@ -100,7 +101,7 @@ def _training(board: Board) -> str:
             validation.append(Curve(name, style, scores))
             losses.append(Curve(name, style, thinned(loss)))
     plots = [
-        curve_plot(validation, "step", f"validation {_named(board.metric)}"),
+        curve_plot(validation, "step", f"validation {labelled(board.metric)}"),
         curve_plot(losses, "step", "training loss, neighbouring steps averaged", log=True),
     ]
     drawn = "\n".join(f'<div class="wide">{plot}</div>' for plot in plots if plot)
@@ -117,7 +118,3 @@ def _test(board: Board, test: dict[str, Any]) -> str:
         f"<section><h2>Test split</h2>\n<p>{examples}, the base before and {html.escape(winner)} after.</p>\n"
         f"{html_table(BEFORE_AFTER, table)}</section>"
     )
-
-
-def _named(metric: str) -> str:
-    return metric if METRICS[metric].higher_is_better else f"{metric} (lower is better)"
