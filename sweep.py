@@ -41,8 +41,7 @@ HERE = Path(__file__).resolve().parent
 @click.option("--dry-run", is_flag=True, help="only show the points, their commands, and what is done")
 @click.option("--list", "as_list", is_flag=True, help="only print a command for every point that is not done")
 def main(
-    grid: Path, output: Path | None, jobs: int | None, gpus_per_run: int | None, ray: str | None,
-    halving: str | None,
+    grid: Path, output: Path | None, jobs: int | None, gpus_per_run: int | None, ray: str | None, halving: str | None,
     overrides: tuple[str, ...], dry_run: bool, as_list: bool,
 ) -> None:  # fmt: skip
     """Run the points of GRID, rank them by what they generate, and score the winner's test split.

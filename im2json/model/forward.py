@@ -21,9 +21,7 @@ def hidden_states(paligemma: Any, batch: dict[str, torch.Tensor]) -> torch.Tenso
     model = paligemma.model
     pictures = model.get_image_features(batch["pixel_values"]).pooler_output  # B x I x D
     words = model.get_input_embeddings()(batch["input_ids"][:, pictures.shape[1] :])  # B x (S - I) x D
-    positions = torch.arange(1, batch["input_ids"].shape[1] + 1, device=words.device).unsqueeze(
-        0
-    )  # PaliGemma's, from 1
+    positions = torch.arange(1, batch["input_ids"].shape[1] + 1, device=words.device)  # S: PaliGemma counts from 1
     config = paligemma.config.get_text_config()
     mask = prefix_mask(batch["attention_mask"], batch["token_type_ids"], getattr(config, "sliding_window", None))
     if config._attn_implementation == "eager":
@@ -31,7 +29,7 @@ def hidden_states(paligemma: Any, batch: dict[str, torch.Tensor]) -> torch.Tenso
     return model.language_model(
         inputs_embeds=torch.cat([pictures.to(words.dtype), words], dim=1),
         attention_mask=mask,
-        position_ids=positions,
+        position_ids=positions[None],
         use_cache=False,
     ).last_hidden_state
 

@@ -37,7 +37,7 @@ def label_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss_at(model: Any, batch: dict[str, torch.Tensor], places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """`summed_loss` at the given places; a target of -100 counts nothing."""
+    """`summed_loss` at the given places."""
     paligemma = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = hidden_states(paligemma, batch).flatten(0, 1)[places]  # N x D
     cap = getattr(paligemma.config.get_text_config(), "final_logit_softcapping", None)
@@ -63,16 +63,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = F.linear(states, weight).float()  # C x V
             if cap is not None:
                 logits = logits.div_(cap).tanh_().mul_(cap)
-            counts = (wanted != IGNORE).unsqueeze(1)  # C x 1
-            wanted = wanted.clamp(min=0).unsqueeze(1)  # C x 1
+            wanted = wanted.unsqueeze(1)  # C x 1
             total = logits.logsumexp(1, keepdim=True)  # C x 1
-            loss += ((total - logits.gather(1, wanted)) * counts).sum()
+            loss += (total - logits.gather(1, wanted)).sum()
             if not ctx.needs_input_grad[0]:
                 continue
             slope = 1 - (logits / cap).square() if cap is not None else None  # of the cap, C x V
             change = logits.sub_(total).exp_()  # C x V: the softmax, and from here on the loss's change with the logits
             change.scatter_add_(1, wanted, -torch.ones_like(total))
-            change = change.mul_(counts * SCALE)  # so that fp16 keeps probabilities down to 6e-11
+            change = change.mul_(SCALE)  # so that fp16 keeps probabilities down to 6e-11
             change = change.mul_(slope) if slope is not None else change
             gradients.append((change.to(weight.dtype) @ weight).float() / SCALE)  # C x D
         ctx.dtype = hidden.dtype

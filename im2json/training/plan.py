@@ -17,7 +17,7 @@ from im2json.model.lora import count_parameters, trained
 from im2json.model.memory import Forecast
 from im2json.options import TrainConfig
 from im2json.report.table import table
-from im2json.training.loop import Microbatch, peak_memory_bytes, seed_dropout, train_step
+from im2json.training.loop import Microbatch, peak_memory_bytes, seed_dropout, total_steps, train_step
 from im2json.training.optimizer import flatten, make_optimizer
 
 TIMED = 3  # steps
@@ -37,7 +37,7 @@ def size_report(model: PeftModel, loader: StepLoader, lengths: TargetLengths, co
     """Weights, targets, steps and evaluations."""
     trainable, weights = count_parameters(model)
     options, order = config.train, loader.order
-    steps = total_steps(loader, config)
+    steps = total_steps(loader, config.train)
     examples = sum(len(order.step(step)) for step in range(steps))
     evaluations = math.ceil(steps / options.eval_every) if options.eval_every else 0
     validated = len(lengths.by_split["validation"])
@@ -89,7 +89,7 @@ def time_steps(
     parameters = [flatten(trained(model))]
     optimizer = accelerator.prepare(make_optimizer(parameters, config.train))
     microbatch = Microbatch(loader.microbatch)
-    first = longest_step(loader, target_lengths, total_steps(loader, config))
+    first = longest_step(loader, target_lengths, total_steps(loader, config.train))
     seconds = []
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -139,7 +139,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def total_steps(loader: StepLoader, config: TrainConfig) -> int:
-    return config.train.steps or loader.order.steps(config.train.epochs)
