@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from im2json.data.collate import IGNORE
 from im2json.model.forward import hidden_states
 
 # B examples, S positions, N label positions of a microbatch, D hidden, V vocabulary, C label positions of a chunk.
-CHUNK = 1024
+CHUNK = 512
 SCALE = 2.0**10
+"""In fp16, so that it keeps probabilities down to 6e-11."""
 
 
 def summed_loss(model: Any, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
@@ -26,7 +28,8 @@ def summed_loss(model: Any, batch: dict[str, torch.Tensor], labels: torch.Tensor
         batch: input_ids, attention_mask and token_type_ids (B, S), pixel_values (B, 3, H, W).
         labels: (B, S), -100 where nothing is to be learned.
     """
-    return loss_at(model, batch, *label_positions(labels))
+    paligemma = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return loss_at(paligemma, hidden_states(paligemma, batch), *label_positions(labels))
 
 
 def label_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,12 +39,11 @@ def label_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return places, following[places]
 
 
-def loss_at(model: Any, batch: dict[str, torch.Tensor], places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """`summed_loss` at the given places."""
-    paligemma = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = hidden_states(paligemma, batch).flatten(0, 1)[places]  # N x D
+def loss_at(paligemma: Any, hidden: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`summed_loss` from the hidden states B x S x D, at the given places."""
+    predicting = hidden.flatten(0, 1).index_select(0, places)  # N x D
     cap = getattr(paligemma.config.get_text_config(), "final_logit_softcapping", None)
-    return _ChunkedCrossEntropy.apply(hidden, paligemma.lm_head.weight, targets, cap)
+    return _ChunkedCrossEntropy.apply(predicting, paligemma.lm_head.weight, targets, cap)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -58,22 +60,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         """hidden (N, D), weight (V, D), targets (N,), cap: PaliGemma 2's, which transformers 5.17 leaves out."""
         loss = torch.zeros((), device=hidden.device)
+        scale = SCALE if weight.dtype == torch.float16 else 1.0
         gradients = []
         for states, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK)):
-            logits = F.linear(states, weight).float()  # C x V
+            logits = F.linear(states, weight)  # C x V
             if cap is not None:
-                logits = logits.div_(cap).tanh_().mul_(cap)
+                logits = logits.float().div_(cap).tanh_().mul_(cap)
             wanted = wanted.unsqueeze(1)  # C x 1
-            total = logits.logsumexp(1, keepdim=True)  # C x 1
-            loss += (total - logits.gather(1, wanted)).sum()
+            logs = F.log_softmax(logits, 1, dtype=torch.float32)  # C x V
+            right = logs.gather(1, wanted)  # C x 1
+            loss -= right.sum()
             if not ctx.needs_input_grad[0]:
                 continue
-            slope = 1 - (logits / cap).square() if cap is not None else None  # of the cap, C x V
-            change = logits.sub_(total).exp_()  # C x V: the softmax, and from here on the loss's change with the logits
-            change.scatter_add_(1, wanted, -torch.ones_like(total))
-            change = change.mul_(SCALE)  # so that fp16 keeps probabilities down to 6e-11
-            change = change.mul_(slope) if slope is not None else change
-            gradients.append((change.to(weight.dtype) @ weight).float() / SCALE)  # C x D
+            # The loss's change with the logits: the softmax, less 1 where the target is. Of a softmax near 1 that would
+            # leave nothing in 16 bits, so it is worked out apart.
+            change = torch.exp(logs.add_(math.log(scale)) if scale != 1 else logs, out=torch.empty_like(logits))
+            change.scatter_(1, wanted, right.expm1().mul_(scale).to(change.dtype))
+            if cap is not None:
+                change.mul_(1 - (logits / cap).square())
+            gradients.append((change.to(weight.dtype) @ weight).float() / scale)  # C x D
         ctx.dtype = hidden.dtype
         ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
         return loss
