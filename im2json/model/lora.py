@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from copy import deepcopy
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import (
     LoraConfig,
     PeftModel,
@@ -15,6 +17,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -48,9 +51,19 @@ def add_lora(base: PaliGemmaForConditionalGeneration, options: ModelOptions, see
         model = get_peft_model(base, config)
     for parameter in trained(model):
         parameter.data = parameter.data.float()
-    if options.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and not layer.lora_variant:  # DoRA has a forward pass of its own
+            layer.forward = MethodType(_adapted, layer)  # type: ignore[method-assign]
     return model.train()
+
+
+def _adapted(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer and its LoRA matrices, all in the precision of x; PEFT's would go by way of fp32 and back."""
+    if layer.disable_adapters or layer.merged:
+        return type(layer).forward(layer, x)
+    (name,) = layer.active_adapters
+    down, up = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
+    return layer.base_layer(x) + F.linear(F.linear(layer.lora_dropout[name](x), down), up) * layer.scaling[name]
 
 
 def target_modules(base: torch.nn.Module, wanted: str) -> list[str] | str:
