@@ -72,7 +72,7 @@ def main(
 def evaluate(run: RunFolder, split: str, given: dict[str, Any]) -> dict[str, dict[str, float]] | None:
     """The metrics before and after, with some of the run's options replaced; None on all processes but the main one."""
     quiet_libraries()
-    config = run.read_config().replace(gradient_checkpointing=False, **given)
+    config = run.read_config().replace(**given)
     adapter = adapter_folder(run.path)
     from im2json.inference.workbench import set_up, start_accelerator
 

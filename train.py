@@ -8,6 +8,7 @@ python train.py --plan --preset cord       what a run will take: steps, memory, 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,12 +92,12 @@ def plan(config: TrainConfig, price: float | None = None) -> None:
     accelerator, precision = start_accelerator(config)
     bench = set_up(config, accelerator, precision)
     loader = bench.step_loader()
-    parts = bench.forecast(loader.microbatch)
+    parts = bench.forecast(bench.manner)
     sizes = size_report(bench.model, loader, bench.lengths, config)
     accelerator.print(f"{sizes}\n\n{memory_report(parts)}\n")
-    timing = time_steps(bench.model, loader, bench.lengths.by_split["train"], config, accelerator)
+    timing = time_steps(bench.forward(), loader, bench.lengths.by_split["train"], config, accelerator)
     if timing.microbatch != loader.microbatch:
-        parts = bench.forecast(timing.microbatch)
+        parts = bench.forecast(dataclasses.replace(bench.manner, microbatch=timing.microbatch))
     accelerator.print(time_report(timing, parts, total_steps(loader, config.train), price))
     accelerator.end_training()
 
@@ -137,7 +138,7 @@ def train(
         if before is None and config.train.test:
             before = evaluation("test", 0, "before", adapter=False)
         state = fit(
-            model, bench.step_loader(), bench.lengths.by_split["train"], evaluation.validate,
+            bench.forward(), bench.step_loader(), bench.lengths.by_split["train"], evaluation.validate,
             config=config, accelerator=accelerator, run=run, tracker=tracker, checkpoint=checkpoint,
             stop_after=stop_after,
         )  # fmt: skip

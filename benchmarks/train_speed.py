@@ -3,13 +3,14 @@
 Both train the same random weights (speed and memory do not depend on their values) in NF4 on the same rows of CORD's
 lengths, with LoRA of rank 8 on the seven names of both towers, dropout .05, 16 examples a step. Each variant has a
 process of its own, one after the other. Printed are medians over steps after the compilation, peak memory as torch
-allocated it, the losses of the first steps, and ratios to TRL's. TRL is no dependency: `pip install trl`.
+allocated and reserved it, the losses of the first steps, and ratios to TRL's. TRL is no dependency: `pip install trl`.
 
 python benchmarks/train_speed.py --work /tmp/speed
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -21,14 +22,18 @@ import click
 
 EXAMPLES = 16  # a step
 OURS: dict[str, dict[str, Any]] = {
-    "default": dict(),
-    "NF4 in every pass": dict(dequantize="off"),
-    "no dropout": dict(dropout=0.0),
-    "compiled layers": dict(compile=True),
-    "checkpointing, NF4, no dropout": dict(gradient_checkpointing=True, dequantize="off", dropout=0.0),
-    "checkpointing, NF4": dict(gradient_checkpointing=True, dequantize="off"),
-    "seed's 4 x 4, checkpointing, NF4": dict(gradient_checkpointing=True, dequantize="off", microbatch=4),
-    "language alone, no dropout": dict(target_modules="language", dropout=0.0),
+    "automatic": dict(),
+    "compiled": dict(launch="compiled"),
+    "compiled, no dropout": dict(launch="compiled", dropout=0.0),
+    "compiled, language alone, no dropout": dict(launch="compiled", target_modules="language", dropout=0.0),
+    "compiled, 4 at a time": dict(launch="compiled", microbatch=4),
+    "compiled, 4 at a time, NF4": dict(launch="compiled", microbatch=4, dequantize="off"),
+    "compiled, 2 at a time, NF4": dict(launch="compiled", microbatch=2, dequantize="off"),
+    "compiled, 1 at a time, NF4": dict(launch="compiled", microbatch=1, dequantize="off"),
+    "graphs": dict(launch="graphs"),
+    "single launches, 16 at a time": dict(launch="single", microbatch=16, gradient_checkpointing="off"),
+    "checkpointing, NF4": dict(gradient_checkpointing="on", dequantize="off"),
+    "checkpointing, NF4, 4 at a time": dict(gradient_checkpointing="on", dequantize="off", microbatch=4),
 }
 TRL: dict[str, dict[str, Any]] = {
     "TRL 16 x 1": dict(microbatch=16, checkpointing=False),
@@ -78,7 +83,8 @@ def line_of(name: str, found: dict[str, dict[str, Any]]) -> str:
     ratio = f"  {result['examples_per_second'] / best:5.2f} x TRL's best so far" if best and name in OURS else ""
     losses = " ".join(f"{loss:.3f}" for loss in result["losses"][:3])
     return (
-        f"{name:<38} {result['examples_per_second']:6.1f} examples/s  {result['peak_gib']:5.1f} GiB  "
+        f"{name:<38} {result['examples_per_second']:6.1f} examples/s  {result['peak_gib']:5.1f} GiB allocated, "
+        f"{result['reserved_gib']:.1f} reserved  "
         f"first step {result['first']:5.1f} s  loss {losses}{ratio}"
     )
 
@@ -87,12 +93,13 @@ def summary(times: list[float], losses: list[float], started: float) -> dict[str
     """From the clock at the end of each step: the median of the later half, when what is compiled has been."""
     import torch
 
-    durations = sorted(b - a for a, b in zip(times[len(times) // 2 :], times[len(times) // 2 + 1 :]))
+    durations = sorted(b - a for a, b in itertools.pairwise(times[len(times) // 2 :]))
     cuda = torch.cuda.is_available()
     return {
         "examples_per_second": EXAMPLES / durations[len(durations) // 2],
         "first": times[0] - started,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0,
         "losses": losses,
     }
 
@@ -109,43 +116,36 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
     from im2json.cli import quiet_libraries
 
     quiet_libraries()
-    import torch
     from rows import Rows
 
     from im2json.data.collate import Collator
     from im2json.data.lengths import TargetLengths
-    from im2json.data.loader import StepLoader
-    from im2json.data.order import Order
-    from im2json.inference.workbench import start_accelerator
+    from im2json.inference.workbench import Workbench, start_accelerator
     from im2json.model.base import load_base, load_processor
-    from im2json.model.compiled import compile_layers
     from im2json.model.lora import add_lora, trained
     from im2json.options import TrainConfig
     from im2json.training.loop import seed_dropout, train_step
     from im2json.training.optimizer import flatten, make_optimizer
 
     cap(cap_gib)
-    defaults = dict(r=8, alpha=32.0, dropout=0.05, microbatch=EXAMPLES, gradient_checkpointing=False)
+    defaults = dict(r=8, alpha=32.0, dropout=0.05, steps=steps)
     config = TrainConfig.resolve({"model": str(model), **defaults, **changes})
     accelerator, precision = start_accelerator(config)
-    rows = Rows(EXAMPLES * steps, resolution)
+    rows: Any = Rows(EXAMPLES * steps, resolution)
     collator = Collator(load_processor(str(model)), config.data.prompt)
-    lengths = TargetLengths.count({"train": rows}, collator)
-    assert lengths.by_split["train"] == rows.tokens
+    splits = {"train": rows, "validation": rows}
     options = config.model
     base = load_base(options.model, precision, options.quant, accelerator.device, options.dequantize)
-    lora = add_lora(base, options, 0)
-    if options.compile:
-        compile_layers(lora)
-    parameters = [flatten(trained(lora))]
+    bench = Workbench(config, accelerator, precision, splits, collator, TargetLengths.count(splits, collator),
+                      add_lora(base, options, 0))  # fmt: skip
+    forward, loader = bench.forward(), bench.step_loader()
+    parameters = [flatten(trained(bench.model))]
     optimizer = accelerator.prepare(make_optimizer(parameters, config.train))
-    loader = StepLoader(rows, collator, Order(len(rows), EXAMPLES, 0, rows.tokens), microbatch=config.train.microbatch,
-                        rank=0, processes=1, workers=4, pin_memory=torch.cuda.is_available())  # fmt: skip
     times, losses, started = [], [], time.perf_counter()
     for step, batches in enumerate(loader.steps(0, steps)):
         seed_dropout(0, step, 0)
         tokens = sum(rows.tokens[i] for i in loader.order.step(step))
-        outcome = train_step(lora, batches, tokens, parameters, optimizer, accelerator, 0.3)
+        outcome = train_step(forward, batches, tokens, parameters, optimizer, accelerator, 0.3)
         times.append(time.perf_counter())
         losses.append(outcome.loss)
     return summary(times, losses, started)

@@ -111,8 +111,13 @@ class ModelOptions:
         "of the computation: auto is bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
-    compile: bool = option(
-        False, "compile the layers of both towers, for large models on a GPU: the first steps take longer", free=True
+    launch: str = option(
+        "auto",
+        "how a GPU gets its work: kernel by kernel (single), passes recorded as CUDA graphs, or graphs of compiled "
+        "layers, still faster after a minute of compiling; auto: graphs, compiled in long runs; where gradients are "
+        "checkpointed nothing is recorded",
+        choices=("auto", "single", "graphs", "compiled"),
+        free=True,
     )
     dequantize: str = option(
         "auto",
@@ -121,8 +126,12 @@ class ModelOptions:
         choices=("auto", "on", "off"),
         free=True,
     )
-    gradient_checkpointing: bool = option(
-        False, "recompute activations in the backward pass: less memory, a quarter slower", free=True
+    gradient_checkpointing: str = option(
+        "auto",
+        "recompute activations in the backward pass: less memory, but slower; auto: where a GPU has no room for those "
+        "of one example",
+        choices=("auto", "on", "off"),
+        free=True,
     )
 
 
@@ -221,8 +230,6 @@ _PALIGEMMA_RECIPE: dict[str, Any] = dict(
     microbatch="auto",
     max_grad_norm=0.3,
     warmup=0.03,
-    gradient_checkpointing=True,
-    eval_batch_size=8,
     eval_every=25,
 )
 PRESETS: dict[str, dict[str, Any]] = {

@@ -65,7 +65,6 @@ def base_args(small_model: str, dataset: str) -> list[str]:
         *("--model", small_model, "--dataset", dataset, "--precision", "fp32", "--quant", "none"),
         *("--r", "4", "--dropout", "0", "--lr", "0.01", "--optimizer", "adamw", "--threads", "1"),
         *("--batch-size", "4", "--microbatch", "4", "--steps", "4", "--eval-every", "2", "--max-new-tokens", "6"),
-        "--no-gradient-checkpointing",
     ]
 
 

@@ -68,6 +68,7 @@ def test_auto_precision_is_bf16_where_the_gpu_has_it(tmp_path: Path) -> None:
 def test_fp16_overflow_halves_the_scale_and_leaves_the_update_out(tmp_path: Path) -> None:
     from im2json.inference.workbench import set_up, start_accelerator
     from im2json.model.lora import trained
+    from im2json.model.replay import Forward
     from im2json.options import TrainConfig
     from im2json.training.loop import train_step
     from im2json.training.optimizer import make_optimizer
@@ -87,7 +88,7 @@ def test_fp16_overflow_halves_the_scale_and_leaves_the_update_out(tmp_path: Path
     accelerator.scaler.scale(torch.ones((), device="cuda"))  # it has no scale until it is first used
     accelerator.scaler.update(2.0**100)
 
-    outcome = train_step(bench.model, batches, tokens, parameters, optimizer, accelerator, 1.0)
+    outcome = train_step(Forward(bench.model), batches, tokens, parameters, optimizer, accelerator, 1.0)
 
     assert outcome.skipped
     assert not outcome.non_finite
@@ -95,7 +96,7 @@ def test_fp16_overflow_halves_the_scale_and_leaves_the_update_out(tmp_path: Path
     assert all(torch.equal(a, b) for a, b in zip(before, parameters))
 
     accelerator.scaler.update(2.0**10)
-    outcome = train_step(bench.model, batches, tokens, parameters, optimizer, accelerator, 1.0)
+    outcome = train_step(Forward(bench.model), batches, tokens, parameters, optimizer, accelerator, 1.0)
     assert not outcome.skipped
     assert any(not torch.equal(a, b) for a, b in zip(before, parameters))
 
@@ -138,43 +139,62 @@ def make_bench(tmp_path: Path, **options: object) -> Workbench:
 
 
 def test_microbatch_auto_takes_the_whole_step_where_it_has_room(tmp_path: Path) -> None:
-    bench = make_bench(tmp_path)
+    bench = make_bench(tmp_path, launch="single")
     assert bench.config.train.microbatch == "auto"
     assert bench.step_loader().microbatch == 16
 
 
+def test_recorded_passes_are_no_larger_than_keeps_a_gpu_busy(tmp_path: Path) -> None:
+    from im2json.inference.workbench import ENOUGH, Manner
+
+    bench = make_bench(tmp_path)
+    positions = len(bench.collator.prefix_ids) + bench.lengths.longest
+    assert bench.manner == Manner("graphs", False, 6)
+    assert 5 * positions < ENOUGH < 7 * positions
+
+
 def test_microbatch_auto_takes_what_has_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The forecast against the room that the process is held to, as if the card were so small."""
+    from im2json.inference.workbench import Manner
     from im2json.model.memory import MARGIN, free_bytes
 
-    bench = make_bench(tmp_path, gradient_checkpointing=False)
-    parts = bench.forecast(8)
+    bench = make_bench(tmp_path, launch="single")
+    parts = bench.forecast(Manner("single", False, 8))
     room = torch.cuda.memory_allocated() + (parts.lora + parts.step) * 1.01 / MARGIN
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
     try:
         assert free_bytes() == pytest.approx(room - torch.cuda.memory_allocated(), rel=1e-3)
-        assert bench.microbatch() == 8
+        assert bench.manner == Manner("single", False, 8)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "--microbatch auto: 8 of a step's 16 examples" in capsys.readouterr().out
+    assert "a step's 16 examples 8 at a time" in capsys.readouterr().out
 
 
 def test_out_of_memory_halves_the_microbatch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A step that fits, and the same one with less room for activations than it took."""
     from im2json.model.lora import trained
+    from im2json.model.replay import Forward
     from im2json.training.loop import Microbatch, seed_dropout, train_step
 
-    bench = make_bench(tmp_path, gradient_checkpointing=False, microbatch=16)
+    bench = make_bench(tmp_path, launch="single", microbatch=16)
     parameters, microbatch, losses = trained(bench.model), Microbatch(16), []
     (batches,) = bench.step_loader().steps(0, 1)
     tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
     before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     try:
         for _ in range(2):
             optimizer = bench.accelerator.prepare(torch.optim.SGD(parameters, lr=0.0))
             seed_dropout(0, 0, 0)
             outcome = train_step(
-                bench.model, batches, tokens, parameters, optimizer, bench.accelerator, 1.0, microbatch=microbatch
+                Forward(bench.model),
+                batches,
+                tokens,
+                parameters,
+                optimizer,
+                bench.accelerator,
+                1.0,
+                microbatch=microbatch,
             )
             losses.append(outcome.loss)
             room = before + 0.6 * (torch.cuda.max_memory_allocated() - before)
@@ -187,19 +207,55 @@ def test_out_of_memory_halves_the_microbatch(tmp_path: Path, capsys: pytest.Capt
     assert "out of memory with 16 examples at a time" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("options", [{"dequantize": "on"}, {"dequantize": "off"}, {"dropout": 0.1}], ids=str)
+def test_replayed_gradients_are_those_of_single_launches(tmp_path: Path, options: dict) -> None:
+    """Six steps of microbatches of many lengths, some seen once, most replayed, evaluations of weights in between."""
+    from im2json.model.lora import trained
+    from im2json.model.replay import Forward, Replayed
+    from im2json.training.loop import Microbatch, add_gradients, seed_dropout
+    from im2json.training.optimizer import flatten
+
+    bench = make_bench(tmp_path, **{"microbatch": 4, "precision": "fp32", "dropout": 0.0, **options})
+    (flat,) = parameters = [flatten(trained(bench.model))]
+    with torch.no_grad():
+        flat.normal_(std=0.05)
+    replayed = Replayed(bench.model)
+
+    def gradient(forward: Forward, step: int) -> tuple[float, torch.Tensor]:
+        assert flat.grad is not None
+        flat.grad.zero_()
+        seed_dropout(0, step, 0)
+        (batches,) = bench.step_loader().steps(step, step + 1)
+        loss = add_gradients(forward, batches, 100, parameters, bench.accelerator, Microbatch(4))
+        return float(loss), flat.grad.clone()
+
+    for step in [0, 1, 2, 0, 1, 2]:
+        loss, found = gradient(replayed, step)
+        if "dropout" not in options:
+            expected_loss, expected = gradient(Forward(bench.model), step)
+            assert loss == pytest.approx(expected_loss, rel=1e-4)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert any(replayed.recorded.values())
+    if "dropout" in options:  # masks are a function of the step, and differ between steps
+        (loss, first), (_, again) = gradient(replayed, 0), gradient(replayed, 0)
+        assert torch.equal(first, again)
+        replayed.forget()
+        assert gradient(replayed, 0)[0] == pytest.approx(loss, rel=0.05)
+
+
 def test_a_plan_measures_beside_its_forecast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, "run", "--steps", "1", "--eval-every", "0")  # saves the model
     from train import main
 
     main(["--model", str(tmp_path / "model"), "--plan", "--output", str(tmp_path / "plan")], standalone_mode=False)
-    assert "GiB at most in 6 steps" in capsys.readouterr().out
+    assert "GiB at most in 9 steps" in capsys.readouterr().out
     assert not (tmp_path / "plan").exists()
 
 
 def test_training_memory_does_not_grow_with_evaluations(tmp_path: Path) -> None:
-    rare = run(tmp_path, "rare", "--eval-every", "6")
+    rare = run(tmp_path, "rare", "--eval-every", "6", "--launch", "single")
     torch.cuda.reset_peak_memory_stats()
-    often = run(tmp_path, "often", "--eval-every", "1")
+    often = run(tmp_path, "often", "--eval-every", "1", "--launch", "single")
     assert often["peak_memory_bytes"] <= rare["peak_memory_bytes"] * 1.05
 
 

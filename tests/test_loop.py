@@ -31,6 +31,7 @@ from im2json.inference.evaluate import Evaluation
 from im2json.model.base import load_base, load_processor
 from im2json.model.lora import add_lora, trained
 from im2json.model.loss import loss_at
+from im2json.model.replay import Forward
 from im2json.options import ModelOptions, TrainOptions
 from im2json.runs import RunFolder, complete_checkpoints, read_lines
 from im2json.scoring import METRICS
@@ -113,7 +114,7 @@ def test_any_split_of_a_step_gives_the_same_gradients(dataset, collator, model, 
         batches = step_batches(dataset, collator, 8, microbatch, step)
         assert len(batches) == math.ceil(len(batch.ids) / microbatch)
         recorder = Recorder(trained(model))
-        outcome = train_step(model, batches, tokens(batches), trained(model), recorder, accelerator, 1e9)
+        outcome = train_step(Forward(model), batches, tokens(batches), trained(model), recorder, accelerator, 1e9)
         assert recorder.steps == 1
         assert outcome.loss == pytest.approx(float(mean.detach()), rel=1e-6)
         assert outcome.grad_norm == pytest.approx(float(norm), rel=1e-5)
@@ -126,7 +127,7 @@ def test_gradients_are_scaled_down_to_the_norm(dataset, collator, model, acceler
     batches = step_batches(dataset, collator, 8, 4, 0)
     free, clipped = Recorder(trained(model)), Recorder(trained(model))
     outcomes = [
-        train_step(model, batches, tokens(batches), trained(model), recorder, accelerator, limit)
+        train_step(Forward(model), batches, tokens(batches), trained(model), recorder, accelerator, limit)
         for recorder, limit in ((free, 1e9), (clipped, 0.01))
     ]
     assert outcomes[0].grad_norm == outcomes[1].grad_norm > 0.02
@@ -164,10 +165,10 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch, fits: Callable[[int, int], bo
     """Have the GPU's memory run out where not `fits(call, examples)`, calls counted from 1."""
     calls = itertools.count(1)
 
-    def loss(model: Any, inputs: dict[str, torch.Tensor], *places_and_targets: torch.Tensor) -> torch.Tensor:
-        if not fits(next(calls), len(inputs["input_ids"])):
+    def loss(paligemma: Any, hidden: torch.Tensor, *places_and_targets: torch.Tensor) -> torch.Tensor:
+        if not fits(next(calls), len(hidden)):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return loss_at(model, inputs, *places_and_targets)
+        return loss_at(paligemma, hidden, *places_and_targets)
 
     monkeypatch.setattr("im2json.training.loop.loss_at", loss)
 
@@ -245,14 +246,14 @@ def test_what_is_not_finite_stops_before_the_optimizer_is_touched(dataset, colla
     parameters = trained(model)
     optimizer = accelerator.prepare(make_optimizer(parameters, TrainOptions(optimizer="adamw", lr=0.01)))
     batches = step_batches(dataset, collator, 8, 4, 0)
-    assert not train_step(model, batches, tokens(batches), parameters, optimizer, accelerator, 1.0).non_finite
+    assert not train_step(Forward(model), batches, tokens(batches), parameters, optimizer, accelerator, 1.0).non_finite
     before, state = [parameter.detach().clone() for parameter in parameters], copied_state(optimizer.optimizer)
     assert len(state) == len(parameters)
     if poison == "pixel":
         batches[1].inputs["pixel_values"][0, 0, 0, 0] = float("nan")
     else:
         parameters[3].register_hook(lambda gradient: gradient * float("inf"))
-    outcome = train_step(model, batches, tokens(batches), parameters, optimizer, accelerator, 1.0)
+    outcome = train_step(Forward(model), batches, tokens(batches), parameters, optimizer, accelerator, 1.0)
     assert outcome.non_finite
     assert math.isfinite(outcome.loss) is (poison == "gradient")
     assert not math.isfinite(outcome.grad_norm)

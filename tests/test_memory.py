@@ -6,13 +6,15 @@ import dataclasses
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import PaliGemmaConfig
 
 from im2json.data.collate import Batch
 from im2json.model.base import load_base
 from im2json.model.lora import add_lora, count_parameters
 from im2json.model.memory import MARGIN, Load, Setting, Sizes, forecast, largest_microbatch
-from im2json.options import SEED_TARGET_MODULES, ModelOptions
+from im2json.model.replay import make_forward
+from im2json.options import SEED_TARGET_MODULES, TrainConfig
 
 GIB = 2**30
 TEXT, VISION = tuple(SEED_TARGET_MODULES.split(",")), ("q_proj", "k_proj", "v_proj")
@@ -44,20 +46,27 @@ def load(resolution: int, microbatch: int) -> Load:
     return Load(microbatch, (resolution // 14) ** 2 + 406, 180 * microbatch, 8, (resolution // 14) ** 2 + 456)
 
 
+def adapted(model: str, **options: object) -> tuple[PeftModel, TrainConfig]:
+    given = {"model": model, "r": 4, "alpha": 8.0, "dropout": 0.0, "quant": "none", "optimizer": "adamw", **options}
+    config = TrainConfig.resolve(given)
+    return add_lora(load_base(model, "fp32", "none", torch.device("cpu")), config.model, seed=0), config
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {},
         {"target_modules": "language"},
         {"target_modules": "q_proj,down_proj"},
-        {"gradient_checkpointing": True},
+        {"checkpointing": True},
     ],
     ids=["all", "language", "two", "checkpointing"],
 )
 def test_what_is_kept_is_what_autograd_saves(small_model, batch: Batch, options):
     """On a CPU in fp32 without dropout, whose mask takes more there than on a GPU."""
-    given = ModelOptions(model="small", r=4, alpha=8.0, quant="none", **options)
-    model = add_lora(load_base(small_model, "fp32", "none", torch.device("cpu")), given, seed=0)
+    checkpointing = options.pop("checkpointing", False)
+    model, config = adapted(small_model, **options)
+    make_forward(model, "single", checkpointing)
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     saved: dict[int, torch.Tensor] = {}  # by storage, kept alive so that no address comes twice
 
@@ -71,7 +80,7 @@ def test_what_is_kept_is_what_autograd_saves(small_model, batch: Batch, options)
     measured = sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in own)
     examples, positions = inputs["input_ids"].shape
     kept = forecast(
-        Sizes.of(model.config), Setting.of(given, "adamw", "fp32", model), Load(examples, positions, 1, 1, 1)
+        Sizes.of(model.config), Setting.of(config, "fp32", model, checkpointing), Load(examples, positions, 1, 1, 1)
     ).kept
     assert kept == pytest.approx(measured, rel=0.03)
 
@@ -85,9 +94,8 @@ def long(batch: Batch) -> dict[str, torch.Tensor]:
 
 def test_lora_weights_are_counted_as_they_are(small_model):
     for modules in ("q_proj,down_proj", "language", SEED_TARGET_MODULES):
-        given = ModelOptions(model="small", r=4, alpha=8.0, quant="none", target_modules=modules)
-        model = add_lora(load_base(small_model, "fp32", "none", torch.device("cpu")), given, seed=0)
-        one = Setting.of(given, "adamw", "fp32", model)
+        model, config = adapted(small_model, target_modules=modules)
+        one = Setting.of(config, "fp32", model, False)
         trainable, total = count_parameters(model)
         parts = forecast(Sizes.of(model.config), one, Load(1, 10, 1, 1, 1))
         assert parts.lora == trainable * (4 + 4 + 8)

@@ -53,8 +53,8 @@ def test_measured_beside_the_forecast_and_the_cost():
     assert (parts.resident, parts.step, parts.total) == (2.1e9, 5e9, 7.1e9)
     text = time_report(Timing(2.0, 8 * 10**9, 4), parts, 1800, 2.5)
     assert text.splitlines() == [
-        "measured     7.45 GiB at most in 6 steps; 6.61 were forecast (-11%)",
-        "time         2.00 s a step (median of 3 after 3): 1 h 0 min for 1,800 steps, evaluations left out",
+        "measured     7.45 GiB at most in 9 steps; 6.61 were forecast (-11%)",
+        "time         2.00 s a step (median of 3 after 6): 1 h 0 min for 1,800 steps, evaluations left out",
         "cost         2.50 at 2.5 an hour, evaluations left out",
     ]
     assert "measured" not in time_report(Timing(2.0, None, 4), parts, 1800, None)

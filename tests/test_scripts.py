@@ -306,7 +306,7 @@ def test_max_new_tokens_bounds_the_text(train, tmp_path, small_model):
 
 def test_gradient_checkpointing_and_bf16_run_through(train, tmp_path):
     plain = train(tmp_path / "plain", "--no-test", "--eval-every", 0)
-    less = train(tmp_path / "less", "--no-test", "--eval-every", 0, "--gradient-checkpointing")
+    less = train(tmp_path / "less", "--no-test", "--eval-every", 0, "--gradient-checkpointing", "on")
     assert_same_files(plain, less, ("adapter/adapter_model.safetensors",))
     half = train(tmp_path / "half", "--quant", "nf4", "--precision", "bf16", "--dora", "--rslora", "--dropout", 0.1)
     first, last = ([r["values"]["loss"] for r in metrics(half) if r["split"] == "train"][i] for i in (0, -1))

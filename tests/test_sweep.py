@@ -121,7 +121,7 @@ def test_an_id_says_what_decides_the_result_and_nothing_else():
 def test_the_flags_of_a_point_make_its_config(preset, microbatch, monkeypatch):
     import train
 
-    base = {"model": "somewhere", "rslora": True, "gradient_checkpointing": False, "alpha": "2r", "prompt": "read it"}
+    base = {"model": "somewhere", "rslora": True, "gradient_checkpointing": "off", "alpha": "2r", "prompt": "read it"}
     base["microbatch"] = microbatch
     (point,) = plan(preset=preset, base={**base, "r": 32, "lr": 1.23456789e-4}).points
     configs: list[TrainConfig] = []
@@ -245,7 +245,7 @@ def test_dry_run_and_list_start_nothing(cli, tmp_path, monkeypatch):
 
 
 def test_a_stopped_point_goes_on_with_the_options_that_change_no_result(tmp_path):
-    found = plan(base={"microbatch": 1, "gradient_checkpointing": True, "workers": None, "steps": 5, "threads": 2})
+    found = plan(base={"microbatch": 1, "gradient_checkpointing": "on", "workers": None, "steps": 5, "threads": 2})
     (job,) = make_jobs(found.points, tmp_path)
     assert "--resume" not in command(job, Path("train.py"), 1, 1)
     job.run.path.mkdir(parents=True)
@@ -743,7 +743,7 @@ def grid(small_model, dataset, tmp_path_factory) -> Path:
     base = {
         "model": small_model, "dataset": dataset, "precision": "fp32", "quant": "none", "r": 4, "dropout": 0,
         "lr": 0.01, "optimizer": "adamw", "batch_size": 4, "steps": 8, "eval_every": 2, "max_new_tokens": 6,
-        "gradient_checkpointing": False, "metric": "edit_distance",
+        "metric": "edit_distance",
     }  # fmt: skip
     path = tmp_path_factory.mktemp("grid") / "small.json"
     path.write_text(json.dumps({"base": base, "ablate": {"r": [2, 4], "lr": [0.1], "target_modules": ["nothing"]}}))

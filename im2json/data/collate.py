@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import PaliGemmaProcessor
 
@@ -34,6 +35,15 @@ class Batch:
         if len(self.ids) <= most:
             return [self]
         return [self._part(start, start + most) for start in range(0, len(self.ids), most)]
+
+    def padded(self, multiple: int) -> Batch:
+        """Itself with S a multiple of this."""
+        more = -self.labels.shape[1] % multiple
+        if not more:
+            return self
+        fill = {"token_type_ids": 1}  # others 0, which is the padding token's id as well
+        inputs = {n: v if v.ndim > 2 else F.pad(v, (0, more), value=fill.get(n, 0)) for n, v in self.inputs.items()}
+        return Batch(self.ids, inputs, F.pad(self.labels, (0, more), value=IGNORE))
 
     def _part(self, start: int, stop: int) -> Batch:
         longest = int(self.inputs["attention_mask"][start:stop].sum(1).max())

@@ -9,6 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 
 
+def even(total: int, most: int) -> int:
+    """The size of parts of at most `most`, as equal as can be."""
+    return -(-total // -(-total // most))
+
+
 class Order:
     """The order in which a training split is seen.
 

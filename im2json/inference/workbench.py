@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 from dataclasses import dataclass
@@ -20,20 +21,34 @@ from im2json.data.collate import Collator
 from im2json.data.example import Split
 from im2json.data.lengths import TargetLengths
 from im2json.data.loader import StepLoader
-from im2json.data.order import Order
+from im2json.data.order import Order, even
 from im2json.data.sources import open_splits
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
 from im2json.model.card import check_card, precision_note
-from im2json.model.compiled import compile_layers
 from im2json.model.lora import add_lora
-from im2json.model.memory import Forecast, Load, Setting, Sizes, forecast, free_bytes, largest_microbatch
+from im2json.model.memory import MARGIN, Forecast, Load, Setting, Sizes, forecast, free_bytes, largest_microbatch
+from im2json.model.replay import Forward, make_forward
 from im2json.options import TrainConfig
 from im2json.runs import RunFolder
 from im2json.scoring.text import canonical
 
 MICROBATCH_ON_CPU = 4  # examples
 """What `--microbatch auto` is there: more would not be faster."""
+RECORDED = 1.5
+"""What recorded passes reserve, to what they use: the graphs of different shapes share memory, but not every block."""
+ENOUGH = 4096  # positions of a microbatch that keep a GPU busy, where it need not wait for launches
+LONG_RUN = 8192  # examples after which compiling has paid for itself
+LARGE = 1024  # hidden size of a language model whose layers are worth compiling
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a training step is carried out; its result is the same."""
+
+    launch: str  # single, graphs or compiled
+    checkpointing: bool  # of gradients
+    microbatch: int  # examples
 
 
 @dataclass(frozen=True)
@@ -76,43 +91,92 @@ class Workbench:
             for name, split in self.splits.items()
         }
 
-    def microbatch(self) -> int:
-        """--microbatch; where that is auto, what the memory has room for beside the model, and one line to say so."""
-        wanted, gpu = self.config.train.microbatch, self.accelerator.device.type == "cuda"
-        if isinstance(wanted, int):
-            return wanted
-        share = -(-self.config.train.batch_size // self.accelerator.num_processes)
-        if not gpu:
-            found = min(share, MICROBATCH_ON_CPU)
-            self.accelerator.print(f"--microbatch auto: {found} of a step's {share} examples a process, on a CPU")
-            return found
-        free = free_bytes()
-        # LoRA's weights are there already: a little more is asked for than the step takes
-        found = largest_microbatch(share, lambda size: self.forecast(size).lora + self.forecast(size).step, free)
-        self.accelerator.print(
-            f"--microbatch auto: {found} of a step's {share} examples a process, for which "
-            f"{self.forecast(found).step / 2**30:.1f} GiB beside the model are forecast; {free / 2**30:.1f} are free"
-        )
-        return found
+    @functools.cached_property
+    def manner(self) -> Manner:
+        """How training steps are carried out: what was asked for, and for what is `auto` what suits the device and its
+        free memory, with one line to say so."""
+        options, train = self.config.model, self.config.train
+        share = -(-train.batch_size // self.accelerator.num_processes)
+        if self.accelerator.device.type != "cuda":
+            manner = Manner(
+                "compiled" if options.launch == "compiled" else "single",
+                options.gradient_checkpointing == "on",
+                min(share, MICROBATCH_ON_CPU) if isinstance(train.microbatch, str) else train.microbatch,
+            )
+            if train.microbatch == "auto":
+                self.accelerator.print(
+                    f"--microbatch auto: {manner.microbatch} of a step's {share} examples a process, on a CPU"
+                )
+            return manner
+        free, launch = free_bytes(), self._launch()
 
-    def forecast(self, microbatch: int) -> Forecast:
+        def needs(microbatch: int, checkpointing: bool) -> float:
+            # LoRA's weights are there already: a little more is asked for than the step takes
+            parts = self.forecast(Manner(launch, checkpointing, microbatch))
+            return parts.lora + parts.step * (1.0 if launch == "single" or checkpointing else RECORDED)
+
+        checkpointing = options.gradient_checkpointing == "on"
+        if options.gradient_checkpointing == "auto":
+            least = 1 if isinstance(train.microbatch, str) else min(train.microbatch, share)
+            checkpointing = needs(least, False) > MARGIN * free
+        if isinstance(train.microbatch, int):
+            found = train.microbatch
+        else:
+            found = largest_microbatch(
+                even(share, most=share if launch == "single" or checkpointing else self._enough()),
+                lambda size: needs(size, checkpointing),
+                free,
+            )
+        manner = Manner("single" if checkpointing and launch == "graphs" else launch, checkpointing, found)
+        self.accelerator.print(
+            f"a step's {share} examples {min(found, share)} at a time, {'' if checkpointing else 'no '}gradient "
+            f"checkpointing, launch {manner.launch}: {self.forecast(manner).step / 2**30:.1f} GiB beside the model are "
+            f"forecast; {free / 2**30:.1f} are free"
+        )
+        return manner
+
+    def _launch(self) -> str:
+        """--launch on a GPU."""
+        if self.config.model.launch != "auto":
+            return self.config.model.launch
+        order = self._order()
+        steps = self.config.train.steps or order.steps(self.config.train.epochs)
+        large = self.model.config.get_text_config().hidden_size >= LARGE
+        return "compiled" if large and steps * order.batch_size >= LONG_RUN else "graphs"
+
+    def _enough(self) -> int:
+        """Examples that keep a GPU busy: more at a time are no faster, and padded further."""
+        return -(-ENOUGH // (len(self.collator.prefix_ids) + self.lengths.longest))
+
+    def forecast(self, manner: Manner) -> Forecast:
         """The peak of the memory, in parts, with the longest examples in one microbatch."""
-        model, prefix = self.config.model, len(self.collator.prefix_ids)
-        longest = sorted(self.lengths.by_split["train"])[-microbatch:]
+        prefix = len(self.collator.prefix_ids)
+        longest = sorted(self.lengths.by_split["train"])[-manner.microbatch :]
         answers = min(self.config.decode.eval_batch_size, len(self.splits["validation"]))
-        load = Load(microbatch, prefix + longest[-1], sum(longest), answers, prefix + self.max_new_tokens)
-        setting = Setting.of(model, self.config.train.optimizer, self.precision, self.model, model.compile)
+        load = Load(manner.microbatch, prefix + longest[-1], sum(longest), answers, prefix + self.max_new_tokens)
+        compiled = manner.launch == "compiled"
+        setting = Setting.of(self.config, self.precision, self.model, manner.checkpointing, compiled)
         return forecast(Sizes.of(self.model.config), setting, load)
+
+    def forward(self) -> Forward:
+        """The model's passes in training, which hold memory."""
+        return make_forward(
+            self.model, self.manner.launch, self.manner.checkpointing, self.forecast(self.manner).evaluation
+        )
+
+    def _order(self) -> Order:
+        options, train = self.config.train, self.splits["train"]
+        return Order(len(train), options.batch_size, options.seed, self.lengths.by_split["train"])
 
     def step_loader(self) -> StepLoader:
         """What feeds the training loop on this process."""
-        options, gpu = self.config.train, self.accelerator.device.type == "cuda"
+        gpu = self.accelerator.device.type == "cuda"
         workers = self.config.data.workers
         return StepLoader(
             self.splits["train"],
             self.collator,
-            Order(len(self.splits["train"]), options.batch_size, options.seed, self.lengths.by_split["train"]),
-            microbatch=self.microbatch(),
+            self._order(),
+            microbatch=self.manner.microbatch,
             rank=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
             workers=(4 if gpu else 0) if workers is None else workers,
@@ -183,8 +247,6 @@ def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, ada
     lengths.check(config.data.max_target_tokens, len(collator.prefix_ids), positions(base))
     lora = dataclasses.replace(config.model, adapter=str(adapter)) if adapter else config.model
     model = add_lora(base, lora, config.train.seed)
-    if options.compile:
-        compile_layers(model)
     return Workbench(config, accelerator, precision, splits, collator, lengths, model)
 
 

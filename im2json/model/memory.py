@@ -15,15 +15,13 @@ import torch
 
 from im2json.model.base import DTYPES
 from im2json.model.loss import CHUNK
-from im2json.options import ModelOptions
+from im2json.options import TrainConfig
 
 # B examples, S positions of the text, I image tokens; widths: D hidden, F intermediate, A heads x head dimension.
 # e is the bytes of a number in the precision of the computation.
 
 NF4_BYTES = 4.127 / 8
 """A weight in NF4 with double quantisation."""
-LOGIT_BYTES = 8
-"""A logit in the loss: in fp32, and once more while their exponentials are summed."""
 MARGIN = 0.9
 """Share of the free memory that is planned with: the rest is lost between blocks, or forecast wrongly."""
 
@@ -100,7 +98,7 @@ class Setting:
 
     @classmethod
     def of(
-        cls, options: ModelOptions, optimizer: str, precision: str, model: torch.nn.Module, compiled: bool = False
+        cls, config: TrainConfig, precision: str, model: torch.nn.Module, checkpointing: bool, compiled: bool = False
     ) -> Setting:
         """That of a model which has its LoRA layers already."""
         adapted = [name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name]
@@ -110,8 +108,8 @@ class Setting:
         )
         packed = any(parameter.dtype == torch.uint8 for parameter in model.parameters())
         return cls(
-            precision, "nf4" if packed else "none", options.r, options.dropout > 0, options.gradient_checkpointing,
-            8 if optimizer == "adamw" else 2, text, vision, compiled,
+            precision, "nf4" if packed else "none", config.model.r, config.model.dropout > 0, checkpointing,
+            8 if config.train.optimizer == "adamw" else 2, text, vision, compiled,
         )  # fmt: skip
 
     @property
@@ -136,7 +134,7 @@ class Forecast:
 
     weights: float  # frozen, all but the embedding
     embedding: float  # tied to the output layer
-    lora: float  # fp32 weights, their copy in 16 bits, gradients, the optimizer's moments
+    lora: float  # fp32 weights, gradients, the optimizer's moments, a layer's copy in 16 bits left out
     kept: float  # activations from the forward to the backward pass; with checkpointing each layer's input
     passing: float  # in the backward pass of a layer; with checkpointing its activations, computed again
     logits: float  # of one chunk of label positions, before the backward pass through the layers begins
@@ -162,15 +160,15 @@ def forecast(sizes: Sizes, setting: Setting, load: Load) -> Forecast:
     linear = text.linear_weights + vision.linear_weights + sizes.projector
     trainable = text.lora_weights(setting.r, setting.text_targets)
     trainable += vision.lora_weights(setting.r, setting.vision_targets)
-    autocast_copy = 0 if setting.precision == "fp32" else e
     kept, passing = _activations(sizes, setting, load)
     return Forecast(
         weights=linear * (NF4_BYTES if setting.quant == "nf4" else e) + sizes.other * e,
         embedding=sizes.vocabulary * text.hidden * e,
-        lora=trainable * (4 + 4 + autocast_copy + setting.moment_bytes),
+        lora=trainable * (4 + 4 + setting.moment_bytes),
         kept=kept,
         passing=passing,
-        logits=min(load.labels, CHUNK) * sizes.vocabulary * LOGIT_BYTES,
+        # each, its logarithm in fp32, and its gradient
+        logits=min(load.labels, CHUNK) * sizes.vocabulary * (e + 4 + e),
         evaluation=_evaluation(sizes, setting, load, linear),
     )
 
@@ -183,14 +181,15 @@ def _activations(sizes: Sizes, setting: Setting, load: Load) -> tuple[float, flo
     if not setting.vision_targets:  # no gradient goes that far: nothing is kept
         vision_layer = 0
     numbers = load.microbatch * load.positions  # of every feature
-    # the gradients of two of the MLP's inner tensors meet, and one weight is there in full
-    gradients = 2 * e * numbers * text.intermediate + e * max(wide * high for wide, high in text.linears.values())
+    # the gradients of two of the MLP's inner tensors meet, with dropout LoRA's too; one weight is there in full
+    gradients = (4 if setting.dropout else 2) * e * numbers * text.intermediate
+    gradients += e * max(wide * high for wide, high in text.linears.values())
     last_norm = 4 * numbers * text.hidden
     if not setting.checkpointing:
         return text.layers * text_layer + vision.layers * vision_layer + last_norm, gradients
     inputs = text.layers * e * numbers * text.hidden + last_norm
     if setting.vision_targets:
-        inputs += vision.layers * _vision_bytes(setting) * load.microbatch * sizes.image_tokens * vision.hidden
+        inputs += vision.layers * e * load.microbatch * sizes.image_tokens * vision.hidden
     return inputs, max(text_layer + gradients, vision_layer)
 
 
@@ -218,12 +217,10 @@ def decoder_layer_bytes(text: Tower, setting: Setting, examples: int, positions:
 def encoder_layer_bytes(vision: Tower, setting: Setting, examples: int, positions: int) -> float:
     """What autograd keeps of one of SigLIP's layers."""
     e, numbers = setting.bytes, examples * positions
-    norms = vision.norms * 4 * numbers * vision.hidden  # layer_norm runs in fp32 under autocast
+    norms = vision.norms * e * numbers * vision.hidden
     attention = 4 * e * numbers * vision.hidden + 4 * numbers * vision.heads
-    mlp = _vision_bytes(setting) * numbers * vision.intermediate  # what gelu goes by
-    # its norm hands out fp32, which autocast converts for each of the three; in fp32 they share it
-    groups = [["q_proj", "k_proj", "v_proj"]] if e == 4 else [["q_proj"], ["k_proj"], ["v_proj"]]
-    groups += [["out_proj"], ["fc1"], ["fc2"]]
+    mlp = e * numbers * vision.intermediate  # what gelu goes by
+    groups = [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]]
     return norms + attention + mlp + _lora_inputs(vision, setting, setting.vision_targets, groups, numbers)
 
 
@@ -241,11 +238,6 @@ def _lora_inputs(
         return between + (e + 1) * numbers * sum(tower.linears[name][0] for name in targets)
     shared = [next(name for name in group if name in targets) for group in groups if set(group) & set(targets)]
     return between + e * numbers * sum(tower.linears[name][0] for name in shared)
-
-
-def _vision_bytes(setting: Setting) -> int:
-    """Bytes of a number between SigLIP's layers: bitsandbytes hands back the fp32 that layer_norm hands out."""
-    return 4 if setting.quant == "nf4" else setting.bytes
 
 
 def _evaluation(sizes: Sizes, setting: Setting, load: Load, linear: int) -> float:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from im2json.data.collate import IGNORE, Batch, Collator
 from im2json.data.loader import StepLoader
 from im2json.model.lora import trained
 from im2json.model.loss import label_positions, loss_at
+from im2json.model.replay import Forward
 from im2json.options import TrainConfig, TrainOptions
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS
@@ -54,7 +56,7 @@ class Microbatch:
 
 
 def fit(
-    model: PeftModel,
+    forward: Forward,
     loader: StepLoader,
     target_lengths: Sequence[int],
     evaluate: Callable[[int], dict[str, float]],
@@ -69,6 +71,7 @@ def fit(
     """Train the adapter and leave the best one in the run folder.
 
     Args:
+        forward: of the model, see model.replay.make_forward.
         target_lengths: target tokens of each training example, EOS included.
         evaluate: metrics of the present adapter on the validation split, given the step; called every
             --eval-every steps and after the last one, on every process; never where that is 0.
@@ -84,7 +87,7 @@ def fit(
             passed `stop_after`.
         KeyboardInterrupt: Ctrl-C or SIGTERM asked for it; the step was finished and a checkpoint written.
     """
-    options = config.train
+    options, model = config.train, forward.model
     parameters = [flatten(trained(model))]
     optimizer = accelerator.prepare(make_optimizer(parameters, options))
     state = load_checkpoint(checkpoint, run, model, optimizer, accelerator) if checkpoint else TrainState()
@@ -111,8 +114,8 @@ def fit(
             if first:
                 check_labels(batches, loader.collator)
             outcome = train_step(
-                model, batches, target_tokens, parameters, optimizer, accelerator, options.max_grad_norm,
-                microbatch=microbatch, stop=stop, inspect=check_gradients if first else None,
+                forward, batches, target_tokens, parameters, optimizer, accelerator, options.max_grad_norm,
+                microbatch=microbatch, stop=stop, inspect=partial(check_gradients, model) if first else None,
             )  # fmt: skip
             first = False
             if outcome.non_finite:
@@ -126,6 +129,7 @@ def fit(
 
             last = state.step == total
             if options.eval_every and (state.step % options.eval_every == 0 or last):
+                forward.pause()
                 keep_if_best(state, evaluate(state.step), options, model, accelerator, run)
                 last = last or out_of_patience(state, options)
             stopping = outcome.stop or (stop.made and (last or accelerator.num_processes == 1))
@@ -153,7 +157,7 @@ def total_steps(loader: StepLoader, options: TrainOptions) -> int:
 
 
 def train_step(
-    model: PeftModel,
+    forward: Forward,
     batches: list[Batch],
     target_tokens: int,
     parameters: list[torch.nn.Parameter],
@@ -163,18 +167,18 @@ def train_step(
     *,
     microbatch: Microbatch | None = None,
     stop: StopRequest | None = None,
-    inspect: Callable[[PeftModel], None] | None = None,
+    inspect: Callable[[], None] | None = None,
 ) -> StepOutcome:
     """One optimizer update from this process's microbatches, cut further where `microbatch` is less by now.
 
-    `inspect` sees the model with its gradients, before they are clipped.
+    `inspect` is called when the gradients are there, before they are clipped.
     """
     largest = max((len(batch.ids) for batch in batches), default=1)
-    loss = add_gradients(model, batches, target_tokens, parameters, accelerator, microbatch or Microbatch(largest))
+    loss = add_gradients(forward, batches, target_tokens, parameters, accelerator, microbatch or Microbatch(largest))
     asked = float(stop is not None and stop.made)
     sums = sum_over_processes(torch.stack([loss, loss.new_tensor(asked)]), parameters, accelerator)
     if inspect is not None:
-        inspect(model)
+        inspect()
     grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
     assert grad_norm is not None
     loss_value, asked, norm_value = torch.cat([sums, grad_norm.view(1)]).tolist()  # the step's one wait for the device
@@ -187,7 +191,7 @@ def train_step(
 
 
 def add_gradients(
-    model: PeftModel,
+    forward: Forward,
     batches: list[Batch],
     target_tokens: int,
     parameters: list[torch.nn.Parameter],
@@ -204,7 +208,7 @@ def add_gradients(
     """
     while True:
         try:
-            return _backward(model, batches, target_tokens, accelerator, microbatch)
+            return _backward(forward, batches, target_tokens, accelerator, microbatch)
         except torch.OutOfMemoryError:
             # the largest part that was tried may be less than what is allowed: a short step, or a small --batch-size
             microbatch.most = min(microbatch.most, max(len(batch.ids) for batch in batches))
@@ -214,6 +218,7 @@ def add_gradients(
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.zero_()
+        forward.forget()
         torch.cuda.empty_cache()
         torch.manual_seed(torch.initial_seed())  # as `seed_dropout` left it
         before = microbatch.most
@@ -225,7 +230,7 @@ def add_gradients(
 
 
 def _backward(
-    model: PeftModel, batches: list[Batch], target_tokens: int, accelerator: Accelerator, microbatch: Microbatch
+    forward: Forward, batches: list[Batch], target_tokens: int, accelerator: Accelerator, microbatch: Microbatch
 ) -> torch.Tensor:
     """Forward and backward, microbatch by microbatch.
 
@@ -235,13 +240,11 @@ def _backward(
     loss = torch.zeros((), device=accelerator.device)
     for batch in batches:
         for part in batch.cut(microbatch.most):
+            part = part.padded(forward.round_up)
             places, targets = label_positions(part.labels)  # on the CPU, where looking for them waits for nobody
-            part = part.to(accelerator.device)
-            with accelerator.autocast():
-                share = (
-                    loss_at(model, part.inputs, places.to(accelerator.device), targets.to(accelerator.device))
-                    / target_tokens
-                )
+            hidden = forward(part.to(accelerator.device).inputs)  # B x S x D
+            summed = loss_at(forward.paligemma, hidden, places.to(accelerator.device), targets.to(accelerator.device))
+            share = summed / target_tokens
             accelerator.backward(share)
             loss += share.detach()
     return loss

@@ -15,12 +15,14 @@ from im2json.data.lengths import TargetLengths
 from im2json.data.loader import StepLoader
 from im2json.model.lora import count_parameters, trained
 from im2json.model.memory import Forecast
+from im2json.model.replay import Forward
 from im2json.options import TrainConfig
 from im2json.report.table import table
 from im2json.training.loop import Microbatch, peak_memory_bytes, seed_dropout, total_steps, train_step
 from im2json.training.optimizer import flatten, make_optimizer
 
 TIMED = 3  # steps
+ROUNDS = 3
 GIB = 2**30
 
 
@@ -80,33 +82,34 @@ def memory_report(parts: Forecast) -> str:
 
 
 def time_steps(
-    model: PeftModel, loader: StepLoader, target_lengths: list[int], config: TrainConfig, accelerator: Accelerator
+    forward: Forward, loader: StepLoader, target_lengths: list[int], config: TrainConfig, accelerator: Accelerator
 ) -> Timing:
-    """Take a few steps with the model in memory, twice, as at first layers are compiled; nothing of them is kept.
+    """Take a few steps with the model in memory, three times, as passes are compiled at first and recorded when they
+    come again; nothing of them is kept.
 
     The steps stand together in the run's order, the one with the epoch's longest example first.
     """
-    parameters = [flatten(trained(model))]
+    parameters = [flatten(trained(forward.model))]
     optimizer = accelerator.prepare(make_optimizer(parameters, config.train))
     microbatch = Microbatch(loader.microbatch)
     first = longest_step(loader, target_lengths, total_steps(loader, config.train))
     seconds = []
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    steps = [*loader.steps(first, first + TIMED)] * 2  # decoded before the clock runs, as workers do it
+    steps = [*loader.steps(first, first + TIMED)] * ROUNDS  # decoded before the clock runs, as workers do it
     clock = time.perf_counter()
     for place, batches in enumerate(steps):
         step = first + place % TIMED
         target_tokens = sum(target_lengths[i] for i in loader.order.step(step))
         seed_dropout(config.train.seed, step, accelerator.process_index)
         train_step(
-            model, batches, target_tokens, parameters, optimizer, accelerator, config.train.max_grad_norm,
+            forward, batches, target_tokens, parameters, optimizer, accelerator, config.train.max_grad_norm,
             microbatch=microbatch,
         )  # fmt: skip
         seconds.append(time.perf_counter() - clock)
         clock = time.perf_counter()
     peak = peak_memory_bytes() if accelerator.device.type == "cuda" else None
-    return Timing(statistics.median(seconds[TIMED:]), peak, microbatch.most)
+    return Timing(statistics.median(seconds[-TIMED:]), peak, microbatch.most)
 
 
 def longest_step(loader: StepLoader, target_lengths: list[int], steps: int) -> int:
@@ -121,12 +124,12 @@ def time_report(timing: Timing, parts: Forecast, steps: int, price: float | None
     if timing.peak is not None:
         expected = parts.resident + parts.step
         lines.append(
-            f"{'measured':<13}{timing.peak / GIB:.2f} GiB at most in {2 * TIMED} steps; "
+            f"{'measured':<13}{timing.peak / GIB:.2f} GiB at most in {ROUNDS * TIMED} steps; "
             f"{expected / GIB:.2f} were forecast ({expected / timing.peak - 1:+.0%})"
         )
-    whole = steps * timing.seconds
+    whole, before = steps * timing.seconds, (ROUNDS - 1) * TIMED
     lines.append(
-        f"{'time':<13}{timing.seconds:.2f} s a step (median of {TIMED} after {TIMED}): {duration(whole)} for "
+        f"{'time':<13}{timing.seconds:.2f} s a step (median of {TIMED} after {before}): {duration(whole)} for "
         f"{steps:,} steps, evaluations left out"
     )
     if price is not None:

@@ -1,0 +1,148 @@
+"""The forward and backward pass through both towers: as PyTorch launches it, or replayed from CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from im2json.model.compiled import compile_layers
+from im2json.model.forward import hidden_states
+from im2json.model.memory import free_bytes
+
+# B examples, S positions, D hidden.
+
+
+class Forward:
+    """`hidden_states` of a model in training."""
+
+    round_up = 1  # S has to be a multiple of this
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+        self.paligemma: Any = model.get_base_model()
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """B x S x D."""
+        return hidden_states(self.paligemma, batch)
+
+    def forget(self) -> None:
+        """Give back the memory that is held from one pass to the next."""
+
+    def pause(self) -> None:
+        """Something else will be done before the next pass, and may need the memory."""
+
+
+class Replayed(Forward):
+    """The same from CUDA graphs, a pair for each shape: the thousands of kernels of a pass are launched at once, where
+    a CPU takes longer to launch them than the GPU to run them.
+
+    A shape that is new is run as usual, recorded when it comes for the second time, and replayed from then on. All
+    graphs share their memory, as there is always one pass under way. The gradients must exist and stay where they are
+    (see training.optimizer.flatten), and a forward pass must be followed by its backward pass.
+
+    Args:
+        room: bytes that what is done between steps needs.
+    """
+
+    round_up = 64  # so that few shapes occur
+
+    def __init__(self, model: PeftModel, room: float = 0.0) -> None:
+        super().__init__(model)
+        self.room = room
+        self.stream = torch.cuda.Stream()  # memory can be used again on the stream that it was used on alone
+        self.forget()
+
+    def forget(self) -> None:
+        self.recorded: dict[torch.Size, _Pass | None] = {}
+        self.pool = torch.cuda.MemPool()
+        torch.cuda.empty_cache()
+
+    def pause(self) -> None:
+        held = sum(segment["total_size"] for segment in self.pool.snapshot())
+        if free_bytes() - held < self.room:
+            self.forget()
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        shape = batch["input_ids"].shape
+        if shape not in self.recorded:
+            self.recorded[shape] = None
+            with self._aside(), torch.cuda.use_mem_pool(self.pool):
+                return super().__call__(batch)
+        recorded = self.recorded[shape]
+        if recorded is None:
+            recorded = self.recorded[shape] = self._record(batch)
+        for name, value in batch.items():
+            recorded.inputs[name].copy_(value)
+        return _Replay.apply(self._anchor(), recorded)
+
+    def _record(self, batch: dict[str, torch.Tensor]) -> _Pass:
+        inputs = {name: value.clone() for name, value in batch.items()}
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # Other threads load pictures meanwhile, and may do as they like.
+        how: Any = dict(pool=self.pool.id, stream=self.stream, capture_error_mode="thread_local")
+        with torch.cuda.graph(forward, **how):
+            hidden = hidden_states(self.paligemma, inputs)  # B x S x D
+        change = torch.empty_like(hidden)  # B x S x D: the gradient that comes back
+        with torch.cuda.graph(backward, **how):
+            hidden.backward(change)
+        return _Pass(forward, backward, inputs, hidden.detach(), change)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        present = torch.cuda.current_stream()
+        self.stream.wait_stream(present)
+        with torch.cuda.stream(self.stream):
+            yield
+        present.wait_stream(self.stream)
+
+    def _anchor(self) -> torch.Tensor:
+        """Asks autograd for a backward pass."""
+        return torch.empty(0, device=self.stream.device, requires_grad=True)
+
+
+class _Pass:
+    """The graphs for one shape, and what they read and write."""
+
+    def __init__(
+        self,
+        forward: torch.cuda.CUDAGraph,
+        backward: torch.cuda.CUDAGraph,
+        inputs: dict[str, torch.Tensor],
+        hidden: torch.Tensor,
+        change: torch.Tensor,
+    ) -> None:
+        self.forward = forward
+        self.backward = backward
+        self.inputs = inputs
+        self.hidden = hidden
+        self.change = change
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, recorded: _Pass) -> torch.Tensor:
+        ctx.recorded = recorded
+        recorded.forward.replay()
+        return recorded.hidden.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *change: torch.Tensor) -> tuple[None, None]:
+        ctx.recorded.change.copy_(change[0])
+        ctx.recorded.backward.replay()
+        return None, None
+
+
+def make_forward(model: PeftModel, launch: str, checkpointing: bool, room: float = 0.0) -> Forward:
+    """What --launch and --gradient-checkpointing ask for: single, graphs or compiled; `room` as in Replayed."""
+    if checkpointing:
+        base: Any = model.get_base_model()
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    if launch == "compiled":
+        compile_layers(model)
+    # checkpointing saves and sets the state of the random numbers, which cannot be recorded
+    recorded = launch != "single" and not checkpointing and next(model.parameters()).is_cuda
+    return Replayed(model, room) if recorded else Forward(model)
