@@ -113,6 +113,7 @@ def train(
 
     from im2json.inference.workbench import set_up, start_accelerator
     from im2json.model.lora import read_adapter_weights
+    from im2json.scoring.examples import calibrate
     from im2json.training.checkpoint import begin
     from im2json.training.loop import fit
     from im2json.training.result import finish, known_before
@@ -147,7 +148,10 @@ def train(
             accelerator.end_training()
             return None
         read_adapter_weights(model, run.adapter / WEIGHTS)
-        after = evaluation("test", state.best_step or state.step, "after") if config.train.test else None
+        step = state.best_step or state.step
+        after = evaluation("test", step, "after") if config.train.test else None
+        if accelerator.is_main_process:
+            calibrate(run, step)
         result = finish(run, model, state, before, after, tracker)
     accelerator.print(summary(run, result))
     accelerator.end_training()
