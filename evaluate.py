@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def main(
 ) -> None:  # fmt: skip
     """Score the base and the best adapter of RUN on a split, side by side.
 
-    Writes every prediction to RUN/predictions.jsonl, and one picture with the text before and after. With
+    Writes every prediction to RUN/predictions.jsonl, RUN/report.html to look at, and one picture with the text before
+    and after. With
     --against nothing is generated: the answers that both runs kept are compared, example by example. With
     --predictions no run is needed.
     """
@@ -85,6 +87,7 @@ def evaluate(run: RunFolder, split: str, given: dict[str, Any]) -> dict[str, dic
     from accelerate.utils import broadcast_object_list
 
     from im2json.inference.workbench import set_up, start_accelerator
+    from im2json.report.run import write_report
     from im2json.scoring.examples import calibrate
 
     accelerator, precision = start_accelerator(config)
@@ -104,6 +107,8 @@ def evaluate(run: RunFolder, split: str, given: dict[str, Any]) -> dict[str, dic
             evaluation("validation", step, "after")
             if accelerator.is_main_process:
                 calibrate(run, step)
+        if accelerator.is_main_process:
+            write_report(run, split, partial(bench.picture, split), metrics["before"])
     accelerator.end_training()
     return metrics if accelerator.is_main_process else None
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from peft import PeftModel
+from PIL import Image
 
 from im2json.data.check import check_split
 from im2json.data.collate import Collator
@@ -62,6 +63,11 @@ class Workbench:
             batch_size=self.config.decode.eval_batch_size,
             count=self.config.train.eval_examples,
         )
+
+    def picture(self, split: str, id: str) -> Image.Image:
+        """The document of an example."""
+        examples = self.splits[split]
+        return examples[list(examples.ids).index(id)].image
 
     @property
     def max_new_tokens(self) -> int:

@@ -11,9 +11,9 @@ from im2json.runs import RunFolder
 from im2json.scoring import METRICS, Difference, compare_predictions
 from im2json.scoring.catalogue import labelled
 from im2json.scoring.examples import kept_predictions, score_run
-from im2json.scoring.sureness import ALL, Sureness, run_sureness
 from im2json.scoring.fieldtable import compare_fields
 from im2json.scoring.scorecard import Scorecard
+from im2json.scoring.sureness import ALL, Sureness, run_sureness
 
 MAX_FOREIGN_SHOWN = 10
 """Rows of paths that no target has; --json has them all."""
@@ -83,9 +83,10 @@ def sureness_table(found: Sureness) -> str:
         return f"{table(lines, headers)}\n{note}"
     lines = [[*line, *group[5:]] for line, group in zip(lines, found.groups.values())]
     share, precision = found.groups[ALL][5:]
+    assert share is not None
     said = (
-        f"at {found.threshold:.4f} or more, which validation asks for {found.target_precision:g} of those kept to be right, "
-        f"{share:.1%} of the fields are kept, and {precision:.2%} of these are right"
+        f"from {found.threshold:.4f} on, which validation asks for {found.target_precision:g} of those kept to be "
+        f"right, {share:.1%} of the fields are kept, and {precision or 0:.2%} of these are right"
         if math.isfinite(found.threshold)
         else f"validation has no threshold at which {found.target_precision:g} of the fields kept are surely right"
     )

@@ -1,9 +1,9 @@
 """How sure a prediction is of each of its leaves, and how far that can be believed.
 
-A leaf's confidence is the probability that its tokens had when they were written, one given the other: the product over
-all tokens that its text has a part in, quotes included. Greedy decoding is overconfident about the tail, so it is
-calibrated on answers whose targets are known. A leaf is right as the field metrics have it: its (path, value) pair is
-one of the target's, list positions left out, and not yet taken by an equal one before it.
+A leaf's confidence is the probability that its text and what leads to it had when they were written: the product over
+all tokens since the leaf before it ended, keys, brackets and quotes included, since its path must be right too. What that
+is worth is calibrated on answers whose targets are known. A leaf is right as the field metrics have it: its (path, value)
+pair is one of the target's, list positions left out, and not yet taken by an equal one before it.
 """
 
 from __future__ import annotations
@@ -45,14 +45,21 @@ def leaf_confidence(text: str, starts: Sequence[int], logprobs: Sequence[float])
         starts: where in the text each token begins, ascending; those of one character begin at the same place.
         logprobs: of each token, in nats.
     """
-    before = [0.0, *np.cumsum(logprobs)]
+    spans = leaf_spans(text)
+    if spans is None:
+        return None
+    ends = [0]  # of the leaves, in the order of the text
+    map_leaves(spans, lambda span: ends.append(span[1]))
+    ends.sort()
+    total = [0.0, *np.cumsum(logprobs)]
 
     def probability(span: tuple[int, int]) -> float:
-        first = bisect_left(starts, starts[bisect_right(starts, span[0]) - 1])
-        return round(math.exp(before[bisect_left(starts, span[1])] - before[first]), DIGITS)
+        begin = ends[bisect_left(ends, span[1]) - 1]
+        first = bisect_left(starts, starts[bisect_right(starts, begin) - 1])
+        return round(math.exp(total[bisect_left(starts, span[1])] - total[first]), DIGITS)
 
-    spans = leaf_spans(text)
-    return None if spans is None else map_leaves(spans, probability)
+    confidence: dict[str, Any] = map_leaves(spans, probability)
+    return confidence
 
 
 def judged(row: Mapping[str, Any]) -> list[Leaf]:
