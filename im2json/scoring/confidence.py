@@ -1,9 +1,9 @@
 """How sure a prediction is of each of its leaves, and how far that can be believed.
 
-A leaf's confidence is the probability that its text and what leads to it had when they were written: the product over
-all tokens since the leaf before it ended, keys, brackets and quotes included, since its path must be right too. What that
-is worth is calibrated on answers whose targets are known. A leaf is right as the field metrics have it: its (path, value)
-pair is one of the target's, list positions left out, and not yet taken by an equal one before it.
+A leaf's confidence is the probability that its text and what leads to it had when they were written: the product
+over all tokens since the leaf before it ended, keys, brackets and quotes included, since its path must be right too.
+What that is worth is calibrated on answers whose targets are known. A leaf is right as the field metrics have it: its
+(path, value) pair is one of the target's, list positions left out, and not yet taken by an equal one before it.
 """
 
 from __future__ import annotations
