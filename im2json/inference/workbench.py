@@ -31,6 +31,7 @@ from im2json.model.lora import add_lora
 from im2json.model.memory import Forecast, Load, Setting, Sizes, forecast, free_bytes, largest_microbatch
 from im2json.options import TrainConfig
 from im2json.runs import RunFolder
+from im2json.scoring.checks import parse_checks
 from im2json.scoring.text import canonical
 
 MICROBATCH_ON_CPU = 4  # examples
@@ -62,6 +63,7 @@ class Workbench:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.config.decode.eval_batch_size,
             count=self.config.train.eval_examples,
+            checks=parse_checks(self.config.decode.check_sum),
         )
 
     def picture(self, split: str, id: str) -> Image.Image:
