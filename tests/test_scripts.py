@@ -369,6 +369,10 @@ def stop(cli, base_args: list[str], tmp_path: Path, *flags: object) -> str:
     return error
 
 
+def test_a_check_that_is_no_equation(cli, base_args, tmp_path):
+    assert "--check-sum 'total' is no equation" in stop(cli, base_args, tmp_path, "--check-sum", "total")
+
+
 def test_an_unknown_model(cli, base_args, tmp_path):
     assert "no such folder" in stop(cli, base_args, tmp_path, "--model", "./nowhere")
     assert "`tiny` is embedded" in stop(cli, base_args, tmp_path, "--model", "tinny")

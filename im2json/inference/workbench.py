@@ -31,7 +31,7 @@ from im2json.model.lora import add_lora
 from im2json.model.memory import Forecast, Load, Setting, Sizes, forecast, free_bytes, largest_microbatch
 from im2json.options import TrainConfig
 from im2json.runs import RunFolder
-from im2json.scoring.checks import parse_checks
+from im2json.scoring.checks import SumCheck, parse_checks
 from im2json.scoring.text import canonical
 
 MICROBATCH_ON_CPU = 4  # examples
@@ -49,6 +49,7 @@ class Workbench:
     collator: Collator
     lengths: TargetLengths
     model: PeftModel
+    checks: list[SumCheck]
 
     def evaluation(self, run: RunFolder, sink: Sink) -> Evaluation:
         """What evaluates the model into this run folder."""
@@ -63,7 +64,7 @@ class Workbench:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.config.decode.eval_batch_size,
             count=self.config.train.eval_examples,
-            checks=parse_checks(self.config.decode.check_sum),
+            checks=self.checks,
         )
 
     def picture(self, split: str, id: str) -> Image.Image:
@@ -178,6 +179,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, ada
     Raises:
         ValueError: naming the option, file or row that is wrong.
     """
+    checks = parse_checks(config.decode.check_sum)
     notes: list[str] = []
     checkup = check_split(*open_splits(config.data, notes).values(), skip_bad=config.data.skip_bad)
     for note in [*notes, *checkup.notes()]:
@@ -193,7 +195,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, ada
     model = add_lora(base, lora, config.train.seed)
     if options.compile:
         compile_layers(model)
-    return Workbench(config, accelerator, precision, splits, collator, lengths, model)
+    return Workbench(config, accelerator, precision, splits, collator, lengths, model, checks)
 
 
 def positions(model: Any) -> int:
