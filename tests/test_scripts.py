@@ -70,7 +70,7 @@ def test_predictions_jsonl(finished, dataset):
         (stage, step, split, f"{split}/{i}.png") for stage, step, split in expected for i in range(COUNTS[split])
     ]
     for row in rows:
-        assert set(row) == {"id", "step", "split", "stage", "text", "parsed", "target", "scores"}
+        assert set(row) == {"id", "step", "split", "stage", "text", "parsed", "confidence", "target", "scores"}
         assert row["parsed"] == parse(row["text"])
         assert row["scores"].keys() == METRICS.keys()
         line = (Path(dataset) / row["split"] / "metadata.jsonl").read_text().splitlines()[int(row["id"][-5])]
@@ -182,7 +182,9 @@ def test_evaluate_repeats_the_runs_numbers(finished, cli, tmp_path):
     result, rows = json.loads(run.result.read_text()), list(read_lines(run.predictions))
     printed = cli("evaluate", run.path, "--json")
     assert printed.exit_code == 0, printed.output
-    assert json.loads(printed.stdout) == result["test"]
+    found = json.loads(printed.stdout)
+    assert found.pop("confidence")["fields"] == {}  # nothing it wrote is an object
+    assert found == result["test"]
     again = list(read_lines(run.predictions))
     assert sorted(map(str, again)) == sorted(map(str, rows))
     with Image.open(run.path / "test.png") as picture:
@@ -207,11 +209,36 @@ def test_evaluate_prints_a_table_and_takes_other_splits(finished, cli, tmp_path)
     assert header.split() == ["metric", "before", "after", "change"]
     assert [line.split()[0] for line in lines[: len(METRICS)]] == list(METRICS)
     assert (run.path / "validation.png").is_file()
+    assert "validation split" in run.report.read_text("utf-8") and "test split" in finished.report.read_text("utf-8")
     result = json.loads(run.result.read_text())
     shown = next(line for line in lines if line.startswith("edit_distance")).split()
     assert shown[-3] == f"{result['validation']['edit_distance']:.3f}"
     stages = {(row["split"], row["stage"]) for row in read_lines(run.predictions)}
     assert stages == {(s, g) for s in ("test", "validation") for g in ("before", "after")} | {("validation", "during")}
+
+
+def test_evaluate_makes_the_validation_answers_that_a_run_kept_without_confidence(finished, cli, tmp_path):
+    run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    rows = list(read_lines(run.predictions))
+    run.predictions.unlink()
+    append_lines(run.predictions, ({name: row[name] for name in row if name != "confidence"} for row in rows))
+    printed = cli("evaluate", run.path, "--target-precision", 0.9, "--check-sum", "menu.price = total", "--json")
+    assert printed.exit_code == 0, printed.output
+    counts = json.loads(printed.stdout)["checks"]["menu.price = total"]
+    assert counts["cannot_say"] == COUNTS["test"] and counts["holds"] == counts["fails"] == 0
+    again = list(read_lines(run.predictions))
+    validated = [row for row in again if (row["split"], row["stage"]) == ("validation", "after")]
+    assert len(validated) == COUNTS["validation"] and all("confidence" in row for row in validated)
+    assert all(row["checks"] == {"menu.price = total": None} for row in validated)
+
+
+def test_evaluate_names_options_of_confidence_that_are_wrong(finished, cli):
+    result = cli("evaluate", finished.path, "--against", finished.path, "--target-precision", 0.9)
+    assert result.exit_code == 2 and "--target-precision goes with a RUN alone" in result.stderr
+    assert cli("evaluate", finished.path, "--target-precision", 1).exit_code == 2
+    assert "--check-sum 'menu.price' is no equation" in clear_error(
+        cli("evaluate", finished.path, "--check-sum", "menu.price")
+    )
 
 
 def test_evaluate_tells_the_adapter_from_the_base(finished, cli, tmp_path):
@@ -340,6 +367,10 @@ def stop(cli, base_args: list[str], tmp_path: Path, *flags: object) -> str:
     error = clear_error(cli("train", *base_args, "--output", tmp_path / "run", *flags))
     assert not (tmp_path / "run").exists()
     return error
+
+
+def test_a_check_that_is_no_equation(cli, base_args, tmp_path):
+    assert "--check-sum 'total' is no equation" in stop(cli, base_args, tmp_path, "--check-sum", "total")
 
 
 def test_an_unknown_model(cli, base_args, tmp_path):

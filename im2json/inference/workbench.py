@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from peft import PeftModel
+from PIL import Image
 
 from im2json.data.check import check_split
 from im2json.data.collate import Collator
@@ -31,6 +32,7 @@ from im2json.model.memory import MARGIN, Forecast, Load, Setting, Sizes, forecas
 from im2json.model.replay import Forward, make_forward
 from im2json.options import TrainConfig
 from im2json.runs import RunFolder
+from im2json.scoring.checks import SumCheck, parse_checks
 from im2json.scoring.text import canonical
 
 MICROBATCH_ON_CPU = 4  # examples
@@ -62,6 +64,7 @@ class Workbench:
     collator: Collator
     lengths: TargetLengths
     model: PeftModel
+    checks: list[SumCheck]
 
     def evaluation(self, run: RunFolder, sink: Sink) -> Evaluation:
         """What evaluates the model into this run folder."""
@@ -76,7 +79,13 @@ class Workbench:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.config.decode.eval_batch_size,
             count=self.config.train.eval_examples,
+            checks=self.checks,
         )
+
+    def picture(self, split: str, id: str) -> Image.Image:
+        """The document of an example."""
+        examples = self.splits[split]
+        return examples[list(examples.ids).index(id)].image
 
     @property
     def max_new_tokens(self) -> int:
@@ -234,6 +243,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, ada
     Raises:
         ValueError: naming the option, file or row that is wrong.
     """
+    checks = parse_checks(config.decode.check_sum)
     notes: list[str] = []
     checkup = check_split(*open_splits(config.data, notes).values(), skip_bad=config.data.skip_bad)
     for note in [*notes, *checkup.notes()]:
@@ -247,7 +257,13 @@ def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, ada
     lengths.check(config.data.max_target_tokens, len(collator.prefix_ids), positions(base))
     lora = dataclasses.replace(config.model, adapter=str(adapter)) if adapter else config.model
     model = add_lora(base, lora, config.train.seed)
+<<<<<<< HEAD
     return Workbench(config, accelerator, precision, splits, collator, lengths, model)
+=======
+    if options.compile:
+        compile_layers(model)
+    return Workbench(config, accelerator, precision, splits, collator, lengths, model, checks)
+>>>>>>> h-conf
 
 
 def positions(model: Any) -> int:
