@@ -30,7 +30,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--targets", type=FILE, help="rows of target and id, where the predictions' file has no targets")
 @click.option("--against", type=click.Path(path_type=Path), metavar="RUN_B", help="compare with the answers of RUN_B")
 @click.option("--json", "as_json", is_flag=True, help="print JSON instead of tables")
-@option_flags("precision", "eval_batch_size", "threads")
+@option_flags("precision", "constrain", "schema", "eval_batch_size", "threads")
 @click.pass_context
 def main(
     context: click.Context, run: Path | None, split: str, predictions: Path | None, targets: Path | None,
@@ -73,11 +73,14 @@ def evaluate(run: RunFolder, split: str, given: dict[str, Any]) -> dict[str, dic
     """The metrics before and after, with some of the run's options replaced; None on all processes but the main one."""
     quiet_libraries()
     config = run.read_config().replace(gradient_checkpointing=False, **given)
+    if "schema" in given and not config.decode.constrain:
+        raise ValueError("--schema goes with --constrain")
     adapter = adapter_folder(run.path)
     from im2json.inference.workbench import set_up, start_accelerator
 
     accelerator, precision = start_accelerator(config)
-    bench = set_up(config, accelerator, precision, adapter=adapter)
+    own_schema = None if "schema" in given else run.schema
+    bench = set_up(config, accelerator, precision, adapter=adapter, schema=own_schema)
     with locked(run, accelerator.is_main_process):
         evaluation = bench.evaluation(run, FirstPicture(run.path / f"{split}.png"))
         result: dict[str, Any] = (

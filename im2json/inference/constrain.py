@@ -23,12 +23,13 @@ class Grammar:
 
     Args:
         size: V, of the model's logits; it may be larger or smaller than the tokenizer's vocabulary.
+        name: what the schema is called in an error.
 
     Raises:
         ValueError: if llguidance is not installed, or does not support what the schema asks for.
     """
 
-    def __init__(self, schema: Schema, tokenizer: PreTrainedTokenizerFast, size: int) -> None:
+    def __init__(self, schema: Schema, tokenizer: PreTrainedTokenizerFast, size: int, name: str = "schema") -> None:
         try:
             import llguidance
             import llguidance.hf
@@ -38,9 +39,12 @@ class Grammar:
         self.engine = llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(size, len(tokenizer)))
         self.executor = llguidance.LLExecutor(num_threads=torch.get_num_threads())
         limits = llguidance.LLParserLimits(step_max_items=NO_LIMIT, step_lexer_fuel=NO_LIMIT)
-        self._first = llguidance.LLMatcher(self.engine, lark(schema), log_level=0, limits=limits)
-        if self._first.is_error():
-            raise ValueError(f"llguidance: {self._first.get_error().splitlines()[0]}")
+        try:
+            self._first = llguidance.LLMatcher(self.engine, lark(schema), log_level=0, limits=limits)
+            if self._first.is_error():
+                raise ValueError(self._first.get_error().splitlines()[0])
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be decoded by: {error}") from error
 
     def matcher(self) -> Any:
         """An llguidance.LLMatcher at the start of a text."""
