@@ -31,7 +31,12 @@ from typing import Any
 
 from im2json.options import FIELDS, LANGUAGE_MODULES, PRESETS, TrainConfig, flag_name
 
-PATHS = {"model": "tiny", "dataset": "receipts", "adapter": None, "schema": None}  # options that may be paths, but for the embedded
+PATHS = {
+    "model": "tiny",
+    "dataset": "receipts",
+    "adapter": None,
+    "schema": None,
+}  # options that may be paths, but for the embedded
 WEIGHTS = "adapter_model.safetensors"  # PEFT's names
 ADAPTER_CONFIG = "adapter_config.json"
 CHECKSUMS = "checksums.json"  # in a checkpoint: {file: SHA-256}

@@ -83,11 +83,10 @@ class Allowed:
     to fetch the tokens written last, then whatever the device does meanwhile, then `update`.
     """
 
-    def __init__(self, grammar: Grammar, rows: int, size: int, device: torch.device) -> None:
+    def __init__(self, grammar: Grammar, rows: int, device: torch.device) -> None:
         words = -(-grammar.engine.vocab_size // 32)
         gpu = device.type == "cuda"
         self.grammar = grammar
-        self.size = size  # V
         self.matchers: list[Any] = [None] * rows  # none for a row that has ended
         self.bits = torch.full((rows, 4 * words), ALL, dtype=torch.uint8, device=device)  # B x W
         self._host = torch.full((rows, 4 * words), ALL, dtype=torch.uint8, pin_memory=gpu)  # B x W
@@ -122,7 +121,7 @@ class Allowed:
     def mask(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits, B x V, with minus infinity for what may not be written."""
         forbidden = (self.bits[:, :, None] & self._bit) == 0  # B x W x 8
-        return logits.masked_fill(forbidden.flatten(1)[:, : self.size], float("-inf"))
+        return logits.masked_fill(forbidden.flatten(1)[:, : logits.shape[1]], float("-inf"))
 
     def keep(self, rows: torch.Tensor) -> None:
         """Leave out all other rows."""

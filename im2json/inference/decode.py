@@ -15,6 +15,7 @@ from transformers import PaliGemmaForConditionalGeneration
 
 from im2json.data.collate import Collator
 from im2json.inference.attention import KeyValues, grouped
+from im2json.inference.constrain import Allowed, Grammar
 
 # B rows, P prefix positions, T tokens that may be written, L = P + T rounded up, D hidden, V vocabulary.
 CHECK_EVERY = 16  # steps between two looks at whether all rows are done: on a GPU each look waits for the device
@@ -31,11 +32,16 @@ class Decoder:
 
     Args:
         model: plain weights, in eval mode (see model.lora.merged_copy).
+        grammar: what every text is held to. What cannot become a text of it is passed over; a text that the model would
+            have written without it stays the same.
     """
 
-    def __init__(self, model: PaliGemmaForConditionalGeneration, collator: Collator) -> None:
+    def __init__(
+        self, model: PaliGemmaForConditionalGeneration, collator: Collator, grammar: Grammar | None = None
+    ) -> None:
         self.model = model
         self.collator = collator
+        self.grammar = grammar
         self.tokens = 0  # written so far, EOS included
         self.seconds_capturing = 0.0
         self.most_rows: int | None = None  # what fits into the GPU's memory, once it was exceeded
@@ -89,7 +95,8 @@ class Decoder:
         return rows
 
     def _fresh(self, rows: int, tokens: int) -> _Batch:
-        return _Batch.make(self.model, self.collator, rows, len(self.collator.prefix_ids) + tokens, whole=False)
+        length = len(self.collator.prefix_ids) + tokens
+        return _Batch.make(self.model, self.collator, self.grammar, rows, length, whole=False)
 
     def _captured(self, rows: int, tokens: int) -> _Batch:
         """A batch with a CUDA graph of the step that has room for so much, the present one if possible."""
@@ -102,7 +109,7 @@ class Decoder:
             rows, length = max(rows, have), max(length, reach)
             self.release()
         start = time.perf_counter()
-        batch = _Batch.make(self.model, self.collator, rows, length, whole=True)
+        batch = _Batch.make(self.model, self.collator, self.grammar, rows, length, whole=True)
         batch.capture()
         self.seconds_capturing += time.perf_counter() - start
         self._batch = batch
@@ -117,6 +124,7 @@ class Decoder:
             **{name: value.to(device) for name, value in prefixes.items()},
             max_new_tokens=longest,
             do_sample=False,
+            logits_processor=[_Constrained(self.grammar, len(pixels))] if self.grammar else None,
             use_cache=True,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -166,11 +174,19 @@ class _Batch:
     limits: torch.Tensor  # B
     finished: torch.Tensor  # B
     length: int  # L
-    graph: Any = None  # torch.cuda.CUDAGraph
+    allowed: Allowed | None
+    hidden: torch.Tensor  # B x D, what the next token is chosen by
+    graphs: tuple[Any, Any] | None = None  # torch.cuda.CUDAGraph of the model, and of the choice
 
     @classmethod
     def make(
-        cls, model: PaliGemmaForConditionalGeneration, collator: Collator, rows: int, length: int, whole: bool
+        cls,
+        model: PaliGemmaForConditionalGeneration,
+        collator: Collator,
+        grammar: Grammar | None,
+        rows: int,
+        length: int,
+        whole: bool,
     ) -> _Batch:
         like, tokenizer = model.lm_head.weight, collator.processor.tokenizer
         numbers: dict[str, Any] = {"dtype": torch.long, "device": like.device}
@@ -187,6 +203,8 @@ class _Batch:
             limits=torch.zeros(rows, **numbers),
             finished=torch.ones(rows, dtype=torch.bool, device=like.device),
             length=length,
+            allowed=None if grammar is None else Allowed(grammar, rows, like.device),
+            hidden=like.new_zeros(rows, like.shape[1]),
         )
 
     def begin(self, pixels: torch.Tensor, limits: Sequence[int]) -> None:
@@ -208,41 +226,53 @@ class _Batch:
         ).last_hidden_state
         self.cache.position.fill_(ids.shape[1])
         self.cache.filled = ids.shape[1]
-        last = hidden.new_zeros(len(self.finished), hidden.shape[2])  # B x D, with the rows that are not needed
-        last[:rows] = hidden[:, -1]
-        self._write(last)
+        self.hidden[:rows] = hidden[:, -1]
+        if self.allowed is not None:
+            self.allowed.begin(rows)
+        self._choose()
 
     def advance(self) -> None:
         """One more token for each row."""
+        read, choose = (self._read, self._choose) if self.graphs is None else (graph.replay for graph in self.graphs)
         self.cache.filled += 1
-        if self.graph is None:
-            self._step()
+        if self.allowed is None:
+            read()
         else:
-            self.graph.replay()
+            self.allowed.look(self.latest)
+            read()
+            self.allowed.update()
+        choose()
 
     def capture(self) -> None:
-        """Capture the step as a CUDA graph: its thousand kernels take a GPU less time than a host needs to start
-        them one by one."""
+        """Capture the step as two CUDA graphs: its thousand kernels take a GPU less time than a host needs to start
+        them one by one. Between the two is where a host says what may be written."""
         present = torch.cuda.current_stream()
         aside = _aside()
         aside.wait_stream(present)
         with torch.cuda.stream(aside):  # the first runs allocate and choose kernels, which cannot be captured
             for _ in range(WARM_UP):
-                self._step()
+                self._read()
+                self._choose()
         present.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
+        read, choose = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads load pictures meanwhile, and may do as they like.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._step()
-        self.graph = graph
+        with torch.cuda.graph(read, capture_error_mode="thread_local"):
+            self._read()
+        with torch.cuda.graph(choose, pool=read.pool(), capture_error_mode="thread_local"):
+            self._choose()
+        self.graphs = read, choose
 
     def keep(self, rows: torch.Tensor) -> None:
         """Leave out all other rows."""
         self.cache.keep(rows)
         self.written, self.latest = self.written[rows], self.latest[rows]
         self.limits, self.finished = self.limits[rows], self.finished[rows]
+        self.hidden = self.hidden[rows]
+        if self.allowed is not None:
+            self.allowed.keep(rows)
 
-    def _step(self) -> None:
+    def _read(self) -> None:
+        """Take in the latest token of each row."""
         language_model: Any = self.model.model.language_model
         hidden = language_model(  # B x 1 x D
             inputs_embeds=language_model.embed_tokens(self.latest),
@@ -252,16 +282,35 @@ class _Batch:
             **{self.cache_name: self.cache},
         ).last_hidden_state
         self.cache.position += 1
-        self._write(hidden[:, -1])
+        self.hidden.copy_(hidden[:, -1])
 
-    def _write(self, hidden: torch.Tensor) -> None:
-        """The next token of each row, from B x D. Gemma 2's cap on logits is left out: it keeps their order."""
-        token = self.model.lm_head(hidden).argmax(-1)  # B
+    def _choose(self) -> None:
+        """Write the next token of each row. Gemma 2's cap on logits is left out: it keeps their order."""
+        logits = self.model.lm_head(self.hidden)  # B x V
+        token = (logits if self.allowed is None else self.allowed.mask(logits)).argmax(-1)  # B
         token = token.masked_fill(self.finished, self.pad)
         self.written.index_copy_(1, self.count, token[:, None])
         self.latest.copy_(token[:, None])
         self.count += 1
         self.finished |= (token == self.eos) | (self.limits <= self.count)
+
+
+class _Constrained:
+    """What transformers' generate calls for the logits of each step, B x V, with all tokens so far."""
+
+    def __init__(self, grammar: Grammar, rows: int) -> None:
+        self.grammar = grammar
+        self.rows = rows
+        self.allowed: Allowed | None = None
+
+    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if self.allowed is None:
+            self.allowed = Allowed(self.grammar, self.rows, logits.device)
+            self.allowed.begin(self.rows)
+        else:
+            self.allowed.look(ids[:, -1:])
+            self.allowed.update()
+        return self.allowed.mask(logits)
 
 
 @functools.cache
