@@ -54,7 +54,9 @@ class Grammar:
         """What ends a text that the length limit has cut: what is open is closed, and what the schema still asks for
         is as empty as it allows. None where the text is whole, and at most EOS is missing."""
         matcher = self.matcher()
-        ids = [token for token in tokens if token not in self.ends]
+        ids = list(tokens)
+        if ids[-1:] == [self.engine.eos_token]:
+            return None
         matcher.consume_tokens(ids)
         if matcher.is_accepting():
             return None

@@ -177,8 +177,8 @@ def set_up(
     adapter: Path | None = None,
     schema: Path | None = None,
 ) -> Workbench:
-    """Load and check everything. `adapter` is a folder to read the adapter from in place of --adapter; `schema` the file
-    that a run has, or may have, in place of --schema.
+    """Load and check everything. `adapter` is a folder to read the adapter from in place of --adapter; `schema` is the
+    file that a run has, or may have, in place of --schema.
 
     Raises:
         ValueError: naming the option, file or row that is wrong.
