@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,8 +18,10 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 import im2json.inference.evaluate as room
 from im2json.data.sources import load_splits
 from im2json.inference.attention import grouped, grouped_attention
+from im2json.inference.constrain import Grammar
 from im2json.inference.decode import Answer, Decoder, _Batch, generate
 from im2json.inference.evaluate import _Share, evaluate_split
+from im2json.scoring.schema import induce
 from im2json.scoring.text import canonical
 
 # B rows, T tokens.
@@ -177,6 +182,61 @@ def test_a_masked_cache_of_full_length_gives_the_same(small_model, collator, pix
             rows += batch.written[: len(some), :NEW].tolist()
     expected = oracle(model, collator, pixels)
     assert rows == [row + [PAD] * (NEW - len(row)) for row in expected]
+
+
+# --- held to a grammar
+
+SCHEMA = induce([{"nm": "a", "n": [1, None]}, {"nm": "b", "sub": {"x": True}, "n": []}])
+
+
+@pytest.fixture(scope="module")
+def grammar(model, collator) -> Grammar:
+    return Grammar(SCHEMA, collator.processor.tokenizer, model.lm_head.out_features)
+
+
+@torch.no_grad()
+def constrained_oracle(model: Any, collator: Any, grammar: Grammar, picture: torch.Tensor) -> tuple[list[int], Any]:
+    """Token by token, nothing kept from one to the next; and the log probabilities without a grammar."""
+    matcher, tokens, logprobs = grammar.matcher(), [], []
+    cap = model.config.get_text_config().final_logit_softcapping if "gemma2" in str(model.config) else None
+    while len(tokens) < NEW and EOS not in tokens:
+        inputs = collator.prefixes(picture[None])
+        start = inputs["input_ids"].shape[1]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens], dtype=torch.long)], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["token_type_ids"] = (torch.arange(start + len(tokens)) >= start).long()[None]
+        logits = model(**inputs).logits[0, -1]
+        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+        allowed = torch.from_numpy(bits[: len(logits)].copy()).bool()
+        tokens.append(int(logits.masked_fill(~allowed, float("-inf")).argmax()))
+        capped = logits if cap is None else cap * torch.tanh(logits / cap)
+        logprobs.append(capped.log_softmax(-1)[tokens[-1]])
+        if tokens[-1] != EOS:
+            matcher.consume_token(tokens[-1])
+    return tokens, torch.stack(logprobs)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_grammar_is_followed(model, collator, pixels, grammar, size):
+    decoder = Decoder(model, collator, grammar)
+    answers = [answer for some in pixels[:4].split(size) for answer in generate(decoder, some, NEW)]
+    for picture, answer in zip(pixels, answers):
+        tokens, logprobs = constrained_oracle(model, collator, grammar, picture)
+        assert answer.tokens == tokens
+        torch.testing.assert_close(torch.tensor(answer.logprobs), logprobs, rtol=1e-3, atol=1e-3)
+
+
+def test_answers_are_valid_whatever_the_picture_and_the_limit(model, collator, pixels, grammar):
+    pictures = torch.cat([pixels, torch.ones(2, 3, 28, 28), -torch.ones(2, 3, 28, 28), pixels[:3] * 100])
+    limits = [random.Random(4).randint(1, 60) for _ in pictures]
+    answers = generate(Decoder(model, collator, grammar), pictures, limits)
+    for answer, limit in zip(answers, limits):
+        jsonschema.validate(json.loads(answer.text), SCHEMA)
+        assert len(answer.tokens) <= limit
+        assert answer.cut or answer.tokens[-1] == EOS or len(answer.tokens) == limit
+        if answer.cut:
+            assert answer.text.startswith(as_texts(collator, [answer.tokens])[0].rstrip("\ufffd"))
+            assert EOS not in answer.tokens
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
