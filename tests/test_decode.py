@@ -226,6 +226,22 @@ def test_a_grammar_is_followed(model, collator, pixels, grammar, size):
         torch.testing.assert_close(torch.tensor(answer.logprobs), logprobs, rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
+def test_a_grammar_is_followed_where_there_is_room_for_more(small_model, collator, pixels):
+    """What a GPU does: a masked cache of full length, rows that are not needed, steps after all have ended."""
+    model = make_model(small_model, "gemma")
+    held = Grammar(SCHEMA, collator.processor.tokenizer, model.lm_head.out_features)
+    with grouped(model.model.language_model.config):
+        batch = _Batch.make(model, collator, 5, len(collator.prefix_ids) + 64, whole=True, grammar=held)
+        for count in (5, 3):
+            batch.begin(pixels[:count], [NEW] * count)
+            for _ in range(NEW + 8):
+                batch.advance()
+            for picture, row in zip(pixels[:count], batch.written.tolist()):
+                tokens, _ = constrained_oracle(model, collator, held, picture)
+                assert row[:NEW] == tokens + [PAD] * (NEW - len(tokens))
+
+
 def test_answers_are_valid_whatever_the_picture_and_the_limit(model, collator, pixels, grammar):
     pictures = torch.cat([pixels, torch.ones(2, 3, 28, 28), -torch.ones(2, 3, 28, 28), pixels[:3] * 100])
     limits = [random.Random(4).randint(1, 60) for _ in pictures]

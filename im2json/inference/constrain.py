@@ -134,5 +134,6 @@ class Allowed:
         from llguidance.numpy import fill_next_token_bitmask_par
 
         going = [(matcher, row) for row, matcher in enumerate(self.matchers) if matcher is not None]
-        fill_next_token_bitmask_par(self.grammar.executor, going, self._host.numpy().view(np.int32))
+        if going:
+            fill_next_token_bitmask_par(self.grammar.executor, going, self._host.numpy().view(np.int32))
         self.bits.copy_(self._host, non_blocking=True)
