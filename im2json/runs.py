@@ -3,9 +3,12 @@
 runs/NAME/config.json        every resolved option, versions, git revision
           schema.json        the JSON Schema of the training targets, or --schema; to be edited as one likes
           metrics.jsonl      a line per log or evaluation
-          predictions.jsonl  a line per evaluated example
+          predictions.jsonl  a line per evaluated example; `confidence` is its object with a probability for each leaf,
+                             and `cut` marks one that --constrain has ended at the length limit
           checkpoints/step-N/
           adapter/           the best adapter, in PEFT's format, with the processor
+          calibration.json   how far these probabilities can be believed, as validation showed
+          report.html        the test split to look at: metrics, confidence, examples
           tb/                TensorBoard events
           result.json        written last: its presence means that the run is done
 """
@@ -84,6 +87,14 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def calibration(self) -> Path:
+        return self.path / "calibration.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def tensorboard(self) -> Path:

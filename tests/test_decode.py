@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from im2json.inference.attention import grouped, grouped_attention
 from im2json.inference.constrain import Grammar
 from im2json.inference.decode import Answer, Decoder, _Batch, generate
 from im2json.inference.evaluate import _Share, evaluate_split
+from im2json.scoring.confidence import leaf_confidence
 from im2json.scoring.schema import induce
 from im2json.scoring.text import canonical
 
@@ -222,7 +224,10 @@ def test_a_grammar_is_followed(model, collator, pixels, grammar, size):
     answers = [answer for some in pixels[:4].split(size) for answer in generate(decoder, some, NEW)]
     for picture, answer in zip(pixels, answers):
         tokens, logprobs = constrained_oracle(model, collator, grammar, picture)
-        assert answer.tokens == tokens
+        added = len(answer.tokens) - len(tokens)
+        assert answer.tokens[: len(tokens)] == tokens
+        assert answer.cut == (added > 0) == (EOS not in tokens)
+        logprobs = torch.cat([logprobs, torch.full((added,), -math.inf)])
         torch.testing.assert_close(torch.tensor(answer.logprobs), logprobs, rtol=1e-3, atol=1e-3)
 
 
@@ -231,15 +236,17 @@ def test_a_grammar_is_followed_where_there_is_room_for_more(small_model, collato
     """What a GPU does: a masked cache of full length, rows that are not needed, steps after all have ended."""
     model = make_model(small_model, "gemma")
     held = Grammar(SCHEMA, collator.processor.tokenizer, model.lm_head.out_features)
+    rows = []
     with grouped(model.model.language_model.config):
         batch = _Batch.make(model, collator, 5, len(collator.prefix_ids) + 64, whole=True, grammar=held)
-        for count in (5, 3):
-            batch.begin(pixels[:count], [NEW] * count)
+        for some in pixels[:8].split(5):
+            batch.begin(some, [NEW] * len(some))
             for _ in range(NEW + 8):
                 batch.advance()
-            for picture, row in zip(pixels[:count], batch.written.tolist()):
-                tokens, _ = constrained_oracle(model, collator, held, picture)
-                assert row[:NEW] == tokens + [PAD] * (NEW - len(tokens))
+            rows += batch.written[: len(some), :NEW].tolist()
+    for picture, row in zip(pixels, rows):
+        tokens, _ = constrained_oracle(model, collator, held, picture)
+        assert row == tokens + [PAD] * (NEW - len(tokens))
 
 
 def test_answers_are_valid_whatever_the_picture_and_the_limit(model, collator, pixels, grammar):
@@ -248,11 +255,13 @@ def test_answers_are_valid_whatever_the_picture_and_the_limit(model, collator, p
     answers = generate(Decoder(model, collator, grammar), pictures, limits)
     for answer, limit in zip(answers, limits):
         jsonschema.validate(json.loads(answer.text), SCHEMA)
-        assert len(answer.tokens) <= limit
-        assert answer.cut or answer.tokens[-1] == EOS or len(answer.tokens) == limit
+        added = answer.logprobs.count(-math.inf)
+        assert answer.logprobs[len(answer.tokens) - added :] == [-math.inf] * added
+        assert answer.cut == (added > 0)
         if answer.cut:
-            assert answer.text.startswith(as_texts(collator, [answer.tokens])[0].rstrip("\ufffd"))
+            assert len(answer.tokens) - added == limit
             assert EOS not in answer.tokens
+        assert leaf_confidence(answer.text, answer.starts, answer.logprobs) is not None
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

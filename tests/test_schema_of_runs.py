@@ -16,6 +16,7 @@ from im2json.data.sources import load_splits
 from im2json.runs import RunFolder, read_lines
 from im2json.scoring.schema import induce
 
+TEST = ("test", "before"), ("test", "after")
 ONLY_TOTAL = {"type": "object", "properties": {"total": {"enum": ["1", "2"]}}, "required": ["total"]}
 
 
@@ -23,8 +24,8 @@ def copied(run: RunFolder, folder: Path) -> RunFolder:
     return RunFolder(Path(shutil.copytree(run.path, folder)))
 
 
-def answers(run: RunFolder, *stages: str) -> list[dict[str, Any]]:
-    return [row for row in read_lines(run.predictions) if row["stage"] in stages]
+def answers(run: RunFolder, *places: tuple[str, str]) -> list[dict[str, Any]]:
+    return [row for row in read_lines(run.predictions) if (row["split"], row["stage"]) in places]
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +64,15 @@ def test_evaluate_goes_by_the_edited_schema_or_by_another(finished, cli, tmp_pat
     run = copied(finished, tmp_path / "run")
     run.schema.write_text(json.dumps(ONLY_TOTAL), "utf-8")
     assert cli("evaluate", run.path, "--constrain").exit_code == 0
-    assert {row["text"] for row in answers(run, "before", "after")} <= {'{"total":"1"}', '{"total":"2"}'}
+    assert {row["text"] for row in answers(run, *TEST)} <= {'{"total":"1"}', '{"total":"2"}'}
     other = tmp_path / "other.json"
     other.write_text('{"type": "object"}')
     assert cli("evaluate", run.path, "--constrain", "--schema", other).exit_code == 0
-    assert {row["text"] for row in answers(run, "before", "after")} == {"{}"}
+    assert {row["text"] for row in answers(run, *TEST)} == {"{}"}
     assert json.loads(run.schema.read_text("utf-8")) == ONLY_TOTAL
     run.schema.unlink()  # as in a run from before there was one
     assert cli("evaluate", run.path, "--constrain").exit_code == 0
-    for row in answers(run, "before", "after"):
+    for row in answers(run, *TEST):
         jsonschema.validate(row["parsed"], json.loads(finished.schema.read_text("utf-8")))
 
 
@@ -83,7 +84,7 @@ def test_a_run_keeps_the_schema_that_it_was_given_or_that_was_edited(train, resu
     given.unlink()
     run.schema.write_text('{"type": "object", "properties": {}}')
     resume(run)
-    assert [row["text"][:3] for row in answers(run, "during")] == ['{"t'] * 4 + ["{}"] * 4
+    assert [row["text"][:3] for row in answers(run, ("validation", "during"))] == ['{"t'] * 4 + ["{}"] * 4
     assert json.loads(run.schema.read_text("utf-8")) == {"type": "object", "properties": {}}
 
 

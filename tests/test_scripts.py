@@ -70,7 +70,7 @@ def test_predictions_jsonl(finished, dataset):
         (stage, step, split, f"{split}/{i}.png") for stage, step, split in expected for i in range(COUNTS[split])
     ]
     for row in rows:
-        assert set(row) == {"id", "step", "split", "stage", "text", "parsed", "target", "scores"}
+        assert set(row) == {"id", "step", "split", "stage", "text", "parsed", "confidence", "target", "scores"}
         assert row["parsed"] == parse(row["text"])
         assert row["scores"].keys() == METRICS.keys()
         line = (Path(dataset) / row["split"] / "metadata.jsonl").read_text().splitlines()[int(row["id"][-5])]

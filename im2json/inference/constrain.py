@@ -50,16 +50,14 @@ class Grammar:
         """An llguidance.LLMatcher at the start of a text."""
         return self._first.deep_copy()
 
-    def rest(self, tokens: Sequence[int]) -> list[int] | None:
+    def rest(self, tokens: Sequence[int]) -> list[int]:
         """What ends a text that the length limit has cut: what is open is closed, and what the schema still asks for
-        is as empty as it allows. None where the text is whole, and at most EOS is missing."""
+        is as empty as it allows. Nothing where the text is whole, and at most EOS is missing."""
         matcher = self.matcher()
         ids = list(tokens)
         if ids[-1:] == [self.engine.eos_token]:
-            return None
+            return []
         matcher.consume_tokens(ids)
-        if matcher.is_accepting():
-            return None
         while not matcher.is_accepting():
             ids.append(self._shortest(matcher, self.engine.decode_bytes(ids)))
             consumed = matcher.consume_token(ids[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import os
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,11 +30,12 @@ class Answer:
     """What was written for a picture."""
 
     text: str
-    tokens: list[int]  # EOS included, where it was written
+    tokens: list[int]  # EOS included, where it was written, and what a grammar added where the limit came first
     logprobs: list[float]  # of each token, in nats: of the model's own softmax over all words, final cap included; a
-    # grammar changes none, so a token that it forced upon the model has the little that the model gave it
+    # grammar changes none, so a token that it forced upon the model has the little that the model gave it, and one
+    # that it added at the limit has minus infinity
     starts: list[int]  # where in the text each token begins; those of one character's bytes begin at the same place
-    cut: bool = False  # the limit came first, and the text goes on beyond its tokens to where the grammar lets it end
+    cut: bool = False  # a grammar has ended the text, as the limit came first
 
 
 class Decoder:
@@ -75,9 +76,7 @@ class Decoder:
         else:
             with grouped(self.model.model.language_model.config):
                 rows = self._rows(pixels, limits)
-        answers = [self._answer(*row, limit) for row, limit in zip(rows, limits)]
-        self.tokens += sum(len(answer.tokens) for answer in answers)
-        return answers
+        return [self._answer(*row, limit) for row, limit in zip(rows, limits)]
 
     def release(self) -> None:
         """Give up the captured graph and its memory."""
@@ -91,15 +90,18 @@ class Decoder:
         def decode(rows: list[list[int]]) -> list[str]:
             return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-        rest = None if self.grammar is None else self.grammar.rest(tokens)
-        text, *pieces = decode([[*tokens, *(rest or [])], *([token] for token in tokens)])
-        if text.startswith("".join(pieces)):
+        self.tokens += len(tokens)
+        rest = [] if self.grammar is None else self.grammar.rest(tokens)
+        logprobs = logprobs[: len(tokens)] + [-math.inf] * len(rest)
+        tokens = tokens + rest
+        text, *pieces = decode([tokens, *([token] for token in tokens)])
+        if "".join(pieces) == text:
             starts = [0, *itertools.accumulate(map(len, pieces[:-1]))]
         else:  # some characters take several tokens, each of which is none by itself
             beginnings = decode([tokens[:i] for i in range(len(tokens))])
-            shared = (len(os.path.commonprefix([text, beginning])) for beginning in beginnings)
+            shared = (sum(1 for _ in itertools.takewhile(bool, map(str.__eq__, text, some))) for some in beginnings)
             starts = list(itertools.accumulate(shared, max))
-        return Answer(text, tokens, logprobs[: len(tokens)], starts, cut=rest is not None)
+        return Answer(text, tokens, logprobs, starts, cut=bool(rest))
 
     def _rows(self, pixels: torch.Tensor, limits: Sequence[int]) -> list[_Row]:
         """What was written for each picture, what follows EOS included."""

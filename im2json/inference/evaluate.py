@@ -24,6 +24,7 @@ from im2json.model.lora import merged_copy
 from im2json.report.picture import prediction_panel
 from im2json.runs import RunFolder, append_lines, keep_lines, read_lines
 from im2json.scoring import StreamingEvaluator
+from im2json.scoring.confidence import leaf_confidence
 from im2json.scoring.text import canonical, parse
 
 Row = dict[str, Any]
@@ -95,7 +96,15 @@ def _score(
 def prediction_row(example: Example, answer: Answer, scores: dict[str, float]) -> Row:
     """A line of predictions.jsonl, without the run's part (step, split, stage)."""
     text = answer.text
-    row = {"id": example.id, "text": text, "parsed": parse(text), "target": example.target, "scores": scores}
+    confidence = leaf_confidence(text, answer.starts, answer.logprobs)
+    row = {
+        "id": example.id,
+        "text": text,
+        "parsed": parse(text),
+        "confidence": confidence,
+        "target": example.target,
+        "scores": scores,
+    }
     return {**row, "cut": True} if answer.cut else row
 
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from peft import PeftModel
+from PIL import Image
 
 from im2json.data.check import check_split
 from im2json.data.collate import Collator
@@ -67,6 +68,11 @@ class Workbench:
             count=self.config.train.eval_examples,
             grammar=self.grammar,
         )
+
+    def picture(self, split: str, id: str) -> Image.Image:
+        """The document of an example."""
+        examples = self.splits[split]
+        return examples[list(examples.ids).index(id)].image
 
     @property
     def max_new_tokens(self) -> int:
