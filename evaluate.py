@@ -37,7 +37,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="find how sure a field must be, on validation, for this share of those kept to be right; say what that keeps",
 )
 @click.option("--json", "as_json", is_flag=True, help="print JSON instead of tables")
-@option_flags("precision", "constrain", "schema", "eval_batch_size", "threads")
+@option_flags("precision", "constrain", "schema", "eval_batch_size", "check_sum", "threads")
 @click.pass_context
 def main(
     context: click.Context, run: Path | None, split: str, predictions: Path | None, targets: Path | None,
@@ -90,7 +90,7 @@ def evaluate(run: RunFolder, split: str, given: dict[str, Any]) -> dict[str, dic
 
     from im2json.inference.workbench import set_up, start_accelerator
     from im2json.report.run import write_report
-    from im2json.scoring.examples import calibrate
+    from im2json.scoring.examples import calibrate, calibration_rows
 
     accelerator, precision = start_accelerator(config)
     own_schema = None if "schema" in given else run.schema
@@ -105,12 +105,11 @@ def evaluate(run: RunFolder, split: str, given: dict[str, Any]) -> dict[str, dic
             "before": evaluation(split, 0, "before", adapter=False),
             "after": evaluation(split, step, "after"),
         }
-        (fitted,) = broadcast_object_list([accelerator.is_main_process and calibrate(run, step)])
-        if fitted is None:  # the run never validated this adapter, or had no confidence then
+        (known,) = broadcast_object_list([bool(calibration_rows(run, step))])
+        if not known:  # the run never validated this adapter, or kept no confidence
             evaluation("validation", step, "after")
-            if accelerator.is_main_process:
-                calibrate(run, step)
         if accelerator.is_main_process:
+            calibrate(run, step)
             write_report(run, split, partial(bench.picture, split), metrics["before"])
     accelerator.end_training()
     return metrics if accelerator.is_main_process else None

@@ -32,6 +32,7 @@ from im2json.model.lora import add_lora
 from im2json.model.memory import Forecast, Load, Setting, Sizes, forecast, free_bytes, largest_microbatch
 from im2json.options import TrainConfig
 from im2json.runs import RunFolder
+from im2json.scoring.checks import parse_checks
 from im2json.scoring.schema import Schema, induce, read_schema
 from im2json.scoring.text import canonical
 
@@ -67,6 +68,7 @@ class Workbench:
             batch_size=self.config.decode.eval_batch_size,
             count=self.config.train.eval_examples,
             grammar=self.grammar,
+            checks=parse_checks(self.config.decode.check_sum),
         )
 
     def picture(self, split: str, id: str) -> Image.Image:

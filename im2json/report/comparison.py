@@ -10,6 +10,7 @@ from im2json.report.table import before_after_table, table
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS, Difference, compare_predictions
 from im2json.scoring.catalogue import labelled
+from im2json.scoring.checks import CheckCounts, count_checks
 from im2json.scoring.examples import kept_predictions, score_run
 from im2json.scoring.fieldtable import compare_fields
 from im2json.scoring.scorecard import Scorecard
@@ -62,12 +63,14 @@ def run_report(
 ) -> str:
     """A split's metrics before and after, and what was answered after in detail; as JSON the metrics and confidence."""
     sureness = run_sureness(run, split, target_precision)
+    checks = count_checks(kept_predictions(run, split))
     if as_json:
-        return json.dumps({**metrics, "confidence": sureness.as_json()}, indent=2)
+        told = {"checks": {text: found._asdict() for text, found in checks.items()}} if checks else {}
+        return json.dumps({**metrics, "confidence": sureness.as_json(), **told}, indent=2)
     return (
         f"{split} split, generated text:\n{before_after_table(metrics['before'], metrics['after'])}\n\n"
         f"after, in detail: {scorecard_report(score_run(run, split))}\n\n"
-        f"{sureness_table(sureness)}\n\n"
+        f"{sureness_table(sureness)}\n\n{checks_table(checks)}"
         f"predictions  {run.predictions}\nreport       {run.report}\npicture      {run.path / f'{split}.png'}"
     )
 
@@ -91,6 +94,14 @@ def sureness_table(found: Sureness) -> str:
         else f"validation has no threshold at which {found.target_precision:g} of the fields kept are surely right"
     )
     return f"{table(lines, [*headers, 'kept', 'precision'])}\n{note}\n{said}"
+
+
+def checks_table(checks: Mapping[str, CheckCounts]) -> str:
+    """A line a check, and an empty one behind them; empty where there is none."""
+    if not checks:
+        return ""
+    headers = ["check", "holds", "fails", "cannot say", "an amount is wrong", "and it fails"]
+    return table([[text, *found] for text, found in checks.items()], headers) + "\n\n"
 
 
 def comparison_report(first: RunFolder, second: RunFolder, split: str, as_json: bool = False) -> str:

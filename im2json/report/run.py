@@ -20,7 +20,7 @@ from im2json.runs import RunFolder, atomically
 from im2json.scoring import METRICS
 from im2json.scoring.catalogue import labelled
 from im2json.scoring.confidence import judged, reliability, risk_coverage
-from im2json.scoring.errors import ERRORS, example_errors
+from im2json.scoring.errors import example_errors
 from im2json.scoring.examples import kept_predictions
 from im2json.scoring.jsontext import read
 from im2json.scoring.metrics import matches
@@ -43,6 +43,8 @@ Line = tuple[int, str, str, int, float | None]
 """Of indented JSON: depth, what stands before the leaf, the leaf, OK, WRONG or NO_FIELD, and how sure it is."""
 
 OK, WRONG, NO_FIELD = 0, 1, 2
+FAILS = "does not add up"
+"""The class of answers for which a check fails, beside those of scoring.errors."""
 
 
 def write_report(
@@ -140,6 +142,7 @@ def _example(row: Row, f1: float, sureness: Sureness, picture: Image.Image) -> d
     document, target = reading.value, row["target"]
     confidence = sureness.calibration.of(row["confidence"]) if row.get("confidence") else None
     leaves = judged({**row, "confidence": confidence}) if confidence else []
+    fails = sum(holds is False for holds in row.get("checks", {}).values())
     wrong = [leaf.confidence for leaf in leaves if not leaf.right]
     pairs, wanted = (Counter(fields(normal_items(side))) for side in (document or {}, target))
     return {
@@ -147,7 +150,7 @@ def _example(row: Row, f1: float, sureness: Sureness, picture: Image.Image) -> d
         "f1": round(f1, 4),
         "least": min((leaf.confidence for leaf in leaves), default=0.0),
         "mistake": max(wrong, default=-1.0),
-        "errors": {name: count for name, count in example_errors(reading, target).items() if name in ERRORS},
+        "errors": {**example_errors(reading, target), **({FAILS: fails} if fails else {})},
         "fields": sorted({path for path, _ in (pairs - wanted) | (wanted - pairs)}),
         "right": [matches(pairs.elements(), wanted.elements()), pairs.total(), wanted.total()],
         "how": reading.how,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
+from im2json.scoring.jsontext import read
 from im2json.scoring.normal import fields, normal_items
 
 _TERM = re.compile(r"\s*([+-]?)\s*([^\s+=;-][^+=;]*?)\s*(?=[+]|\s-|$)")
@@ -47,6 +50,36 @@ class SumCheck(NamedTuple):
                 return None
             sums.append(sum(sign * value for sign, value in amounts if value is not None))
         return bool(sums[0] == sums[1])
+
+
+class CheckCounts(NamedTuple):
+    """How often the answers to some examples add up, and what that says about those they were checked for."""
+
+    holds: int
+    fails: int
+    cannot_say: int
+    wrong: int  # answers with a leaf that is not the target's at any path of the equation, or one missing
+    caught: int  # of these, where it fails
+
+
+def count_checks(rows: Iterable[Mapping[str, Any]]) -> dict[str, CheckCounts]:
+    """For each check in rows of predictions.jsonl (text, target, checks)."""
+    found: dict[str, list[tuple[bool | None, bool]]] = {}
+    for row in rows:
+        for text, holds in row.get("checks", {}).items():
+            check = SumCheck.parse(text)
+            paths = {path for _, path in [*check.left, *check.right]}
+            sides = (read(row["text"]).value or {}, row["target"])
+            have, want = (Counter(f for f in fields(normal_items(side)) if f[0] in paths) for side in sides)
+            found.setdefault(text, []).append((holds, have != want))
+    counts = {}
+    for text, told in found.items():
+        states = [holds for holds, _ in told]
+        wrong = [holds for holds, is_wrong in told if is_wrong]
+        counts[text] = CheckCounts(
+            states.count(True), states.count(False), states.count(None), len(wrong), wrong.count(False)
+        )
+    return counts
 
 
 def parse_checks(text: str | None) -> list[SumCheck]:

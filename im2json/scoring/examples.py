@@ -84,12 +84,13 @@ def _count(card: Scorecard, row: Row, targets: Path | None, index: dict[str, _Pl
 
 
 def kept_predictions(run: RunFolder, split: str, stage: str = "after") -> list[Row]:
-    """The rows (id, text, target, confidence if it is there) that a run kept of a split.
+    """The rows (id, text, target, confidence and checks where they are there) that a run kept of a split.
 
     Raises ValueError where it kept none.
     """
     wanted = (row for row in read_lines(run.predictions) if (row.get("split"), row.get("stage")) == (split, stage))
-    rows = [{name: row[name] for name in ("id", "text", "target", "confidence") if name in row} for row in wanted]
+    names = ("id", "text", "target", "confidence", "checks")
+    rows: list[Row] = [{name: row[name] for name in names if name in row} for row in wanted]
     if not run.config.exists() and not rows:
         raise ValueError(f"{run.path} is not a run folder: it has no config.json")
     if not rows:
