@@ -139,10 +139,20 @@ def test_whatever_is_written_is_valid_cut_or_not(targets: list[dict[str, Any]], 
     jsonschema.validate(document, schema)
 
 
+def test_a_string_with_a_pattern_is_ended_too() -> None:
+    amount = {"type": "string", "pattern": "^[0-9]+,[0-9]{2}$"}
+    learned = grammar({"type": "object", "properties": {"a": amount}, "required": ["a"]})
+    for written in ("", '{"a":"', '{"a":"12', '{"a":"12,3'):
+        tokens = tiny().processor.tokenizer(written, add_special_tokens=False)["input_ids"]
+        document = parse(decoded([*tokens, *learned.rest(tokens)]))
+        assert document is not None
+        jsonschema.validate(document["a"], amount)
+
+
 @pytest.mark.parametrize(
     ("written", "closed"),
     [
-        ("", '{"nm":""}'),
+        ('{"n', '{"nm":""}'),
         ('{"nm":"a', '{"nm":"a"}'),
         ('{"nm":"a\\', '{"nm":"a\\""}'),
         ('{"nm":"a","sub":[{"x":1', '{"nm":"a","sub":[{"x":1}]}'),

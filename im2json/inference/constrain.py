@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from im2json.scoring.schema import Schema
 
 # B rows, V vocabulary, W bytes of V bits, rounded up to words of 32 bits.
 NO_LIMIT = 10**9  # of the engine's work for a token; what it would give up on by default is a large schema
+MOST_ADDED = 1_000  # tokens
 ALL = 255  # eight tokens that may all be written
 
 
@@ -52,20 +54,24 @@ class Grammar:
 
     def rest(self, tokens: Sequence[int]) -> list[int]:
         """What ends a text that the length limit has cut: what is open is closed, and what the schema still asks for
-        is as empty as it allows. Nothing where the text is whole, and at most EOS is missing."""
-        matcher = self.matcher()
+        is as empty as it allows. Nothing where the text is whole, and at most EOS is missing.
+
+        A string with a `pattern` is guessed at, and left open where MOST_ADDED tokens do not end it.
+        """
+        matcher, rng = self.matcher(), random.Random(0)
         ids = list(tokens)
         if ids[-1:] == [self.engine.eos_token]:
             return []
         matcher.consume_tokens(ids)
-        while not matcher.is_accepting():
-            ids.append(self._shortest(matcher, self.engine.decode_bytes(ids)))
+        while not matcher.is_accepting() and len(ids) < len(tokens) + MOST_ADDED:
+            ids.append(self._shortest(matcher, self.engine.decode_bytes(ids), rng))
             consumed = matcher.consume_token(ids[-1])
             assert consumed, matcher.get_error()
         return ids[len(tokens) :]
 
-    def _shortest(self, matcher: Any, text: bytes) -> int:
-        """The allowed token that leads to the end soonest: it closes what is open, or else is as short as can be."""
+    def _shortest(self, matcher: Any, text: bytes, rng: random.Random) -> int:
+        """The allowed token that leads to the end soonest: it closes what is open, or else is one of the shortest, by
+        chance, since always the same might lead nowhere."""
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
         in_string = re.sub(rb"\\.", b"", text).count(b'"') % 2
@@ -73,7 +79,8 @@ class Grammar:
             (token,) = self.engine.tokenize_str(character)
             if token in allowed:
                 return token
-        return min(allowed.tolist(), key=lambda token: (len(self.engine.decode_bytes([token])), token))
+        lengths = [len(self.engine.decode_bytes([token])) for token in allowed.tolist()]
+        return int(rng.choice(allowed[np.array(lengths) == min(lengths)]))
 
 
 class Allowed:
