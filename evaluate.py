@@ -37,7 +37,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="find how sure a field must be, on validation, for this share of those kept to be right; say what that keeps",
 )
 @click.option("--json", "as_json", is_flag=True, help="print JSON instead of tables")
-@option_flags("precision", "eval_batch_size", "check_sum", "threads")
+@option_flags("precision", "constrain", "schema", "eval_batch_size", "check_sum", "threads")
 @click.pass_context
 def main(
     context: click.Context, run: Path | None, split: str, predictions: Path | None, targets: Path | None,
@@ -83,6 +83,8 @@ def evaluate(run: RunFolder, split: str, given: dict[str, Any]) -> dict[str, dic
     """The metrics before and after, with some of the run's options replaced; None on all processes but the main one."""
     quiet_libraries()
     config = run.read_config().replace(**given)
+    if "schema" in given and not config.decode.constrain:
+        raise ValueError("--schema goes with --constrain")
     adapter = adapter_folder(run.path)
     from accelerate.utils import broadcast_object_list
 
@@ -91,7 +93,8 @@ def evaluate(run: RunFolder, split: str, given: dict[str, Any]) -> dict[str, dic
     from im2json.scoring.examples import calibrate, calibration_rows
 
     accelerator, precision = start_accelerator(config)
-    bench = set_up(config, accelerator, precision, adapter=adapter)
+    own_schema = None if "schema" in given else run.schema
+    bench = set_up(config, accelerator, precision, adapter=adapter, schema=own_schema)
     with locked(run, accelerator.is_main_process):
         evaluation = bench.evaluation(run, FirstPicture(run.path / f"{split}.png"))
         result: dict[str, Any] = (

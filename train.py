@@ -125,14 +125,15 @@ def train(
     accelerator, precision = start_accelerator(config)
     # a run that began with --adapter goes on with its own, wherever that one is by now
     own_adapter = stopped.latest_checkpoint() if stopped and config.model.adapter else None
-    bench = set_up(config, accelerator, precision, adapter=own_adapter)
+    own_schema = stopped.schema if stopped else None
+    bench = set_up(config, accelerator, precision, adapter=own_adapter, schema=own_schema)
     model = bench.model
     (run,) = broadcast_object_list([stopped or (new_run(config) if accelerator.is_main_process else None)])
     with resumable(run.path), locked(run, accelerator.is_main_process):
         if accelerator.is_main_process:
             claim(run, config, fresh=stopped is None, data=bench.fingerprints())
         accelerator.print(f"run folder: {run.path}   watch it: tensorboard --logdir {run.path.parent}")
-        checkpoint = begin(run, model, bench.collator.processor, config.data, accelerator)
+        checkpoint = begin(run, model, bench.collator.processor, config.data, bench.schema, accelerator)
         tracker = Tracker(run, config, accelerator, checkpoint)
         tracker.describe(bench.lengths)
         evaluation = bench.evaluation(run, tracker)

@@ -143,6 +143,12 @@ class DecodeOptions:
         unit="tokens",
         at_least=1,
     )
+    constrain: bool = option(
+        False, "write nothing but JSON of the run's schema.json; needs the extra [constrain]", later=True
+    )
+    schema: str | None = option(
+        None, "a JSON Schema to take in place of the one that is induced from the training targets"
+    )
     eval_batch_size: int = option(
         64, "answers generated at a time, per process", unit="examples", at_least=1, free=True
     )

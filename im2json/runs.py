@@ -1,8 +1,10 @@
 """A run folder: where everything that a run leaves lies, and writing it so that a crash leaves it whole.
 
 runs/NAME/config.json        every resolved option, versions, git revision
+          schema.json        the JSON Schema of the training targets, or --schema; to be edited as one likes
           metrics.jsonl      a line per log or evaluation
-          predictions.jsonl  a line per evaluated example; `confidence` is its object with a probability for each leaf
+          predictions.jsonl  a line per evaluated example; `confidence` is its object with a probability for each leaf,
+                             and `cut` marks one that --constrain has ended at the length limit
           checkpoints/step-N/
           adapter/           the best adapter, in PEFT's format, with the processor
           calibration.json   how far these probabilities can be believed, as validation showed
@@ -32,7 +34,12 @@ from typing import Any
 
 from im2json.options import FIELDS, LANGUAGE_MODULES, PRESETS, TrainConfig, flag_name
 
-PATHS = {"model": "tiny", "dataset": "receipts", "adapter": None}  # options that may be paths, but for the embedded
+PATHS = {
+    "model": "tiny",
+    "dataset": "receipts",
+    "adapter": None,
+    "schema": None,
+}  # options that may be paths, but for the embedded
 WEIGHTS = "adapter_model.safetensors"  # PEFT's names
 ADAPTER_CONFIG = "adapter_config.json"
 CHECKSUMS = "checksums.json"  # in a checkpoint: {file: SHA-256}
@@ -60,6 +67,10 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.path / "config.json"
+
+    @property
+    def schema(self) -> Path:
+        return self.path / "schema.json"
 
     @property
     def metrics(self) -> Path:

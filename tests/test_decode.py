@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,8 +19,11 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 import im2json.inference.evaluate as room
 from im2json.data.sources import load_splits
 from im2json.inference.attention import grouped, grouped_attention
+from im2json.inference.constrain import Grammar
 from im2json.inference.decode import Answer, Decoder, _Batch, generate
 from im2json.inference.evaluate import _Share, evaluate_split
+from im2json.scoring.confidence import leaf_confidence
+from im2json.scoring.schema import induce
 from im2json.scoring.text import canonical
 
 # B rows, T tokens.
@@ -177,6 +184,84 @@ def test_a_masked_cache_of_full_length_gives_the_same(small_model, collator, pix
             rows += batch.written[: len(some), :NEW].tolist()
     expected = oracle(model, collator, pixels)
     assert rows == [row + [PAD] * (NEW - len(row)) for row in expected]
+
+
+# --- held to a grammar
+
+SCHEMA = induce([{"nm": "a", "n": [1, None]}, {"nm": "b", "sub": {"x": True}, "n": []}])
+
+
+@pytest.fixture(scope="module")
+def grammar(model, collator) -> Grammar:
+    return Grammar(SCHEMA, collator.processor.tokenizer, model.lm_head.out_features)
+
+
+@torch.no_grad()
+def constrained_oracle(model: Any, collator: Any, grammar: Grammar, picture: torch.Tensor) -> tuple[list[int], Any]:
+    """Token by token, nothing kept from one to the next; and the log probabilities without a grammar."""
+    matcher, tokens, logprobs = grammar.matcher(), [], []
+    cap = model.config.get_text_config().final_logit_softcapping if "gemma2" in str(model.config) else None
+    while len(tokens) < NEW and EOS not in tokens:
+        inputs = collator.prefixes(picture[None])
+        start = inputs["input_ids"].shape[1]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens], dtype=torch.long)], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["token_type_ids"] = (torch.arange(start + len(tokens)) >= start).long()[None]
+        logits = model(**inputs).logits[0, -1]
+        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+        allowed = torch.from_numpy(bits[: len(logits)].copy()).bool()
+        tokens.append(int(logits.masked_fill(~allowed, float("-inf")).argmax()))
+        capped = logits if cap is None else cap * torch.tanh(logits / cap)
+        logprobs.append(capped.log_softmax(-1)[tokens[-1]])
+        if tokens[-1] != EOS:
+            matcher.consume_token(tokens[-1])
+    return tokens, torch.stack(logprobs)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_grammar_is_followed(model, collator, pixels, grammar, size):
+    decoder = Decoder(model, collator, grammar)
+    answers = [answer for some in pixels[:4].split(size) for answer in generate(decoder, some, NEW)]
+    for picture, answer in zip(pixels, answers):
+        tokens, logprobs = constrained_oracle(model, collator, grammar, picture)
+        added = len(answer.tokens) - len(tokens)
+        assert answer.tokens[: len(tokens)] == tokens
+        assert answer.cut == (added > 0) == (EOS not in tokens)
+        logprobs = torch.cat([logprobs, torch.full((added,), -math.inf)])
+        torch.testing.assert_close(torch.tensor(answer.logprobs), logprobs, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_grammar_is_followed_where_there_is_room_for_more(small_model, collator, pixels):
+    """What a GPU does: a masked cache of full length, rows that are not needed, steps after all have ended."""
+    model = make_model(small_model, "gemma")
+    held = Grammar(SCHEMA, collator.processor.tokenizer, model.lm_head.out_features)
+    rows = []
+    with grouped(model.model.language_model.config):
+        batch = _Batch.make(model, collator, 5, len(collator.prefix_ids) + 64, whole=True, grammar=held)
+        for some in pixels[:8].split(5):
+            batch.begin(some, [NEW] * len(some))
+            for _ in range(NEW + 8):
+                batch.advance()
+            rows += batch.written[: len(some), :NEW].tolist()
+    for picture, row in zip(pixels, rows):
+        tokens, _ = constrained_oracle(model, collator, held, picture)
+        assert row == tokens + [PAD] * (NEW - len(tokens))
+
+
+def test_answers_are_valid_whatever_the_picture_and_the_limit(model, collator, pixels, grammar):
+    pictures = torch.cat([pixels, torch.ones(2, 3, 28, 28), -torch.ones(2, 3, 28, 28), pixels[:3] * 100])
+    limits = [random.Random(4).randint(1, 60) for _ in pictures]
+    answers = generate(Decoder(model, collator, grammar), pictures, limits)
+    for answer, limit in zip(answers, limits):
+        jsonschema.validate(json.loads(answer.text), SCHEMA)
+        added = answer.logprobs.count(-math.inf)
+        assert answer.logprobs[len(answer.tokens) - added :] == [-math.inf] * added
+        assert answer.cut == (added > 0)
+        if answer.cut:
+            assert len(answer.tokens) - added == limit
+            assert EOS not in answer.tokens
+        assert leaf_confidence(answer.text, answer.starts, answer.logprobs) is not None
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -21,7 +21,7 @@ OTHER_VALUES = {
     "model": "somewhere", "adapter": "there", "r": 8, "alpha": 5.0, "dropout": 0.25, "target_modules": "q_proj",
     "rslora": True, "dora": True, "quant": "none", "precision": "fp32", "gradient_checkpointing": "off",
     "launch": "compiled", "dequantize": "on",
-    "max_new_tokens": 77, "eval_batch_size": 3, "check_sum": "a = b",
+    "max_new_tokens": 77, "constrain": True, "schema": "mine.json", "eval_batch_size": 3, "check_sum": "a = b",
     "lr": 0.5, "schedule": "linear", "warmup": 0.5, "weight_decay": 0.1,
     "max_grad_norm": 2.0, "epochs": 1.5, "steps": 7, "batch_size": 6, "microbatch": 3, "optimizer": "adamw",
     "eval_every": 4, "eval_examples": 9, "metric": "edit_distance", "patience": 2, "save_every": 6, "keep": 5,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers import LogitsProcessorList, PaliGemmaForConditionalGeneration
 
 from im2json.data.collate import Collator
 from im2json.inference.attention import KeyValues, grouped
+from im2json.inference.constrain import Allowed, Grammar
 
 # B rows, P prefix positions, T tokens that may be written, L = P + T rounded up, D hidden, V vocabulary.
 CHECK_EVERY = 16  # steps between two looks at whether all rows are done: on a GPU each look waits for the device
@@ -28,9 +30,12 @@ class Answer:
     """What was written for a picture."""
 
     text: str
-    tokens: list[int]  # EOS included, where it was written
-    logprobs: list[float]  # of each token, in nats: of the model's own softmax over all words, final cap included
+    tokens: list[int]  # EOS included, where it was written, and what a grammar added where the limit came first
+    logprobs: list[float]  # of each token, in nats: of the model's own softmax over all words, final cap included; a
+    # grammar changes none, so a token that it forced upon the model has the little that the model gave it, and one
+    # that it added at the limit has minus infinity
     starts: list[int]  # where in the text each token begins; those of one character's bytes begin at the same place
+    cut: bool = False  # a grammar has ended the text, as the limit came first
 
 
 class Decoder:
@@ -42,11 +47,16 @@ class Decoder:
 
     Args:
         model: plain weights, in eval mode (see model.lora.merged_copy).
+        grammar: what every text is held to. What cannot become a text of it is passed over; a text that the model would
+            have written without it stays the same.
     """
 
-    def __init__(self, model: PaliGemmaForConditionalGeneration, collator: Collator) -> None:
+    def __init__(
+        self, model: PaliGemmaForConditionalGeneration, collator: Collator, grammar: Grammar | None = None
+    ) -> None:
         self.model = model
         self.collator = collator
+        self.grammar = grammar
         self.tokens = 0  # written so far, EOS included
         self.seconds_capturing = 0.0
         self.most_rows: int | None = None  # what fits into the GPU's memory, once it was exceeded
@@ -66,9 +76,7 @@ class Decoder:
         else:
             with grouped(self.model.model.language_model.config):
                 rows = self._rows(pixels, limits)
-        answers = [self._answer(*row, limit) for row, limit in zip(rows, limits)]
-        self.tokens += sum(len(answer.tokens) for answer in answers)
-        return answers
+        return [self._answer(*row, limit) for row, limit in zip(rows, limits)]
 
     def release(self) -> None:
         """Give up the captured graph and its memory."""
@@ -82,6 +90,10 @@ class Decoder:
         def decode(rows: list[list[int]]) -> list[str]:
             return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+        self.tokens += len(tokens)
+        rest = [] if self.grammar is None else self.grammar.rest(tokens)
+        logprobs = logprobs[: len(tokens)] + [-math.inf] * len(rest)
+        tokens = tokens + rest
         text, *pieces = decode([tokens, *([token] for token in tokens)])
         if "".join(pieces) == text:
             starts = [0, *itertools.accumulate(map(len, pieces[:-1]))]
@@ -89,7 +101,7 @@ class Decoder:
             beginnings = decode([tokens[:i] for i in range(len(tokens))])
             shared = (sum(1 for _ in itertools.takewhile(bool, map(str.__eq__, text, some))) for some in beginnings)
             starts = list(itertools.accumulate(shared, max))
-        return Answer(text, tokens, logprobs[: len(tokens)], starts)
+        return Answer(text, tokens, logprobs, starts, cut=bool(rest))
 
     def _rows(self, pixels: torch.Tensor, limits: Sequence[int]) -> list[_Row]:
         """What was written for each picture, what follows EOS included."""
@@ -114,7 +126,8 @@ class Decoder:
         return rows
 
     def _fresh(self, rows: int, tokens: int) -> _Batch:
-        return _Batch.make(self.model, self.collator, rows, len(self.collator.prefix_ids) + tokens, whole=False)
+        length = len(self.collator.prefix_ids) + tokens
+        return _Batch.make(self.model, self.collator, rows, length, whole=False, grammar=self.grammar)
 
     def _captured(self, rows: int, tokens: int) -> _Batch:
         """A batch with a CUDA graph of the step that has room for so much, the present one if possible."""
@@ -127,7 +140,7 @@ class Decoder:
             rows, length = max(rows, have), max(length, reach)
             self.release()
         start = time.perf_counter()
-        batch = _Batch.make(self.model, self.collator, rows, length, whole=True)
+        batch = _Batch.make(self.model, self.collator, rows, length, whole=True, grammar=self.grammar)
         batch.capture()
         self.seconds_capturing += time.perf_counter() - start
         self._batch = batch
@@ -138,11 +151,21 @@ class Decoder:
         of it. PaliGemma 2's window is 4,096."""
         device, tokenizer = self.model.device, self.collator.processor.tokenizer
         prefixes = self.collator.prefixes(pixels.to(self.model.dtype))
+        allowed = None if self.grammar is None else Allowed(self.grammar, len(pixels), device)
         logprobs: list[torch.Tensor] = []  # T times B
 
-        def note(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-            logprobs.append(_logprob(self.model, logits, logits.argmax(-1)))
-            return logits
+        def note(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            if allowed is None:
+                masked = logits
+            else:
+                if logprobs:
+                    allowed.look(ids[:, -1:])
+                    allowed.update()
+                else:
+                    allowed.begin(len(ids))
+                masked = allowed.mask(logits)
+            logprobs.append(_logprob(self.model, logits, masked.argmax(-1)))
+            return masked
 
         output = self.model.generate(  # B x (P + T)
             **{name: value.to(device) for name, value in prefixes.items()},
@@ -203,11 +226,19 @@ class _Batch:
     limits: torch.Tensor  # B
     finished: torch.Tensor  # B
     length: int  # L
-    graph: Any = None  # torch.cuda.CUDAGraph
+    allowed: Allowed | None
+    hidden: torch.Tensor  # B x D, what the next token is chosen by
+    graphs: tuple[Any, Any] | None = None  # torch.cuda.CUDAGraph of the model, and of the choice
 
     @classmethod
     def make(
-        cls, model: PaliGemmaForConditionalGeneration, collator: Collator, rows: int, length: int, whole: bool
+        cls,
+        model: PaliGemmaForConditionalGeneration,
+        collator: Collator,
+        rows: int,
+        length: int,
+        whole: bool,
+        grammar: Grammar | None = None,
     ) -> _Batch:
         like, tokenizer = model.lm_head.weight, collator.processor.tokenizer
         numbers: dict[str, Any] = {"dtype": torch.long, "device": like.device}
@@ -226,6 +257,8 @@ class _Batch:
             limits=torch.zeros(rows, **numbers),
             finished=torch.ones(rows, dtype=torch.bool, device=like.device),
             length=length,
+            allowed=None if grammar is None else Allowed(grammar, rows, like.device),
+            hidden=like.new_zeros(rows, like.shape[1]),
         )
 
     def begin(self, pixels: torch.Tensor, limits: Sequence[int]) -> None:
@@ -247,45 +280,57 @@ class _Batch:
         ).last_hidden_state
         self.cache.position.fill_(ids.shape[1])
         self.cache.filled = ids.shape[1]
-        last = hidden.new_zeros(len(self.finished), hidden.shape[2])  # B x D, with the rows that are not needed
-        last[:rows] = hidden[:, -1]
-        self._write(last)
+        self.hidden[:rows] = hidden[:, -1]
+        if self.allowed is not None:
+            self.allowed.begin(rows)
+        self._choose()
 
     def advance(self) -> None:
         """One more token for each row."""
+        read, choose = (self._read, self._choose) if self.graphs is None else (graph.replay for graph in self.graphs)
         self.cache.filled += 1
-        if self.graph is None:
-            self._step()
+        if self.allowed is None:
+            read()
         else:
-            self.graph.replay()
+            self.allowed.look(self.latest)
+            read()
+            self.allowed.update()
+        choose()
 
     def capture(self) -> None:
-        """Capture the step as a CUDA graph: its thousand kernels take a GPU less time than a host needs to start
-        them one by one."""
+        """Capture the step as two CUDA graphs: its thousand kernels take a GPU less time than a host needs to start
+        them one by one. Between the two is where a host says what may be written."""
         present = torch.cuda.current_stream()
         aside = _aside()
         aside.wait_stream(present)
         with torch.cuda.stream(aside):  # the first runs allocate and choose kernels, which cannot be captured
             for _ in range(WARM_UP):
-                self._step()
+                self._read()
+                self._choose()
         present.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
+        read, choose = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads load pictures meanwhile, and may do as they like.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._step()
-        self.graph = graph
+        with torch.cuda.graph(read, capture_error_mode="thread_local"):
+            self._read()
+        with torch.cuda.graph(choose, pool=read.pool(), capture_error_mode="thread_local"):
+            self._choose()
+        self.graphs = read, choose
 
     def keep(self, rows: torch.Tensor) -> None:
         """Leave out all other rows."""
         self.cache.keep(rows)
         self.written, self.logprobs, self.latest = self.written[rows], self.logprobs[rows], self.latest[rows]
         self.limits, self.finished = self.limits[rows], self.finished[rows]
+        self.hidden = self.hidden[rows]
+        if self.allowed is not None:
+            self.allowed.keep(rows)
 
     def rows(self, count: int | None = None) -> list[_Row]:
         """What is written, up to `count` tokens of each row."""
         return list(zip(self.written[:, :count].tolist(), self.logprobs[:, :count].tolist()))
 
-    def _step(self) -> None:
+    def _read(self) -> None:
+        """Take in the latest token of each row."""
         language_model: Any = self.model.model.language_model
         hidden = language_model(  # B x 1 x D
             inputs_embeds=language_model.embed_tokens(self.latest),
@@ -295,12 +340,12 @@ class _Batch:
             **{self.cache_name: self.cache},
         ).last_hidden_state
         self.cache.position += 1
-        self._write(hidden[:, -1])
+        self.hidden.copy_(hidden[:, -1])
 
-    def _write(self, hidden: torch.Tensor) -> None:
-        """The next token of each row, from B x D."""
-        logits = self.model.lm_head(hidden)  # B x V
-        token = logits.argmax(-1)  # B
+    def _choose(self) -> None:
+        """Write the next token of each row."""
+        logits = self.model.lm_head(self.hidden)  # B x V
+        token = (logits if self.allowed is None else self.allowed.mask(logits)).argmax(-1)  # B
         self.logprobs.index_copy_(1, self.count, _logprob(self.model, logits, token)[:, None])
         token = token.masked_fill(self.finished, self.pad)
         self.written.index_copy_(1, self.count, token[:, None])

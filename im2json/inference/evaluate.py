@@ -18,6 +18,7 @@ from transformers import PaliGemmaForConditionalGeneration
 
 from im2json.data.collate import Collator
 from im2json.data.example import Example, Split
+from im2json.inference.constrain import Grammar
 from im2json.inference.decode import Answer, Decoder, generate
 from im2json.model.lora import merged_copy
 from im2json.report.picture import prediction_panel
@@ -110,6 +111,7 @@ def prediction_row(example: Example, answer: Answer, scores: dict[str, float], c
         "text": text,
         "parsed": parse(text),
         "confidence": confidence,
+        **({"cut": True} if answer.cut else {}),
         **({"checks": {check.text: check.holds(document) for check in checks}} if checks else {}),
         "target": example.target,
         "scores": scores,
@@ -146,6 +148,7 @@ class Evaluation:
         max_new_tokens: int,
         batch_size: int,
         count: int | None,
+        grammar: Grammar | None = None,
         checks: Sequence[SumCheck] = (),
     ) -> None:
         self.model = model
@@ -157,6 +160,7 @@ class Evaluation:
         self.dtype = dtype
         self.settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "checks": checks}
         self.count = count
+        self.grammar = grammar
 
     def validate(self, step: int) -> dict[str, float]:
         """Metrics of the present adapter on the validation split, or its first --eval-examples."""
@@ -178,14 +182,16 @@ class Evaluation:
                 self.sink.picture(f"{split}_{stage}/{index}", panel, step)
 
         with torch.random.fork_rng():
+            model = merged_copy(self.model, self.dtype, adapter=adapter)
             metrics = evaluate_split(
-                merged_copy(self.model, self.dtype, adapter=adapter),
+                model,
                 self.collator,
                 self.splits[split],
                 self.accelerator,
                 count=count,
                 description=f"{split} {stage}",
                 on_rows=on_rows,
+                decoder=Decoder(model, self.collator, self.grammar),
                 **self.settings,
             )
         if self.accelerator.is_main_process:

@@ -24,6 +24,7 @@ from im2json.data.lengths import TargetLengths
 from im2json.data.loader import StepLoader
 from im2json.data.order import Order, even
 from im2json.data.sources import open_splits
+from im2json.inference.constrain import Grammar
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
 from im2json.model.card import check_card, precision_note
@@ -33,6 +34,7 @@ from im2json.model.replay import Forward, make_forward
 from im2json.options import TrainConfig
 from im2json.runs import RunFolder
 from im2json.scoring.checks import SumCheck, parse_checks
+from im2json.scoring.schema import Schema, induce, read_schema
 from im2json.scoring.text import canonical
 
 MICROBATCH_ON_CPU = 4  # examples
@@ -65,6 +67,8 @@ class Workbench:
     lengths: TargetLengths
     model: PeftModel
     checks: list[SumCheck]
+    schema: Schema  # of the answers
+    grammar: Grammar | None  # what holds them to it, with --constrain
 
     def evaluation(self, run: RunFolder, sink: Sink) -> Evaluation:
         """What evaluates the model into this run folder."""
@@ -80,6 +84,7 @@ class Workbench:
             batch_size=self.config.decode.eval_batch_size,
             count=self.config.train.eval_examples,
             checks=self.checks,
+            grammar=self.grammar,
         )
 
     def picture(self, split: str, id: str) -> Image.Image:
@@ -237,8 +242,16 @@ def further_trackers(config: TrainConfig) -> list[str]:
     return names
 
 
-def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, adapter: Path | None = None) -> Workbench:
-    """Load and check everything. `adapter` is a folder to read the adapter from in place of --adapter.
+def set_up(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    precision: str,
+    *,
+    adapter: Path | None = None,
+    schema: Path | None = None,
+) -> Workbench:
+    """Load and check everything. `adapter` is a folder to read the adapter from in place of --adapter; `schema` is the
+    file that a run has, or may have, in place of --schema.
 
     Raises:
         ValueError: naming the option, file or row that is wrong.
@@ -252,18 +265,19 @@ def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, ada
     collator = Collator(load_processor(config.model.model), config.data.prompt, config.data.letterbox)
     lengths = TargetLengths.count(splits, collator)
     accelerator.print(lengths.summary())
+    given = Path(config.decode.schema) if config.decode.schema else None
+    file = schema if schema is not None and schema.is_file() else given
+    wanted = induce(splits["train"].targets) if file is None else read_schema(file)
     options = config.model
     base = load_base(options.model, precision, options.quant, accelerator.device, options.dequantize)
     lengths.check(config.data.max_target_tokens, len(collator.prefix_ids), positions(base))
     lora = dataclasses.replace(config.model, adapter=str(adapter)) if adapter else config.model
     model = add_lora(base, lora, config.train.seed)
-<<<<<<< HEAD
-    return Workbench(config, accelerator, precision, splits, collator, lengths, model)
-=======
-    if options.compile:
-        compile_layers(model)
-    return Workbench(config, accelerator, precision, splits, collator, lengths, model, checks)
->>>>>>> h-conf
+    grammar = None
+    if config.decode.constrain:
+        name = f"schema {file}" if file else "the schema of the training targets"
+        grammar = Grammar(wanted, collator.processor.tokenizer, base.lm_head.out_features, name)
+    return Workbench(config, accelerator, precision, splits, collator, lengths, model, checks, wanted, grammar)
 
 
 def positions(model: Any) -> int:

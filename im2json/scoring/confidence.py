@@ -43,7 +43,7 @@ def leaf_confidence(text: str, starts: Sequence[int], logprobs: Sequence[float])
 
     Args:
         starts: where in the text each token begins, ascending; those of one character begin at the same place.
-        logprobs: of each token, in nats.
+        logprobs: of each token, in nats; minus infinity for one that the model did not write.
     """
     spans = leaf_spans(text)
     if spans is None:
@@ -51,12 +51,11 @@ def leaf_confidence(text: str, starts: Sequence[int], logprobs: Sequence[float])
     ends = [0]  # of the leaves, in the order of the text
     map_leaves(spans, lambda span: ends.append(span[1]))
     ends.sort()
-    total = [0.0, *np.cumsum(logprobs)]
 
     def probability(span: tuple[int, int]) -> float:
         begin = ends[bisect_left(ends, span[1]) - 1]
         first = bisect_left(starts, starts[bisect_right(starts, begin) - 1])
-        return round(math.exp(total[bisect_left(starts, span[1])] - total[first]), DIGITS)
+        return round(math.exp(math.fsum(logprobs[first : bisect_left(starts, span[1])])), DIGITS)
 
     confidence: dict[str, Any] = map_leaves(spans, probability)
     return confidence

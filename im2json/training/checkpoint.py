@@ -34,6 +34,7 @@ from im2json.runs import (
     step_of,
     write_json,
 )
+from im2json.scoring.schema import Schema
 from im2json.training.state import TrainState
 
 BEST = "best.safetensors"
@@ -42,12 +43,17 @@ _DAMAGED = (OSError, RuntimeError, TypeError, ValueError, KeyError, EOFError, pi
 
 
 def begin(
-    run: RunFolder, model: PeftModel, processor: PaliGemmaProcessor, data: DataOptions, accelerator: Accelerator
+    run: RunFolder,
+    model: PeftModel,
+    processor: PaliGemmaProcessor,
+    data: DataOptions,
+    schema: Schema,
+    accelerator: Accelerator,
 ) -> Path | None:
     """Make the run folder ready for its next step; the last whole checkpoint to go on from, if there is one.
 
     adapter/ gets what stays the same for the whole run: PEFT's config, the processor, and what the adapter wants to be
-    asked and shown.
+    asked and shown. schema.json is written where there is none, so that it stays as it was edited.
     """
     if accelerator.is_main_process:
         for path in complete_checkpoints(run.checkpoints):
@@ -64,6 +70,8 @@ def begin(
         with writing(run.adapter):
             processor.save_pretrained(run.adapter)
             model.peft_config["default"].save_pretrained(str(run.adapter))
+        if not run.schema.exists():
+            write_json(run.schema, schema)
         write_json(run.adapter / ASKED, {name: getattr(data, name) for name in ASKED_OPTIONS})
     accelerator.wait_for_everyone()
     return next(reversed(complete_checkpoints(run.checkpoints)), None)

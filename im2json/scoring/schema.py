@@ -1,0 +1,181 @@
+"""The JSON Schema of a run's targets: induced from them, kept in the run folder, and read from a file.
+
+What decoding can be held to is part of JSON Schema (2020-12):
+
+- anyOf, enum, const, or type, which may be a list;
+- objects: properties, required. Others than the properties are never written, whether or not additionalProperties
+  says false. Their order is free;
+- arrays: items, minItems, maxItems;
+- strings: pattern, format, minLength, maxLength; numbers: minimum, maximum, exclusiveMinimum, exclusiveMaximum,
+  multipleOf.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from genson import SchemaBuilder
+from genson.schema.strategies import Object
+
+from im2json.scoring.text import MAX_DEPTH, repeated_key
+
+Schema = dict[str, Any]
+NOTES = {"$schema", "$id", "$comment", "title", "description", "default", "examples"}
+"""Keywords that say nothing of what may be written."""
+
+BY_TYPE = {
+    "object": {"properties", "required", "additionalProperties"},
+    "array": {"items", "minItems", "maxItems"},
+    "string": {"pattern", "format", "minLength", "maxLength"},
+    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+    "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+    "boolean": set(),
+    "null": set(),
+}
+ONE_OF = ("anyOf", "enum", "const", "type")
+
+
+class _Object(Object):
+    """Says so where no key is required: genson leaves that out, and then takes it for not known."""
+
+    def to_schema(self) -> Schema:
+        return {**super().to_schema(), "required": sorted(self._required or ())}
+
+
+class _Builder(SchemaBuilder):
+    EXTRA_STRATEGIES = (_Object,)
+
+
+def induce(targets: Iterable[dict[str, Any]]) -> Schema:
+    """The schema of all that occurs: the types of each place, its keys, and which of them are always there.
+
+    Keys come in the order in which they were first met. An array that was always empty may be nothing else.
+    """
+    builder = _Builder(schema_uri="https://json-schema.org/draft/2020-12/schema")
+    builder.add_schema({"type": "object"})
+    for target in targets:
+        builder.add_object(target)
+    return _closed(builder.to_schema())
+
+
+def _closed(schema: Schema) -> Schema:
+    """The same with what never occurred ruled out: genson leaves it open."""
+    closed = dict(schema)
+    types = types_of(schema)
+    if "anyOf" in schema:
+        closed["anyOf"] = [_closed(branch) for branch in _alike(schema["anyOf"])]
+    if "object" in types:
+        closed["properties"] = {key: _closed(value) for key, value in schema.get("properties", {}).items()}
+        closed["additionalProperties"] = False
+    if "array" in types:
+        closed |= {"items": _closed(schema["items"])} if "items" in schema else {"maxItems": 0}
+    return closed
+
+
+def _alike(branches: list[Schema]) -> list[Schema]:
+    """Where an object stands in some targets and a list of objects in others, each may hold what the other may: one
+    row instead of several is no other row."""
+    found = {name: branch for branch in branches for name in types_of(branch)}
+    if not {"object", "array"} <= found.keys() or "object" not in types_of(found["array"].get("items", {})):
+        return branches
+    builder = _Builder(schema_uri=None)
+    builder.add_schema(found["object"])
+    builder.add_schema(found["array"]["items"])
+    row = builder.to_schema()
+    others = [branch for branch in branches if branch is not found["object"] and branch is not found["array"]]
+    return [*others, row, {**found["array"], "items": row}]
+
+
+def types_of(schema: Schema) -> list[str]:
+    """What `type` names; nothing where it is absent."""
+    types = schema.get("type", [])
+    return [types] if isinstance(types, str) else types
+
+
+def read_schema(path: Path) -> Schema:
+    """A schema that decoding can be held to, from a file.
+
+    Raises:
+        ValueError: naming the file, the place in it and what is wrong there.
+    """
+    try:
+        schema = json.loads(path.read_text("utf-8"), object_pairs_hook=_object)
+    except OSError as error:
+        raise ValueError(f"schema {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"schema {path} is not JSON: {error}") from error
+    if not isinstance(schema, dict) or types_of(schema) != ["object"]:
+        raise ValueError(f'schema {path}: a target is an object, so it begins with {{"type": "object"')
+    for problem in _problems(schema, "#"):
+        raise ValueError(f"schema {path}: {problem}")
+    return schema
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if key := repeated_key(pairs):
+        raise ValueError(f"an object has the key {key!r} twice")
+    return dict(pairs)
+
+
+def _problems(schema: Any, place: str) -> Iterator[str]:
+    """What is wrong at and below a place, `place` being a JSON pointer."""
+    if not isinstance(schema, dict):
+        yield f"{place} is not a schema, which is an object"
+        return
+    if place.count("/") > 2 * MAX_DEPTH:
+        yield f"{place} nests deeper than {MAX_DEPTH} levels"
+        return
+    kinds = [name for name in ONE_OF if name in schema]
+    if not kinds:
+        yield f"{place} has none of {', '.join(ONE_OF)}, one of which says what may stand there"
+        return
+    known = set(NOTES) | ({"type"} if kinds[0] != "anyOf" else set())
+    if kinds[0] == "type":
+        types = types_of(schema)
+        if not isinstance(types, list) or not types or any(name not in list(BY_TYPE) for name in types):
+            yield f"{place}/type: {schema['type']!r} is not one of {', '.join(BY_TYPE)}, or a list of them"
+            return
+        known = known.union(*(BY_TYPE[name] for name in types))
+    for keyword in schema.keys() - known - {kinds[0]}:
+        yield f"{place}: {keyword} is not supported here"
+    yield from _wrong_values(schema, place)
+    for below, part in _parts(schema, place):
+        yield from _problems(part, below)
+
+
+def _wrong_values(schema: Schema, place: str) -> Iterator[str]:
+    properties = schema.get("properties", {})
+    required = schema.get("required", [])
+    if not isinstance(properties, dict):
+        yield f"{place}/properties is not an object"
+    elif not isinstance(required, list) or not all(isinstance(key, str) and key in properties for key in required):
+        yield f"{place}/required is not a list of names that are in properties"
+    if schema.get("additionalProperties", False) is not False:
+        yield f"{place}: additionalProperties can only be false: name what may be written in properties"
+    for name in ("anyOf", "enum"):
+        if name in schema and not (isinstance(schema[name], list) and schema[name]):
+            yield f"{place}/{name} is not a list with something in it"
+    least, most = schema.get("minItems", 0), schema.get("maxItems")
+    if not _whole(least) or not (most is None or (_whole(most) and most >= least)):
+        yield f"{place}: minItems and maxItems are whole numbers, the first not above the second"
+    elif "array" in types_of(schema) and "items" not in schema and most != 0:
+        yield f"{place} is an array without items: say what may stand in it"
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _parts(schema: Schema, place: str) -> Iterator[tuple[str, Any]]:
+    """The schemas directly within one, each with its place."""
+    branches, properties = schema.get("anyOf"), schema.get("properties")
+    if isinstance(branches, list):
+        yield from ((f"{place}/anyOf/{i}", branch) for i, branch in enumerate(branches))
+    if isinstance(properties, dict):
+        for key, value in properties.items():
+            yield f"{place}/properties/{key.replace('~', '~0').replace('/', '~1')}", value
+    if "items" in schema:
+        yield f"{place}/items", schema["items"]
