@@ -23,7 +23,7 @@ from im2json.data.loader import StepLoader
 from im2json.data.order import Order
 from im2json.data.sources import open_splits
 from im2json.inference.evaluate import Evaluation, Sink
-from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
+from im2json.model.base import DTYPES, load_base, load_processor, positions, resolve_precision
 from im2json.model.card import check_card, precision_note
 from im2json.model.compiled import compile_layers
 from im2json.model.lora import add_lora
@@ -68,6 +68,17 @@ class Workbench:
         """The longest answer that is generated."""
         room = positions(self.model) - len(self.collator.prefix_ids)
         return self.lengths.new_token_limit(self.config.decode.max_new_tokens, room)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What reading with the adapter takes besides its weights; kept beside them."""
+        data = self.config.data
+        return {
+            "prompt": data.prompt,
+            "letterbox": data.letterbox,
+            "quant": self.config.model.quant,
+            "max_new_tokens": self.max_new_tokens,
+        }
 
     def fingerprints(self) -> dict[str, str]:
         """By split, what tells its examples and their targets from others."""
@@ -186,8 +197,3 @@ def set_up(config: TrainConfig, accelerator: Accelerator, precision: str, *, ada
     if options.compile:
         compile_layers(model)
     return Workbench(config, accelerator, precision, splits, collator, lengths, model)
-
-
-def positions(model: Any) -> int:
-    """How many tokens, the prefix included, the model can hold."""
-    return model.config.get_text_config().max_position_embeddings
