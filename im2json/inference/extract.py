@@ -1,0 +1,140 @@
+"""Pictures in, rows of JSON out: what an adapter reads in documents that nobody has labelled."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PaliGemmaForConditionalGeneration
+
+from im2json.data.collate import Collator
+from im2json.data.pictures import decode_picture, upright_rgb
+from im2json.data.stored import read_file
+from im2json.inference.decode import Decoder, generate
+from im2json.model.base import DTYPES, load_base, load_processor, positions, resolve_precision
+from im2json.model.card import check_card
+from im2json.model.hub import adapter_path
+from im2json.model.lora import add_lora, merged_copy
+from im2json.options import TrainConfig
+from im2json.runs import reading_config
+from im2json.scoring.jsontext import read
+
+Row = dict[str, Any]
+FIRST = 4  # pictures in the first batch on a CPU, so that there is something to see early
+LOADERS = 4  # threads that load pictures while a GPU decodes; on a CPU it is one, the cores being busy
+
+
+class Extractor:
+    """Reads pictures of documents as JSON.
+
+    Text is generated as in an evaluation: on the base with the weights that its 4-bit ones stand for and LoRA merged in,
+    at the run's precision. The answers are those of `evaluate.py` but where two tokens are equally likely up to rounding,
+    which depends on who else is in the batch.
+
+    Args:
+        model: plain weights, in eval mode (see `merged_model`).
+        max_new_tokens: longest answer; at most what the model holds.
+        batch_size: pictures read at a time.
+    """
+
+    def __init__(
+        self, model: PaliGemmaForConditionalGeneration, collator: Collator, max_new_tokens: int, batch_size: int
+    ) -> None:
+        self.decoder = Decoder(model, collator)
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_run(cls, path: str | os.PathLike[str], **options: Any) -> Extractor:
+        """The best adapter of a run, on its base, or any LoRA adapter for a PaliGemma in PEFT's format.
+
+        Args:
+            path: a run folder, an adapter folder, or an adapter on the hub (owner/name).
+            options: in place of the run's: model, quant, precision, prompt, letterbox, max_new_tokens,
+                eval_batch_size.
+
+        Raises:
+            ValueError: naming what is missing or does not fit.
+        """
+        return cls.from_config(reading_config(adapter_path(path), options))
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> Extractor:
+        """The same for options that are settled (see runs.reading_config). No data set is opened."""
+        model = merged_model(config)
+        collator = Collator(load_processor(config.model.model), config.data.prompt, config.data.letterbox)
+        room = positions(model) - len(collator.prefix_ids)
+        return cls(model, collator, min(config.decode.max_new_tokens or room, room), config.decode.eval_batch_size)
+
+    def __call__(self, pictures: Iterable[str | os.PathLike[str] | Image.Image]) -> Iterator[Row]:
+        """A row for each picture, in their order, as they come; a batch and the one after it are held in memory.
+
+        A row is {"id", "json", "reading", "text"}: the file's name as given (of a picture in memory its place), the
+        object or None, how it was read (strict, repaired or unreadable, see scoring.jsontext.read), and the text
+        that the model wrote. A picture that cannot be read gives {"id", "error"} in its place.
+        """
+        for batch in self._batches(pictures):
+            pixels = [found for _, found in batch if isinstance(found, torch.Tensor)]
+            answers = iter(generate(self.decoder, torch.cat(pixels), self.max_new_tokens) if pixels else [])
+            for id, found in batch:
+                yield answer_row(id, next(answers)) if isinstance(found, torch.Tensor) else {"id": id, "error": found}
+
+    def _batches(self, pictures: Iterable[Any]) -> Iterator[list[tuple[str, torch.Tensor | str]]]:
+        """Names with pixels, 1 x 3 x H x W, or with what is wrong; while a batch is decoded the next one is loaded."""
+        numbered = enumerate(pictures)
+        on_gpu = self.decoder.model.device.type == "cuda"
+        sizes = itertools.chain([] if on_gpu else [min(FIRST, self.batch_size)], itertools.repeat(self.batch_size))
+        with ThreadPoolExecutor(LOADERS if on_gpu else 1) as pool:
+
+            def begin() -> list[Future[tuple[str, torch.Tensor | str]]]:
+                return [pool.submit(self._load, *each) for each in itertools.islice(numbered, next(sizes))]
+
+            present = begin()
+            while present:
+                following = begin()
+                yield [load.result() for load in present]
+                present = following
+
+    def _load(self, place: int, picture: str | os.PathLike[str] | Image.Image) -> tuple[str, torch.Tensor | str]:
+        name = str(place) if isinstance(picture, Image.Image) else os.fspath(picture)
+        try:
+            shown = (
+                upright_rgb(picture)
+                if isinstance(picture, Image.Image)
+                else decode_picture(read_file(Path(name), name), name)
+            )
+        except ValueError as error:
+            return name, str(error)
+        return name, self.decoder.collator.pixels([shown])
+
+
+def answer_row(id: str, answer: str) -> Row:
+    """The row of a picture that was read."""
+    reading = read(answer)
+    # A confidence for each field has its place here, from the probabilities of the answer's tokens.
+    return {"id": id, "json": reading.value, "reading": reading.how, "text": answer}
+
+
+def merged_model(config: TrainConfig) -> PaliGemmaForConditionalGeneration:
+    """The base with the adapter of these options merged in, at their precision, on the GPU where there is one.
+
+    Raises:
+        ValueError: if base and adapter do not fit each other or this machine.
+    """
+    gpu = torch.cuda.is_available()
+    if gpu:
+        check_card()
+    device = torch.device("cuda" if gpu else "cpu")
+    options = dataclasses.replace(config.model, gradient_checkpointing=False)
+    precision = resolve_precision(options.precision, device)
+    base = load_base(options.model, precision, options.quant, device)
+    with torch.random.fork_rng():  # the caller's random numbers are the caller's
+        model = add_lora(base, options, seed=0)
+    return merged_copy(model, DTYPES[precision])
