@@ -72,5 +72,62 @@ def extract_rows(run: str, given: tuple[str, ...], out: Path | None, options: di
         return rows.errors, len(rows.ids)
 
 
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="a new folder")
+@click.option("--adapter-only", is_flag=True, help="the adapter in PEFT's format instead of merged weights")
+@click.option(
+    "--parity",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="of the run's validation answers that the exported weights have to repeat to the letter  [default: 0.9]",
+)
+@click.option("--push-to-hub", metavar="OWNER/NAME", help="upload it as a new model")
+@click.option("--private", is_flag=True, help="for you alone, with --push-to-hub")
+@click.option("--dry-run", is_flag=True, help="write the model's card alone")
+def export(
+    run: Path,
+    out: Path,
+    adapter_only: bool,
+    parity: float | None,
+    push_to_hub: str | None,
+    private: bool,
+    dry_run: bool,
+) -> None:
+    """Write the model of RUN to a folder for others: merged bf16 weights and processor, as transformers and vLLM load
+    them, with a model card.
+
+    The folder is loaded by plain transformers in a process of its own and answers up to 32 validation examples; unless
+    enough of the answers are the run's, nothing is exported.
+    """
+    if adapter_only and parity is not None:
+        raise click.UsageError("--parity goes with merged weights: the adapter alone is a copy")
+    with user_errors("nothing was exported"):
+        quiet_libraries()
+        from im2json.model.hub import check_push, push
+        from im2json.runs import RunFolder
+
+        title = push_to_hub or out.absolute().name
+        if dry_run:
+            from im2json.report.modelcard import model_card
+            from im2json.scoring.examples import score_run
+
+            card = model_card(RunFolder(run), score_run(RunFolder(run), "test"), title, adapter_only)
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "README.md").write_text(card, "utf-8")
+            click.echo(f"card  {out / 'README.md'}")
+            return
+        if push_to_hub is not None:
+            check_push(push_to_hub)
+        with quick_start():
+            from im2json.inference.export import LEAST, export_run
+        found = export_run(RunFolder(run), out, adapter_only, LEAST if parity is None else parity, title)
+        if found is not None:
+            click.echo(f"plain transformers on the exported folder: {found}")
+        click.echo(f"exported  {out}")
+        if push_to_hub is not None:
+            click.echo(f"uploaded  {push(out, push_to_hub, private)}")
+
+
 if __name__ == "__main__":
     main()

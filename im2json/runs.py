@@ -431,6 +431,28 @@ def folder_atomically(path: Path) -> Iterator[Path]:
     _sync(path.parent)
 
 
+@contextlib.contextmanager
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill aside; it takes `path`'s place when the block ends without an error, and is gone otherwise.
+
+    Raises:
+        ValueError: if `path` is there already.
+    """
+    if os.path.lexists(path):
+        raise ValueError(f"{path} is there already: choose another folder, or remove it")
+    aside = path.absolute().with_name(f".{path.absolute().name}.tmp-{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+            _sync(file)
+        os.rename(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with a folder that `folder_atomically` wrote; None where it is whole."""
     try:

@@ -34,9 +34,9 @@ LOADERS = 4  # threads that load pictures while a GPU decodes; on a CPU it is on
 class Extractor:
     """Reads pictures of documents as JSON.
 
-    Text is generated as in an evaluation: on the base with the weights that its 4-bit ones stand for and LoRA merged in,
-    at the run's precision. The answers are those of `evaluate.py` but where two tokens are equally likely up to rounding,
-    which depends on who else is in the batch.
+    Text is generated as in an evaluation: on the base with the weights that its 4-bit ones stand for and LoRA merged
+    in, at the run's precision. The answers are those of `evaluate.py` but where two tokens are equally likely up to
+    rounding, which depends on who else is in the batch.
 
     Args:
         model: plain weights, in eval mode (see `merged_model`).

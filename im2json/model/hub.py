@@ -5,10 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,  # of the client beneath, which changes with the hub's version
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from im2json.cli import first_line
 from im2json.runs import ADAPTER_CONFIG, ASKED, WEIGHTS
@@ -47,13 +56,68 @@ def adapter_path(path: str | os.PathLike[str]) -> Path:
     model = os.fspath(path)
     if os.path.lexists(model) or not re.fullmatch(NAME, model):
         return Path(model)
+    with contextlib.suppress(_MissingError):  # an adapter that was made elsewhere has none
+        _fetch_part(model, ASKED)
     try:
-        for file in (ADAPTER_CONFIG, WEIGHTS):
-            folder = fetch(model, file, model).parent
+        _fetch_part(model, ADAPTER_CONFIG)
+        return _fetch_part(model, WEIGHTS).parent
+    except _MissingError as error:
+        raise ValueError(f"{model}: is on the hub, but has no {error}: there is no adapter to read with") from error
+
+
+class _MissingError(Exception):
+    pass
+
+
+def _fetch_part(model: str, file: str) -> Path:
+    try:
+        return fetch(model, file, model)
     except ValueError as error:
-        if isinstance(error.__cause__, EntryNotFoundError):
-            raise ValueError(f"{model}: on the hub, but without {file}: it holds no adapter to read with") from error
+        cause = error.__cause__
+        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+            raise _MissingError(file) from error
         raise
-    with contextlib.suppress(EntryNotFoundError):  # one that was made elsewhere has none
-        hf_hub_download(model, ASKED)
-    return folder
+
+
+def check_push(model: str) -> None:
+    """Find out before anything is written whether a new model of this name could be made.
+
+    Raises:
+        ValueError: if nobody is logged in, or the name is taken.
+    """
+    with _one_line(model):
+        api = HfApi()
+        api.whoami()
+        if api.repo_exists(model):
+            raise ValueError(f"--push-to-hub {model}: the name is taken: choose another")
+
+
+def push(folder: Path, model: str, private: bool) -> str:
+    """Upload a folder as a new model; its address.
+
+    Raises:
+        ValueError: if the hub refuses or cannot be reached, with how to send the folder later.
+    """
+    with _one_line(model, f"; {folder} is whole, and `hf upload {model} {folder}` sends it"):
+        api = HfApi()
+        address = api.create_repo(model, private=private)
+        api.upload_folder(repo_id=model, folder_path=folder, commit_message="Upload the model and its card")
+        return str(address)
+
+
+@contextlib.contextmanager
+def _one_line(model: str, advice: str = "") -> Iterator[None]:
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise ValueError(f"--push-to-hub {model}: nobody is logged in: run `hf auth login`{advice}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        why = {
+            401: "the token is not valid: run `hf auth login`",
+            403: "the token does not allow to write there: it needs the right to write, and the name to be yours",
+            409: "the name is taken: choose another",
+        }.get(status, first_line(error))
+        raise ValueError(f"--push-to-hub {model}: {why}{advice}") from error
+    except (OSError, HTTPError) as error:
+        raise ValueError(f"--push-to-hub {model}: the hub could not be reached: {first_line(error)}{advice}") from error
