@@ -15,7 +15,7 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 import im2json.inference.evaluate as room
 from im2json.data.sources import load_splits
 from im2json.inference.attention import grouped, grouped_attention
-from im2json.inference.decode import Decoder, _Batch, generate
+from im2json.inference.decode import Answer, Decoder, _Batch, generate
 from im2json.inference.evaluate import _Share, evaluate_split
 from im2json.scoring.text import canonical
 
@@ -96,24 +96,58 @@ def as_texts(collator: Any, rows: list[list[int]]) -> list[str]:
     return collator.processor.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def texts_of(answers: list[Answer]) -> list[str]:
+    return [answer.text for answer in answers]
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 9])
 def test_texts_are_those_of_transformers(model, collator, pixels, expected, size):
     decoder = Decoder(model, collator)
-    texts = [text for some in pixels.split(size) for text in generate(decoder, some, NEW)]
-    assert texts == as_texts(collator, expected)
+    answers = [answer for some in pixels.split(size) for answer in generate(decoder, some, NEW)]
+    assert texts_of(answers) == as_texts(collator, expected)
+    assert [answer.tokens for answer in answers] == expected
     assert decoder.tokens == sum(map(len, expected))
+
+
+@pytest.mark.parametrize("size", [4, 9])
+def test_log_probabilities_are_those_of_a_forward_pass_over_the_answer(model, collator, pixels, size):
+    answers = [answer for some in pixels.split(size) for answer in generate(Decoder(model, collator), some, NEW)]
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    for picture, answer in zip(pixels, answers):
+        inputs = collator.prefixes(picture[None])
+        start, ids = inputs["input_ids"].shape[1], torch.tensor([answer.tokens])
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["token_type_ids"] = (torch.arange(inputs["input_ids"].shape[1]) >= start).long()[None]
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, start - 1 : -1]  # T x V
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        wanted = logits.log_softmax(-1).gather(1, ids.T)[:, 0]
+        torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_begin_where_their_characters_stand(model, collator):
+    """The tokenizer's words are bytes, so a character may take several."""
+    text = '{"品":"é✓","a":"1"}'
+    ids = [4 + byte for byte in text.encode()] + [EOS]
+    answer = Decoder(model, collator)._answer(ids, [0.0] * len(ids), len(ids))
+    assert answer.text == text
+    assert answer.starts == [i for i, char in enumerate(text) for _ in char.encode()] + [len(text)]
+    plain = Decoder(model, collator)._answer([4 + byte for byte in b"abc"], [0.0] * 3, 2)
+    assert (plain.text, plain.starts, plain.logprobs) == ("ab", [0, 1], [0.0, 0.0])
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 def test_the_limit_is_reached(model, collator, pixels, expected, tokens):
-    assert generate(Decoder(model, collator), pixels, tokens) == as_texts(collator, [row[:tokens] for row in expected])
+    answers = generate(Decoder(model, collator), pixels, tokens)
+    assert [answer.tokens for answer in answers] == [row[:tokens] for row in expected]
 
 
 def test_each_row_has_its_limit(model, collator, pixels, expected):
     limits = [random.Random(3).randint(1, NEW) for _ in expected]
     decoder = Decoder(model, collator)
     cut = [row[:limit] for row, limit in zip(expected, limits)]
-    assert generate(decoder, pixels, limits) == as_texts(collator, cut)
+    assert texts_of(generate(decoder, pixels, limits)) == as_texts(collator, cut)
     assert decoder.tokens == sum(map(len, cut))
 
 
@@ -173,7 +207,8 @@ def test_memory_that_does_not_suffice_halves_the_batch(small_model, collator, pi
     model = make_model(small_model, "gemma")
     decoder = Small(model, collator)
     limits = [3, 5, 7, 2, 9, 4, 6, 8, 1]
-    assert generate(decoder, pixels, limits) == generate(Decoder(model, collator), pixels, limits)
+    halved, whole = generate(decoder, pixels, limits), generate(Decoder(model, collator), pixels, limits)
+    assert texts_of(halved) == texts_of(whole)
     generate(decoder, pixels[:3], 4)
     assert sizes == [9, 4, 2, 2, 2, 2, 1, 2, 1]
     lines = capsys.readouterr()
@@ -216,7 +251,7 @@ def test_no_row_depends_on_batches_or_windows(small_model, collator, many, accel
     rows, metrics = rows_of(model, collator, many, accelerator, batch_size=size)
     assert [row["id"] for row in rows] == list(many.ids)
     alone = [collator.pixels([many[i].image]) for i in range(len(many))]
-    assert [row["text"] for row in rows] == [generate(Decoder(model, collator), one, 12)[0] for one in alone]
+    assert [row["text"] for row in rows] == [generate(Decoder(model, collator), one, 12)[0].text for one in alone]
     assert len({row["text"] for row in rows}) > 3
     monkeypatch.setattr(room, "WINDOW", 16)
     assert metrics == pytest.approx(rows_of(model, collator, many, accelerator, batch_size=5)[1])

@@ -232,7 +232,8 @@ def test_a_replayed_graph_writes_what_single_steps_write(tmp_path: Path, kind: s
     limits = [3 + i * 5 % 38 for i in range(14)]
 
     def texts() -> list[str]:
-        return [text for i in range(0, 14, 6) for text in decoder(pictures(14)[i : i + 6], limits[i : i + 6])]
+        batches = (decoder(pictures(14)[i : i + 6], limits[i : i + 6]) for i in range(0, 14, 6))
+        return [answer.text for answers in batches for answer in answers]
 
     replayed = texts()
     assert decoder.seconds_capturing > 0
@@ -253,7 +254,19 @@ def test_a_gpu_writes_what_transformers_writes(tmp_path: Path, kind: str) -> Non
     inputs = {name: value.to("cuda") for name, value in collator.prefixes(pictures(6)).items()}
     output = model.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=EOS, pad_token_id=PAD)
     expected = as_texts(collator, output[:, inputs["input_ids"].shape[1] :].tolist())
-    found = [text for some in pictures(6).split(4) for text in generate(Decoder(model, collator), some, 40)]
+    answers = [answer for some in pictures(6).split(4) for answer in generate(Decoder(model, collator), some, 40)]
+    found = [answer.text for answer in answers]
+    for picture, answer in zip(pictures(6), answers):
+        inputs = collator.prefixes(picture[None])
+        start, ids = inputs["input_ids"].shape[1], torch.tensor([answer.tokens])
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["token_type_ids"] = (torch.arange(inputs["input_ids"].shape[1]) >= start).long()[None]
+        with torch.no_grad():
+            logits = model(**{name: value.to("cuda") for name, value in inputs.items()}).logits[0, start - 1 : -1]
+        logits = 30 * torch.tanh(logits / 30) if kind == "gemma2" else logits
+        wanted = logits.log_softmax(-1).cpu().gather(1, ids.T)[:, 0]
+        torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, rtol=1e-3, atol=1e-3)
     assert sum(one == other for one, other in zip(found, expected)) >= 5  # a tie may fall the other way
 
 
@@ -265,8 +278,8 @@ def test_a_larger_batch_gets_a_graph_of_its_own_and_memory_is_given_back(tmp_pat
     decoder = Decoder(model, collator)
     small = generate(decoder, pictures(2), 10)
     large = generate(decoder, pictures(9), [10] * 2 + [200] * 7)
-    assert large[:2] == small
+    assert [answer.text for answer in large[:2]] == [answer.text for answer in small]
     assert len(decoder._batch.finished) == 9
-    assert generate(decoder, pictures(2), 10) == small
+    assert [answer.text for answer in generate(decoder, pictures(2), 10)] == [answer.text for answer in small]
     del decoder
     assert torch.cuda.memory_allocated() <= before + 2**25  # cuBLAS keeps a workspace for each stream

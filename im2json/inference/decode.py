@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PaliGemmaForConditionalGeneration
+from transformers import LogitsProcessorList, PaliGemmaForConditionalGeneration
 
 from im2json.data.collate import Collator
 from im2json.inference.attention import KeyValues, grouped
@@ -20,6 +22,16 @@ from im2json.inference.attention import KeyValues, grouped
 CHECK_EVERY = 16  # steps between two looks at whether all rows are done: on a GPU each look waits for the device
 WARM_UP = 2  # steps before the graph is captured
 ROUND_UP = 64  # cached positions on a GPU: few lengths to capture for, and kernels like multiples of 8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was written for a picture."""
+
+    text: str
+    tokens: list[int]  # EOS included, where it was written
+    logprobs: list[float]  # of each token, in nats: of the model's own softmax over all words, final cap included
+    starts: list[int]  # where in the text each token begins; those of one character's bytes begin at the same place
 
 
 class Decoder:
@@ -42,8 +54,8 @@ class Decoder:
         self._batch: _Batch | None = None  # the captured one
 
     @torch.no_grad()
-    def __call__(self, pixels: torch.Tensor, limits: Sequence[int]) -> list[str]:
-        """The texts for one batch.
+    def __call__(self, pixels: torch.Tensor, limits: Sequence[int]) -> list[Answer]:
+        """The answers for one batch.
 
         Args:
             pixels: B x 3 x H x W, see Collator.pixels.
@@ -55,23 +67,37 @@ class Decoder:
         else:
             with grouped(self.model.model.language_model.config):
                 rows = self._rows(pixels, limits)
-        eos = self.collator.processor.tokenizer.eos_token_id
-        texts = [_until(eos, row[:limit]) for row, limit in zip(rows, limits)]
-        self.tokens += sum(map(len, texts))
-        return self.collator.processor.tokenizer.batch_decode(
-            texts, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        answers = [self._answer(*row, limit) for row, limit in zip(rows, limits)]
+        self.tokens += sum(len(answer.tokens) for answer in answers)
+        return answers
 
     def release(self) -> None:
         """Give up the captured graph and its memory."""
         self._batch = None
 
-    def _rows(self, pixels: torch.Tensor, limits: Sequence[int]) -> list[list[int]]:
-        """The tokens written for each picture, what follows EOS included."""
+    def _answer(self, tokens: list[int], logprobs: list[float], limit: int) -> Answer:
+        """A row up to EOS or its limit."""
+        tokenizer = self.collator.processor.tokenizer
+        tokens = _until(tokenizer.eos_token_id, tokens[:limit])
+
+        def decode(rows: list[list[int]]) -> list[str]:
+            return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+        text, *pieces = decode([tokens, *([token] for token in tokens)])
+        if "".join(pieces) == text:
+            starts = [0, *itertools.accumulate(map(len, pieces[:-1]))]
+        else:  # some characters take several tokens, each of which is none by itself
+            beginnings = decode([tokens[:i] for i in range(len(tokens))])
+            shared = (len(os.path.commonprefix([text, beginning])) for beginning in beginnings)
+            starts = list(itertools.accumulate(shared, max))
+        return Answer(text, tokens, logprobs[: len(tokens)], starts)
+
+    def _rows(self, pixels: torch.Tensor, limits: Sequence[int]) -> list[_Row]:
+        """What was written for each picture, what follows EOS included."""
         captured = self.model.device.type == "cuda"
         batch = self._captured(len(limits), max(limits)) if captured else self._fresh(len(limits), max(limits))
         batch.begin(pixels, limits)
-        rows: list[list[int]] = [[]] * len(limits)
+        rows: list[_Row] = [([], [])] * len(limits)
         places = list(range(len(limits)))  # which picture each row of the batch is
         for step in range(1, max(limits)):
             if not captured or step % CHECK_EVERY == 0:
@@ -79,12 +105,12 @@ class Decoder:
                 if len(going) == 0:
                     break
                 if not captured and len(going) <= len(batch.finished) * 7 // 8:  # copying the rest costs a bit
-                    for place, row in zip(places, batch.written[:, :step].tolist()):
+                    for place, row in zip(places, batch.rows(step)):
                         rows[place] = row
                     places = [places[i] for i in going.tolist()]
                     batch.keep(going)
             batch.advance()
-        for place, row in zip(places, batch.written.tolist()):
+        for place, row in zip(places, batch.rows()):
             rows[place] = row
         return rows
 
@@ -108,11 +134,17 @@ class Decoder:
         self._batch = batch
         return batch
 
-    def _by_transformers(self, pixels: torch.Tensor, longest: int) -> list[list[int]]:
+    def _by_transformers(self, pixels: torch.Tensor, longest: int) -> list[_Row]:
         """Slower. For a Gemma 2 whose sliding window is shorter than what is decoded: its layers see different parts
         of it. PaliGemma 2's window is 4,096."""
         device, tokenizer = self.model.device, self.collator.processor.tokenizer
         prefixes = self.collator.prefixes(pixels.to(self.model.dtype))
+        logprobs: list[torch.Tensor] = []  # T times B
+
+        def note(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            logprobs.append(_logprob(self.model, logits, logits.argmax(-1)))
+            return logits
+
         output = self.model.generate(  # B x (P + T)
             **{name: value.to(device) for name, value in prefixes.items()},
             max_new_tokens=longest,
@@ -120,23 +152,25 @@ class Decoder:
             use_cache=True,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([note]),
         )
-        return output[:, prefixes["input_ids"].shape[1] :].tolist()
+        written = output[:, prefixes["input_ids"].shape[1] :]
+        return list(zip(written.tolist(), torch.stack(logprobs, 1).tolist()))
 
 
-def generate(decoder: Decoder, pixels: torch.Tensor, max_new_tokens: int | Sequence[int]) -> list[str]:
-    """The texts for pictures, in as many batches as the GPU's memory asks for.
+def generate(decoder: Decoder, pixels: torch.Tensor, max_new_tokens: int | Sequence[int]) -> list[Answer]:
+    """The answers for pictures, in as many batches as the GPU's memory asks for.
 
     Args:
         pixels: B x 3 x H x W, see Collator.pixels.
         max_new_tokens: for all, or one for each.
     """
     limits = [max_new_tokens] * len(pixels) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    texts: list[str] = []
-    while len(texts) < len(pixels):
-        rows = slice(len(texts), len(texts) + (decoder.most_rows or len(pixels)))
+    answers: list[Answer] = []
+    while len(answers) < len(pixels):
+        rows = slice(len(answers), len(answers) + (decoder.most_rows or len(pixels)))
         try:
-            texts += decoder(pixels[rows], limits[rows])
+            answers += decoder(pixels[rows], limits[rows])
             continue
         except torch.cuda.OutOfMemoryError:
             count = len(pixels[rows])
@@ -147,7 +181,10 @@ def generate(decoder: Decoder, pixels: torch.Tensor, max_new_tokens: int | Seque
         torch.cuda.empty_cache()
         decoder.most_rows = count // 2
         tqdm.write(f"out of GPU memory with {count} examples at once: going on with {count // 2}")
-    return texts
+    return answers
+
+
+_Row = tuple[list[int], list[float]]  # tokens and their log probabilities
 
 
 @dataclass(eq=False)
@@ -161,6 +198,7 @@ class _Batch:
     cache: KeyValues
     cache_name: str  # in the models' forward
     written: torch.Tensor  # B x T, pad where nothing is
+    logprobs: torch.Tensor  # B x T, of what is written
     latest: torch.Tensor  # B x 1, the token that each row goes on from
     count: torch.Tensor  # 1, tokens written so far
     limits: torch.Tensor  # B
@@ -174,6 +212,7 @@ class _Batch:
     ) -> _Batch:
         like, tokenizer = model.lm_head.weight, collator.processor.tokenizer
         numbers: dict[str, Any] = {"dtype": torch.long, "device": like.device}
+        shape = rows, length - len(collator.prefix_ids)
         return cls(
             model=model,
             prefix=torch.tensor([collator.prefix_ids], **numbers),
@@ -181,7 +220,8 @@ class _Batch:
             eos=tokenizer.eos_token_id,
             cache_name=_cache_name(model.model.language_model),
             cache=KeyValues(model.config.get_text_config(), rows, length, whole, like),
-            written=torch.full((rows, length - len(collator.prefix_ids)), tokenizer.pad_token_id, **numbers),
+            written=torch.full(shape, tokenizer.pad_token_id, **numbers),
+            logprobs=torch.zeros(shape, device=like.device),
             latest=torch.full((rows, 1), tokenizer.pad_token_id, **numbers),
             count=torch.zeros(1, **numbers),
             limits=torch.zeros(rows, **numbers),
@@ -239,8 +279,12 @@ class _Batch:
     def keep(self, rows: torch.Tensor) -> None:
         """Leave out all other rows."""
         self.cache.keep(rows)
-        self.written, self.latest = self.written[rows], self.latest[rows]
+        self.written, self.logprobs, self.latest = self.written[rows], self.logprobs[rows], self.latest[rows]
         self.limits, self.finished = self.limits[rows], self.finished[rows]
+
+    def rows(self, count: int | None = None) -> list[_Row]:
+        """What is written, up to `count` tokens of each row."""
+        return list(zip(self.written[:, :count].tolist(), self.logprobs[:, :count].tolist()))
 
     def _step(self) -> None:
         language_model: Any = self.model.model.language_model
@@ -255,13 +299,24 @@ class _Batch:
         self._write(hidden[:, -1])
 
     def _write(self, hidden: torch.Tensor) -> None:
-        """The next token of each row, from B x D. Gemma 2's cap on logits is left out: it keeps their order."""
-        token = self.model.lm_head(hidden).argmax(-1)  # B
+        """The next token of each row, from B x D."""
+        logits = self.model.lm_head(hidden)  # B x V
+        token = logits.argmax(-1)  # B
+        self.logprobs.index_copy_(1, self.count, _logprob(self.model, logits, token)[:, None])
         token = token.masked_fill(self.finished, self.pad)
         self.written.index_copy_(1, self.count, token[:, None])
         self.latest.copy_(token[:, None])
         self.count += 1
         self.finished |= (token == self.eos) | (self.limits <= self.count)
+
+
+def _logprob(model: PaliGemmaForConditionalGeneration, logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Log probability of each row's token (B), from B x V. transformers leaves out PaliGemma 2's cap on logits."""
+    logits = logits.float()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(1)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from transformers import PaliGemmaForConditionalGeneration
 
 from im2json.data.collate import Collator
 from im2json.data.example import Example, Split
-from im2json.inference.decode import Decoder, generate
+from im2json.inference.decode import Answer, Decoder, generate
 from im2json.model.lora import merged_copy
 from im2json.report.picture import prediction_panel
 from im2json.runs import RunFolder, append_lines, keep_lines, read_lines
@@ -62,10 +62,10 @@ def evaluate_split(
         scored: Future[dict[int, Row]] | None = None
         for batch, examples, pixels, ends_window in _loaded(loading, split, collator, share.batches(split.targets)):
             each = max_new_tokens if isinstance(max_new_tokens, int) else [max_new_tokens[i] for i in batch]
-            texts = generate(decoder, pixels, each) if batch else []
+            answers = generate(decoder, pixels, each) if batch else []
             if scored is not None:
                 rows.update(scored.result())
-            scored = scoring.submit(_score, evaluator, batch, examples, texts)
+            scored = scoring.submit(_score, evaluator, batch, examples, answers)
             progress.update(min(len(batch) * accelerator.num_processes, total - progress.n))
             if ends_window:
                 rows.update(scored.result())
@@ -82,17 +82,18 @@ def evaluate_split(
 
 
 def _score(
-    evaluator: StreamingEvaluator, batch: Sequence[int], examples: Sequence[Example], texts: Sequence[str]
+    evaluator: StreamingEvaluator, batch: Sequence[int], examples: Sequence[Example], answers: Sequence[Answer]
 ) -> dict[int, Row]:
     """A batch's rows by their places in the split."""
     return {
-        i: prediction_row(example, text, evaluator.update(text, example.target, id=example.id))
-        for i, example, text in zip(batch, examples, texts)
+        i: prediction_row(example, answer, evaluator.update(answer.text, example.target, id=example.id))
+        for i, example, answer in zip(batch, examples, answers)
     }
 
 
-def prediction_row(example: Example, text: str, scores: dict[str, float]) -> Row:
+def prediction_row(example: Example, answer: Answer, scores: dict[str, float]) -> Row:
     """A line of predictions.jsonl, without the run's part (step, split, stage)."""
+    text = answer.text
     return {"id": example.id, "text": text, "parsed": parse(text), "target": example.target, "scores": scores}
 
 
