@@ -63,6 +63,7 @@ def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, tit
         ValueError: if the run is not finished or has no answers to compare with, the folder is there already, or the
             check fails; nothing is left of the folder then.
     """
+    run.read_config()  # is it a run at all
     rows = [] if adapter_alone else validation_answers(run)
     card = score_run(run, "test")
     found = None

@@ -17,7 +17,7 @@ from transformers import PaliGemmaForConditionalGeneration
 from im2json.data.collate import Collator
 from im2json.data.pictures import decode_picture, upright_rgb
 from im2json.data.stored import read_file
-from im2json.inference.decode import Decoder, generate
+from im2json.inference.decode import Answer, Decoder, generate
 from im2json.model.base import DTYPES, load_base, load_processor, positions, resolve_precision
 from im2json.model.card import check_card
 from im2json.model.hub import adapter_path
@@ -115,11 +115,11 @@ class Extractor:
         return name, self.decoder.collator.pixels([shown])
 
 
-def answer_row(id: str, answer: str) -> Row:
+def answer_row(id: str, answer: Answer) -> Row:
     """The row of a picture that was read."""
-    reading = read(answer)
-    # A confidence for each field has its place here, from the probabilities of the answer's tokens.
-    return {"id": id, "json": reading.value, "reading": reading.how, "text": answer}
+    reading = read(answer.text)
+    # The fields' confidence has its place here: from answer.logprobs and the run's calibration.json.
+    return {"id": id, "json": reading.value, "reading": reading.how, "text": answer.text}
 
 
 def merged_model(config: TrainConfig) -> PaliGemmaForConditionalGeneration:
