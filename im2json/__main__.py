@@ -112,9 +112,10 @@ def export(
             from im2json.report.modelcard import model_card
             from im2json.scoring.examples import score_run
 
-            card = model_card(RunFolder(run), score_run(RunFolder(run), "test"), title, adapter_only)
+            text = model_card(RunFolder(run), score_run(RunFolder(run), "test"), title, adapter_only)
             out.mkdir(parents=True, exist_ok=True)
-            (out / "README.md").write_text(card, "utf-8")
+            with (out / "README.md").open("x", encoding="utf-8") as card:  # never over one that is there
+                card.write(text)
             click.echo(f"card  {out / 'README.md'}")
             return
         if push_to_hub is not None:

@@ -144,6 +144,8 @@ def test_the_card(export, finished, dataset, tmp_path):
     assert str(Path(dataset).parent) not in text
     assert str(Path(finished.read_config().model.model).parent) not in text
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert "File exists" in clear_error(export(tmp_path, "--dry-run"))
+    assert (tmp_path / "README.md").read_text() == text
 
 
 # --- the hub

@@ -72,6 +72,7 @@ def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, tit
             shutil.copytree(adapter_folder(run.path), aside, dirs_exist_ok=True)
         else:
             write_merged(run, aside)
+            torch.cuda.empty_cache()  # the model is gone; another process is about to load its own
             found = parity(run, aside, rows[:EXAMPLES])
             if found.share < least:
                 raise ValueError(f"not exported: {found}, which is less than --parity {least:g} of them")
