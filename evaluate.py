@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,23 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--predictions", type=FILE, help="score the rows of this JSON-lines file instead: prediction, target, id")
 @click.option("--targets", type=FILE, help="rows of target and id, where the predictions' file has no targets")
 @click.option("--against", type=click.Path(path_type=Path), metavar="RUN_B", help="compare with the answers of RUN_B")
+@click.option(
+    "--target-precision",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="P",
+    help="find how sure a field must be, on validation, for this share of those kept to be right; say what that keeps",
+)
 @click.option("--json", "as_json", is_flag=True, help="print JSON instead of tables")
-@option_flags("precision", "eval_batch_size", "threads")
+@option_flags("precision", "eval_batch_size", "check_sum", "threads")
 @click.pass_context
 def main(
     context: click.Context, run: Path | None, split: str, predictions: Path | None, targets: Path | None,
-    against: Path | None, as_json: bool,
+    against: Path | None, target_precision: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Score the base and the best adapter of RUN on a split, side by side.
 
-    Writes every prediction to RUN/predictions.jsonl, and one picture with the text before and after. With
+    Writes every prediction to RUN/predictions.jsonl, RUN/report.html to look at, and one picture with the text before
+    and after. With
     --against nothing is generated: the answers that both runs kept are compared, example by example. With
     --predictions no run is needed.
     """
@@ -46,6 +54,8 @@ def main(
         raise click.UsageError("give a RUN or --predictions FILE, one of the two")
     if (against and run is None) or (targets and predictions is None):
         raise click.UsageError("--against goes with a RUN, --targets with --predictions")
+    if target_precision is not None and (against or predictions):
+        raise click.UsageError("--target-precision goes with a RUN alone")
     if context.obj and (against or predictions):
         raise click.UsageError(f"nothing is generated here: leave {', '.join(map(flag_name, context.obj))} out")
     with user_errors():
@@ -66,7 +76,7 @@ def main(
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
                 metrics = evaluate(RunFolder(run), split, context.obj or {})
             if metrics:
-                click.echo(comparison.run_report(RunFolder(run), split, metrics, as_json))
+                click.echo(comparison.run_report(RunFolder(run), split, metrics, target_precision, as_json))
 
 
 def evaluate(run: RunFolder, split: str, given: dict[str, Any]) -> dict[str, dict[str, float]] | None:
@@ -74,7 +84,11 @@ def evaluate(run: RunFolder, split: str, given: dict[str, Any]) -> dict[str, dic
     quiet_libraries()
     config = run.read_config().replace(gradient_checkpointing=False, **given)
     adapter = adapter_folder(run.path)
+    from accelerate.utils import broadcast_object_list
+
     from im2json.inference.workbench import set_up, start_accelerator
+    from im2json.report.run import write_report
+    from im2json.scoring.examples import calibrate, calibration_rows
 
     accelerator, precision = start_accelerator(config)
     bench = set_up(config, accelerator, precision, adapter=adapter)
@@ -83,10 +97,17 @@ def evaluate(run: RunFolder, split: str, given: dict[str, Any]) -> dict[str, dic
         result: dict[str, Any] = (
             json.loads(run.result.read_text("utf-8")) if run.done else {"step": 0, "best_step": None}
         )
+        step = result["best_step"] or result["step"]
         metrics = {
             "before": evaluation(split, 0, "before", adapter=False),
-            "after": evaluation(split, result["best_step"] or result["step"], "after"),
+            "after": evaluation(split, step, "after"),
         }
+        (known,) = broadcast_object_list([bool(calibration_rows(run, step))])
+        if not known:  # the run never validated this adapter, or kept no confidence
+            evaluation("validation", step, "after")
+        if accelerator.is_main_process:
+            calibrate(run, step)
+            write_report(run, split, partial(bench.picture, split), metrics["before"])
     accelerator.end_training()
     return metrics if accelerator.is_main_process else None
 

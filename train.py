@@ -9,6 +9,7 @@ python train.py --plan --preset cord       what a run will take: steps, memory, 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,8 @@ def train(
 
     from im2json.inference.workbench import set_up, start_accelerator
     from im2json.model.lora import read_adapter_weights
+    from im2json.report.run import write_report
+    from im2json.scoring.examples import calibrate
     from im2json.training.checkpoint import begin
     from im2json.training.loop import fit
     from im2json.training.result import finish, known_before
@@ -147,7 +150,12 @@ def train(
             accelerator.end_training()
             return None
         read_adapter_weights(model, run.adapter / WEIGHTS)
-        after = evaluation("test", state.best_step or state.step, "after") if config.train.test else None
+        step = state.best_step or state.step
+        after = evaluation("test", step, "after") if config.train.test else None
+        if accelerator.is_main_process:
+            calibrate(run, step)
+            if after is not None:
+                write_report(run, "test", partial(bench.picture, "test"), before)
         result = finish(run, model, state, before, after, tracker)
     accelerator.print(summary(run, result))
     accelerator.end_training()
@@ -166,7 +174,8 @@ def summary(run: RunFolder, result: dict[str, Any]) -> str:
             f"text generated for the {result['test']['after']['num']:.0f} examples of the test split:",
             before_after_table(result["test"]["before"], result["test"]["after"]),
         ]
-    lines += ["", f"run folder  {run.path}", f"evaluate    python evaluate.py {run.path}",
+    report = [f"report      {run.report}"] if run.report.exists() else []
+    lines += ["", f"run folder  {run.path}", *report, f"evaluate    python evaluate.py {run.path}",
               f"curves      tensorboard --logdir {run.path.parent}"]  # fmt: skip
     return "\n".join(lines)
 

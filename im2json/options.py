@@ -137,6 +137,12 @@ class DecodeOptions:
     eval_batch_size: int = option(
         64, "answers generated at a time, per process", unit="examples", at_least=1, free=True
     )
+    check_sum: str | None = option(
+        None,
+        "amounts that should add up, as `menu.price + menu.sub.price = total.total_price`, several joined by "
+        "semicolons: says of each answer whether they do, and changes none",
+        free=True,
+    )
 
 
 @dataclass(frozen=True)

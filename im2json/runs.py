@@ -2,9 +2,11 @@
 
 runs/NAME/config.json        every resolved option, versions, git revision
           metrics.jsonl      a line per log or evaluation
-          predictions.jsonl  a line per evaluated example
+          predictions.jsonl  a line per evaluated example; `confidence` is its object with a probability for each leaf
           checkpoints/step-N/
           adapter/           the best adapter, in PEFT's format, with the processor
+          calibration.json   how far these probabilities can be believed, as validation showed
+          report.html        the test split to look at: metrics, confidence, examples
           tb/                TensorBoard events
           result.json        written last: its presence means that the run is done
 """
@@ -75,6 +77,14 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def calibration(self) -> Path:
+        return self.path / "calibration.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def tensorboard(self) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,7 +87,7 @@ class Decoder:
             starts = [0, *itertools.accumulate(map(len, pieces[:-1]))]
         else:  # some characters take several tokens, each of which is none by itself
             beginnings = decode([tokens[:i] for i in range(len(tokens))])
-            shared = (len(os.path.commonprefix([text, beginning])) for beginning in beginnings)
+            shared = (sum(1 for _ in itertools.takewhile(bool, map(str.__eq__, text, some))) for some in beginnings)
             starts = list(itertools.accumulate(shared, max))
         return Answer(text, tokens, logprobs[: len(tokens)], starts)
 

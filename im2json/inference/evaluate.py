@@ -23,6 +23,9 @@ from im2json.model.lora import merged_copy
 from im2json.report.picture import prediction_panel
 from im2json.runs import RunFolder, append_lines, keep_lines, read_lines
 from im2json.scoring import StreamingEvaluator
+from im2json.scoring.checks import SumCheck
+from im2json.scoring.confidence import leaf_confidence
+from im2json.scoring.jsontext import read
 from im2json.scoring.text import canonical, parse
 
 Row = dict[str, Any]
@@ -42,6 +45,7 @@ def evaluate_split(
     description: str = "evaluating",
     on_rows: Callable[[int, list[Row]], None] | None = None,
     decoder: Decoder | None = None,
+    checks: Sequence[SumCheck] = (),
 ) -> dict[str, float]:
     """The metrics of generated text over a split (its first `count` examples), the same on every process.
 
@@ -51,6 +55,7 @@ def evaluate_split(
     Args:
         max_new_tokens: for all, or one for each example of the split.
         decoder: made for `model`; to be handed in by who wants to read what it counts.
+        checks: told of in the rows.
     """
     evaluator, decoder = StreamingEvaluator(), decoder or Decoder(model, collator)
     total = len(split) if count is None else min(count, len(split))
@@ -65,7 +70,7 @@ def evaluate_split(
             answers = generate(decoder, pixels, each) if batch else []
             if scored is not None:
                 rows.update(scored.result())
-            scored = scoring.submit(_score, evaluator, batch, examples, answers)
+            scored = scoring.submit(_score, evaluator, batch, examples, answers, checks)
             progress.update(min(len(batch) * accelerator.num_processes, total - progress.n))
             if ends_window:
                 rows.update(scored.result())
@@ -82,19 +87,33 @@ def evaluate_split(
 
 
 def _score(
-    evaluator: StreamingEvaluator, batch: Sequence[int], examples: Sequence[Example], answers: Sequence[Answer]
+    evaluator: StreamingEvaluator,
+    batch: Sequence[int],
+    examples: Sequence[Example],
+    answers: Sequence[Answer],
+    checks: Sequence[SumCheck],
 ) -> dict[int, Row]:
     """A batch's rows by their places in the split."""
     return {
-        i: prediction_row(example, answer, evaluator.update(answer.text, example.target, id=example.id))
+        i: prediction_row(example, answer, evaluator.update(answer.text, example.target, id=example.id), checks)
         for i, example, answer in zip(batch, examples, answers)
     }
 
 
-def prediction_row(example: Example, answer: Answer, scores: dict[str, float]) -> Row:
+def prediction_row(example: Example, answer: Answer, scores: dict[str, float], checks: Sequence[SumCheck] = ()) -> Row:
     """A line of predictions.jsonl, without the run's part (step, split, stage)."""
     text = answer.text
-    return {"id": example.id, "text": text, "parsed": parse(text), "target": example.target, "scores": scores}
+    confidence = leaf_confidence(text, answer.starts, answer.logprobs)
+    document = read(text).value or {}
+    return {
+        "id": example.id,
+        "text": text,
+        "parsed": parse(text),
+        "confidence": confidence,
+        **({"checks": {check.text: check.holds(document) for check in checks}} if checks else {}),
+        "target": example.target,
+        "scores": scores,
+    }
 
 
 class Sink(Protocol):
@@ -127,6 +146,7 @@ class Evaluation:
         max_new_tokens: int,
         batch_size: int,
         count: int | None,
+        checks: Sequence[SumCheck] = (),
     ) -> None:
         self.model = model
         self.collator = collator
@@ -135,7 +155,7 @@ class Evaluation:
         self.run = run
         self.sink = sink
         self.dtype = dtype
-        self.limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        self.settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "checks": checks}
         self.count = count
 
     def validate(self, step: int) -> dict[str, float]:
@@ -166,7 +186,7 @@ class Evaluation:
                 count=count,
                 description=f"{split} {stage}",
                 on_rows=on_rows,
-                **self.limits,
+                **self.settings,
             )
         if self.accelerator.is_main_process:
             if stage != "during":  # evaluate.py repeats these

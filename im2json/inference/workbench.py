@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from peft import PeftModel
+from PIL import Image
 
 from im2json.data.check import check_split
 from im2json.data.collate import Collator
@@ -30,6 +31,7 @@ from im2json.model.lora import add_lora
 from im2json.model.memory import Forecast, Load, Setting, Sizes, forecast, free_bytes, largest_microbatch
 from im2json.options import TrainConfig
 from im2json.runs import RunFolder
+from im2json.scoring.checks import parse_checks
 from im2json.scoring.text import canonical
 
 MICROBATCH_ON_CPU = 4  # examples
@@ -61,7 +63,13 @@ class Workbench:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.config.decode.eval_batch_size,
             count=self.config.train.eval_examples,
+            checks=parse_checks(self.config.decode.check_sum),
         )
+
+    def picture(self, split: str, id: str) -> Image.Image:
+        """The document of an example."""
+        examples = self.splits[split]
+        return examples[list(examples.ids).index(id)].image
 
     @property
     def max_new_tokens(self) -> int:

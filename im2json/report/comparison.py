@@ -10,9 +10,11 @@ from im2json.report.table import before_after_table, table
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS, Difference, compare_predictions
 from im2json.scoring.catalogue import labelled
+from im2json.scoring.checks import CheckCounts, count_checks
 from im2json.scoring.examples import kept_predictions, score_run
 from im2json.scoring.fieldtable import compare_fields
 from im2json.scoring.scorecard import Scorecard
+from im2json.scoring.sureness import ALL, Sureness, run_sureness
 
 MAX_FOREIGN_SHOWN = 10
 """Rows of paths that no target has; --json has them all."""
@@ -52,15 +54,54 @@ def fields_table(card: Scorecard) -> str:
     return table(lines, headers) + more
 
 
-def run_report(run: RunFolder, split: str, metrics: Mapping[str, Mapping[str, float]], as_json: bool = False) -> str:
-    """A split's metrics before and after, and what was answered after in detail; as JSON the metrics alone."""
+def run_report(
+    run: RunFolder,
+    split: str,
+    metrics: Mapping[str, Mapping[str, float]],
+    target_precision: float | None = None,
+    as_json: bool = False,
+) -> str:
+    """A split's metrics before and after, and what was answered after in detail; as JSON the metrics and confidence."""
+    sureness = run_sureness(run, split, target_precision)
+    checks = count_checks(kept_predictions(run, split))
     if as_json:
-        return json.dumps(metrics, indent=2)
+        told = {"checks": {text: found._asdict() for text, found in checks.items()}} if checks else {}
+        return json.dumps({**metrics, "confidence": sureness.as_json(), **told}, indent=2)
     return (
         f"{split} split, generated text:\n{before_after_table(metrics['before'], metrics['after'])}\n\n"
         f"after, in detail: {scorecard_report(score_run(run, split))}\n\n"
-        f"predictions  {run.predictions}\npicture      {run.path / f'{split}.png'}"
+        f"{sureness_table(sureness)}\n\n{checks_table(checks)}"
+        f"predictions  {run.predictions}\nreport       {run.report}\npicture      {run.path / f'{split}.png'}"
     )
+
+
+def sureness_table(found: Sureness) -> str:
+    """A line a key path, all of them together first."""
+    if not found.groups:
+        return "no field has a confidence"
+    headers = ["confidence", "fields", "right", "mean", "ECE", "AURC"]
+    lines = [[path, *group[:5]] for path, group in found.groups.items()]
+    note = "right: share of those predicted; mean: calibrated; ECE, AURC: calibration error, area under risk-coverage"
+    if found.threshold is None:
+        return f"{table(lines, headers)}\n{note}"
+    lines = [[*line, *group[5:]] for line, group in zip(lines, found.groups.values())]
+    share, precision = found.groups[ALL][5:]
+    assert share is not None
+    said = (
+        f"from {found.threshold:.4f} on, which validation asks for {found.target_precision:g} of those kept to be "
+        f"right, {share:.1%} of the fields are kept, and {precision or 0:.2%} of these are right"
+        if math.isfinite(found.threshold)
+        else f"validation has no threshold at which {found.target_precision:g} of the fields kept are surely right"
+    )
+    return f"{table(lines, [*headers, 'kept', 'precision'])}\n{note}\n{said}"
+
+
+def checks_table(checks: Mapping[str, CheckCounts]) -> str:
+    """A line a check, and an empty one behind them; empty where there is none."""
+    if not checks:
+        return ""
+    headers = ["check", "holds", "fails", "cannot say", "an amount is wrong", "and it fails"]
+    return table([[text, *found] for text, found in checks.items()], headers) + "\n\n"
 
 
 def comparison_report(first: RunFolder, second: RunFolder, split: str, as_json: bool = False) -> str:

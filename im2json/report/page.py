@@ -1,4 +1,4 @@
-"""The frame of a page that is one file: no script, no network, dark where the reader's screen is."""
+"""The frame of a page that is one file: no network, dark where the reader's screen is."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from im2json.runs import RunFolder, read_lines
+from im2json.runs import RunFolder, read_lines, write_json
+from im2json.scoring.confidence import Calibration, calibration_error, judged
 from im2json.scoring.scorecard import Scorecard
 from im2json.scoring.text import parse
 
@@ -83,9 +84,13 @@ def _count(card: Scorecard, row: Row, targets: Path | None, index: dict[str, _Pl
 
 
 def kept_predictions(run: RunFolder, split: str, stage: str = "after") -> list[Row]:
-    """The rows (id, text, target) that a run kept of a split. Raises ValueError where it kept none."""
+    """The rows (id, text, target, confidence and checks where they are there) that a run kept of a split.
+
+    Raises ValueError where it kept none.
+    """
     wanted = (row for row in read_lines(run.predictions) if (row.get("split"), row.get("stage")) == (split, stage))
-    rows = [{name: row[name] for name in ("id", "text", "target")} for row in wanted]
+    names = ("id", "text", "target", "confidence", "checks")
+    rows: list[Row] = [{name: row[name] for name in names if name in row} for row in wanted]
     if not run.config.exists() and not rows:
         raise ValueError(f"{run.path} is not a run folder: it has no config.json")
     if not rows:
@@ -102,6 +107,49 @@ def score_run(run: RunFolder, split: str, stage: str = "after") -> Scorecard:
     for row in kept_predictions(run, split, stage):
         card.update(row["text"], row["target"], row["id"])
     return card
+
+
+def calibrate(run: RunFolder, step: int) -> Calibration | None:
+    """Fits the confidence of a run's leaves to its answers on the validation split at `step`, and writes
+    calibration.json.
+
+    None, with nothing written, where the run kept no leaves of them with a confidence.
+    """
+    rows = calibration_rows(run, step)
+    leaves = [leaf for row in rows for leaf in judged(row)]
+    if not leaves:
+        return None
+    sure, right = [leaf.confidence for leaf in leaves], [leaf.right for leaf in leaves]
+    calibration = Calibration.fit(sure, right)
+    errors = calibration_error(sure, right), calibration_error(calibration(sure), right)
+    write_json(run.calibration, {
+        "method": "1 / (1 + exp(-(slope * log(p / (1 - p)) + intercept))), p as in predictions.jsonl",
+        **calibration._asdict(),
+        "fitted_on": {"split": "validation", "step": step, "examples": len(rows), "leaves": len(leaves),
+                      "wrong": right.count(False)},
+        "calibration_error": {"before": errors[0], "after": errors[1]},
+    })  # fmt: skip
+    return calibration
+
+
+def calibration_rows(run: RunFolder, step: int) -> list[Row]:
+    """The rows with a confidence of the validation split at `step`: what evaluate.py made, or else training."""
+    kept = (row for row in read_lines(run.predictions) if (row["split"], row["step"]) == ("validation", step))
+    rows = [row for row in kept if "confidence" in row]
+    return [row for row in rows if row["stage"] == "after"] or rows
+
+
+def read_calibration(run: RunFolder) -> tuple[Calibration, int] | None:
+    """What `calibrate` wrote, and the step that it was fitted at; None where it wrote nothing.
+    Raises ValueError where calibration.json is not one of ours.
+    """
+    if not run.calibration.exists():
+        return None
+    try:
+        stored = json.loads(run.calibration.read_text("utf-8"))
+        return Calibration(float(stored["slope"]), float(stored["intercept"])), int(stored["fitted_on"]["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{run.calibration} does not hold a calibration: evaluate.py writes it") from error
 
 
 def _rows(path: Path, problem: Problem) -> Iterator[tuple[str, Row]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from im2json.scoring.text import MAX_DEPTH, parse
@@ -55,11 +56,35 @@ def read(text: str) -> Reading:
     if start < 0 or len(text) > MAX_REPAIRED or text.lstrip().startswith("["):
         return Reading(None, "unreadable", False)
     rewriting = _Rewriting()
-    rewritten = rewriting.run(text, start)
-    value = None if rewritten is None else parse(rewritten)
+    value = parse("".join(rewriting.pieces)) if rewriting.run(text, start) else None
     if value is None:
         return Reading(None, "unreadable", False)
     return Reading(value, "repaired", bool(rewriting.open))
+
+
+def leaf_spans(text: str) -> dict[str, Any] | None:
+    """The object that `read` finds, with where each leaf stands, (start, end) in the text, in the leaf's place.
+
+    None where `read` finds none, and for what is longer than MAX_REPAIRED.
+    """
+    rewriting = _Rewriting()
+    if len(text) > MAX_REPAIRED or read(text).value is None or not rewriting.run(text, text.find("{")):
+        return None
+    # read as the text is, repeated keys and all, but with a number in place of each leaf
+    pieces = (str(i) if i in rewriting.spans else piece for i, piece in enumerate(rewriting.pieces))
+    numbered = parse("".join(pieces))
+    assert numbered is not None
+    found: dict[str, Any] = map_leaves(numbered, rewriting.spans.__getitem__)
+    return found
+
+
+def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
+    """A document with something else in place of each leaf."""
+    if isinstance(value, dict):
+        return {key: map_leaves(inner, function) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [map_leaves(inner, function) for inner in value]
+    return function(value)
 
 
 class _Rewriting:
@@ -67,24 +92,28 @@ class _Rewriting:
 
     def __init__(self) -> None:
         self.pieces: list[str] = []
+        self.spans: dict[int, tuple[int, int]] = {}  # of the pieces that are leaves, in the text that is read
+        self.place = (0, 0)  # of the present token
         self.open: list[str] = []
         self.whole = 0
         self.before = ""  # kind of the last token: open, close, comma, colon, value, key
 
-    def run(self, text: str, start: int) -> str | None:
-        """The object that begins at `start`, as text that may be JSON; None where it cannot be."""
+    def run(self, text: str, start: int) -> bool:
+        """Puts the object that begins at `start` into the pieces; False where they cannot be JSON."""
         place = start
         while place < len(text):
             token = _TOKEN.match(text, place)
             if token is None or not self._take(token, token.end() == len(text)):
-                return None
+                return False
             if not self.open:
-                return "".join(self.pieces)
+                return True
             place = token.end()
-        return "".join(self.pieces[: self.whole]) + "".join(_CLOSING[bracket] for bracket in reversed(self.open))
+        self.pieces[self.whole :] = [_CLOSING[bracket] for bracket in reversed(self.open)]
+        return True
 
     def _take(self, token: re.Match[str], last: bool) -> bool:
         kind, text = token.lastgroup, token.group()
+        self.place = token.span()
         if kind == "space":
             return True
         if kind in ("open", "string", "python", "word") and self.before in ("value", "key", "close"):
@@ -103,6 +132,8 @@ class _Rewriting:
         return self._string(token)
 
     def _add(self, piece: str, kind: str, whole: bool = True) -> None:
+        if kind == "value":
+            self.spans[len(self.pieces)] = self.place
         self.pieces.append(piece)
         self.before = kind
         if whole:

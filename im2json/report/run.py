@@ -1,0 +1,196 @@
+"""The page of a run: how good its answers on a split are, field by field, how sure it was, and the examples."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.resources import files
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+
+from im2json.report.page import html_page, html_table
+from im2json.report.plot import Curve, curve_plot, legend
+from im2json.report.table import cell_text
+from im2json.runs import RunFolder, atomically
+from im2json.scoring import METRICS
+from im2json.scoring.catalogue import labelled
+from im2json.scoring.confidence import judged, reliability, risk_coverage
+from im2json.scoring.errors import example_errors
+from im2json.scoring.examples import kept_predictions
+from im2json.scoring.jsontext import read
+from im2json.scoring.metrics import matches
+from im2json.scoring.normal import fields, normal_items
+from im2json.scoring.scorecard import Scorecard
+from im2json.scoring.sureness import ALL, Sureness, run_sureness
+from im2json.scoring.text import canonical
+
+LONGEST_SIDE = 480
+"""Pixels of a document; larger ones are scaled down."""
+
+MOST = 1_000
+"""Examples in the page: of more the worst."""
+
+POINTS = 200
+"""Of the risk-coverage curve that are drawn."""
+
+Row = Mapping[str, Any]
+Line = tuple[int, str, str, int, float | None]
+"""Of indented JSON: depth, what stands before the leaf, the leaf, OK, WRONG or NO_FIELD, and how sure it is."""
+
+OK, WRONG, NO_FIELD = 0, 1, 2
+FAILS = "does not add up"
+"""The class of answers for which a check fails, beside those of scoring.errors."""
+
+
+def write_report(
+    run: RunFolder, split: str, picture: Callable[[str], Image.Image], before: Mapping[str, float] | None = None
+) -> None:
+    """Writes report.html of what the run kept of a split after training: one file, no network.
+
+    Args:
+        picture: the document of an example, by its id.
+        before: the base's metrics.
+
+    Raises:
+        ValueError: if the run kept nothing of this split.
+    """
+    rows, sureness = kept_predictions(run, split), run_sureness(run, split)
+    card = Scorecard()
+    scores = {row["id"]: card.update(row["text"], row["target"], row["id"])["field_f1"] for row in rows}
+    worst = sorted(rows, key=lambda row: scores[row["id"]])[:MOST]
+    examples = [_example(row, scores[row["id"]], sureness, picture(row["id"])) for row in worst]
+    left_out = f" The {MOST} worst of {len(rows)} are shown." if len(rows) > MOST else ""
+    parts = [
+        f"<p>{len(rows)} examples of the {html.escape(split)} split, generated text, with 95 % intervals.</p>",
+        f'<div class="columns">{_metrics(card, before)}{_errors(card)}</div>',
+        _fields(card, sureness),
+        _confidence(sureness),
+        files("im2json.report").joinpath("run.html").read_text("utf-8").replace("<!-- left out -->", left_out),
+        f'<script type="application/json" id="data">{_embedded(examples)}</script>',
+        f"<script>{files('im2json.report').joinpath('run.js').read_text('utf-8')}</script>",
+    ]
+    style = files("im2json.report").joinpath("run.css").read_text("utf-8")
+    with atomically(run.report) as aside:
+        aside.write_text(html_page(f"Run {run.path.name}", style, "\n".join(parts)), "utf-8")
+
+
+def _embedded(value: Any) -> str:
+    """JSON that no text within it can end the script of."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _metrics(card: Scorecard, before: Mapping[str, float] | None) -> str:
+    values, bounds = card.metrics.compute(), card.metrics.intervals()
+    rows = [
+        [labelled(name), (before or {}).get(name), values[name], f"[{bounds[name][0]:.3f}, {bounds[name][1]:.3f}]"]
+        for name in METRICS
+    ]
+    return f"<section><h2>Metrics</h2>{_table(['metric', 'before', 'after', '95 % interval'], rows)}</section>"
+
+
+def _errors(card: Scorecard) -> str:
+    rows = [[name, found["examples"], found["occurrences"]] for name, found in card.errors.compute().items()]
+    return f"<section><h2>Errors</h2>{_table(['error', 'examples', 'times'], rows)}</section>"
+
+
+def _fields(card: Scorecard, sureness: Sureness) -> str:
+    """The worst first."""
+    rows = []
+    for row in sorted(card.fields.compute(), key=lambda row: row.f1):
+        group = sureness.groups.get(row.path or "")
+        sure = group[2:5] if group else (None, None, None)
+        rows.append([row.path or "(other)", row.support, row.predicted, row.precision, row.recall, row.f1, *sure])
+    headers = ["field", "support", "predicted", "precision", "recall", "F1", "mean confidence", "ECE", "AURC"]
+    return f"<section><h2>Fields by F1</h2>{_table(headers, rows)}</section>"
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    return html_table(headers, [[html.escape(cell_text(value)) for value in row] for row in rows])
+
+
+def _confidence(found: Sureness) -> str:
+    """Reliability and risk against coverage, in per cent; a sentence where the answers have no confidence."""
+    if ALL not in found.groups:
+        return "<section><h2>Confidence</h2><p>These answers were kept without it.</p></section>"
+    sure, right = [leaf.confidence for leaf in found.leaves], [leaf.right for leaf in found.leaves]
+    bins = [(100 * mean, 100 * share) for mean, share, _ in reliability(sure, right)]
+    coverage, risk = risk_coverage(sure, right)
+    chosen = sorted({round(i * (len(risk) - 1) / POINTS) for i in range(POINTS + 1)})
+    curve = [(100 * float(coverage[i]), 100 * float(risk[i])) for i in chosen]
+    group = found.groups[ALL]
+    told = (
+        f"{group.leaves} predicted fields, {group.right:.1%} of them right; mean confidence {group.confidence:.1%}; "
+        f"calibration error {group.calibration_error:.4f}; area under the risk-coverage curve {group.aurc:.5f}."
+    )
+    diagonal = Curve("as sure as right", 6, [(0, 0), (100, 100)])
+    plots = [
+        curve_plot([Curve("fields, in 15 bins of equally many", 0, bins), diagonal], "confidence, %", "right, %")
+        + legend(["fields, in 15 bins of equally many"]),
+        curve_plot([Curve("wrong of those kept", 0, curve)], "the surest fields kept, %", "wrong of those kept, %"),
+    ]
+    drawn = "".join(f'<div class="wide">{plot}</div>' for plot in plots)
+    return f'<section><h2>Confidence</h2><p>{told}</p><div class="plots">{drawn}</div></section>'
+
+
+def _example(row: Row, f1: float, sureness: Sureness, picture: Image.Image) -> dict[str, Any]:
+    reading = read(row["text"])
+    document, target = reading.value, row["target"]
+    confidence = sureness.calibration.of(row["confidence"]) if row.get("confidence") else None
+    leaves = judged({**row, "confidence": confidence}) if confidence else []
+    fails = sum(holds is False for holds in row.get("checks", {}).values())
+    wrong = [leaf.confidence for leaf in leaves if not leaf.right]
+    pairs, wanted = (Counter(fields(normal_items(side))) for side in (document or {}, target))
+    return {
+        "id": row["id"],
+        "f1": round(f1, 4),
+        "least": min((leaf.confidence for leaf in leaves), default=0.0),
+        "mistake": max(wrong, default=-1.0),
+        "errors": {**example_errors(reading, target), **({FAILS: fails} if fails else {})},
+        "fields": sorted({path for path, _ in (pairs - wanted) | (wanted - pairs)}),
+        "right": [matches(pairs.elements(), wanted.elements()), pairs.total(), wanted.total()],
+        "how": reading.how,
+        "target": list(_lines(target, pairs)),
+        "prediction": [(0, row["text"], "", NO_FIELD, None)]
+        if document is None
+        else list(_lines(document, wanted, confidence)),
+        "search": f"{row['id']} {row['text']} {canonical(target)}".lower(),
+        "picture": _jpeg(picture),
+    }
+
+
+def _lines(document: dict[str, Any], others: Counter[tuple[str, str]], confidence: Any = None) -> Iterator[Line]:
+    """Indented JSON; a leaf is OK where the other side has an equal pair that is not taken yet."""
+    left = Counter(others)
+
+    def walk(value: Any, sure: Any, path: str, depth: int, head: str, tail: str) -> Iterator[Line]:
+        if isinstance(value, dict | list) and value:
+            brackets = "{}" if isinstance(value, dict) else "[]"
+            yield depth, head + brackets[0], "", NO_FIELD, None
+            keys = list(value) if isinstance(value, dict) else range(len(value))
+            for i, key in enumerate(keys):
+                inner = f"{path}.{key}" if path and isinstance(key, str) else key if isinstance(key, str) else path
+                name = f"{json.dumps(key, ensure_ascii=False)}: " if isinstance(key, str) else ""
+                comma = "," if i < len(value) - 1 else ""
+                yield from walk(value[key], sure and sure[key], inner, depth + 1, name, comma)
+            yield depth, brackets[1] + tail, "", NO_FIELD, None
+            return
+        items, state = normal_items(value), NO_FIELD
+        for text in items:
+            state = OK if left[path, text] > 0 else WRONG
+            left[path, text] -= state == OK
+        yield depth, head, json.dumps(value, ensure_ascii=False) + tail, state, sure if items else None
+
+    yield from walk(document, confidence, "", 0, "", "")
+
+
+def _jpeg(picture: Image.Image) -> str:
+    shown = picture.convert("RGB")
+    shown.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    stream = BytesIO()
+    shown.save(stream, "JPEG", quality=70)
+    return base64.b64encode(stream.getvalue()).decode()

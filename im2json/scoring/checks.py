@@ -1,0 +1,108 @@
+"""Whether the amounts of a document add up. A check is a remark on a prediction and never changes it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+from im2json.scoring.jsontext import read
+from im2json.scoring.normal import fields, normal_items
+
+_TERM = re.compile(r"\s*([+-]?)\s*([^\s+=;-][^+=;]*?)\s*(?=[+]|\s-|$)")
+_AMOUNT = re.compile(r"\d+(?:[.,' \u00a0]\d+)*")
+
+
+class SumCheck(NamedTuple):
+    """An equation between sums of all leaves at some paths."""
+
+    text: str  # as it was given
+    left: list[tuple[int, str]]  # signs and paths
+    right: list[tuple[int, str]]
+
+    @classmethod
+    def parse(cls, text: str) -> SumCheck:
+        """Reads `menu.price + menu.sub.price = total.total_price`; a minus needs a space before it.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        sides = [[*_TERM.finditer(side)] for side in text.split("=")]
+        whole = ["".join(term.group() for term in terms).strip() for terms in sides]
+        if len(sides) != 2 or not all(sides) or whole != [side.strip() for side in text.split("=")]:
+            raise ValueError(
+                f"--check-sum {text!r} is no equation of paths: write menu.price + menu.sub.price = total.total_price"
+            )
+        left, right = ([(-1 if term[1] == "-" else 1, term[2]) for term in terms] for terms in sides)
+        return cls(text.strip(), left, right)
+
+    def holds(self, document: dict[str, Any]) -> bool | None:
+        """Whether it adds up. Paths without a leaf count as 0; None where a side has no leaf, or a leaf no amount."""
+        leaves: dict[str, list[str]] = {}
+        for path, leaf in fields(normal_items(document)):
+            leaves.setdefault(path, []).append(leaf)
+        sums = []
+        for side in (self.left, self.right):
+            amounts = [(sign, amount(leaf)) for sign, path in side for leaf in leaves.get(path, [])]
+            if not amounts or any(value is None for _, value in amounts):
+                return None
+            sums.append(sum(sign * value for sign, value in amounts if value is not None))
+        return bool(sums[0] == sums[1])
+
+
+class CheckCounts(NamedTuple):
+    """How often the answers to some examples add up, and what that says about those they were checked for."""
+
+    holds: int
+    fails: int
+    cannot_say: int
+    wrong: int  # answers with a leaf that is not the target's at any path of the equation, or one missing
+    caught: int  # of these, where it fails
+
+
+def count_checks(rows: Iterable[Mapping[str, Any]]) -> dict[str, CheckCounts]:
+    """For each check in rows of predictions.jsonl (text, target, checks)."""
+    found: dict[str, list[tuple[bool | None, bool]]] = {}
+    for row in rows:
+        for text, holds in row.get("checks", {}).items():
+            check = SumCheck.parse(text)
+            paths = {path for _, path in [*check.left, *check.right]}
+            sides = (read(row["text"]).value or {}, row["target"])
+            have, want = (Counter(f for f in fields(normal_items(side)) if f[0] in paths) for side in sides)
+            found.setdefault(text, []).append((holds, have != want))
+    return {
+        text: CheckCounts(
+            *(sum(holds is state for holds, _ in told) for state in (True, False, None)),
+            sum(wrong for _, wrong in told),
+            sum(wrong and holds is False for holds, wrong in told),
+        )
+        for text, told in found.items()
+    }
+
+
+def parse_checks(text: str | None) -> list[SumCheck]:
+    """The equations in --check-sum, joined by semicolons. Raises ValueError for one that is none."""
+    return [SumCheck.parse(part) for part in (text or "").split(";") if part.strip()]
+
+
+def amount(text: str) -> Decimal | None:
+    """The one number in a text, with any currency around it: `Rp. 12.500`, `-1,200.50`, `$ 3,5`; None where there is
+    none or more than one.
+
+    The last separator is a decimal point unless three digits follow it, or another such separator is before it. A minus
+    before the number or a pair of parentheses around the text makes it negative.
+    """
+    found = _AMOUNT.findall(text)
+    if len(found) != 1:
+        return None
+    (digits,) = found
+    before = text[: text.index(digits)]
+    negative = "-" in before or (text.strip().startswith("(") and text.strip().endswith(")"))
+    parts = re.split(r"([.,' \u00a0])", digits)
+    decimals = ""
+    if len(parts) > 1 and len(parts[-1]) != 3 and parts[-2] in ".," and parts[-2] not in parts[1:-2]:
+        decimals = parts[-1]
+        parts = parts[:-2]
+    return Decimal(f"{'-' if negative else ''}{''.join(parts[::2])}.{decimals or 0}")

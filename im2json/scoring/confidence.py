@@ -1,0 +1,223 @@
+"""How sure a prediction is of each of its leaves, and how far that can be believed.
+
+A leaf's confidence is the probability that its text and what leads to it had when they were written: the product
+over all tokens since the leaf before it ended, keys, brackets and quotes included, since its path must be right too.
+What that is worth is calibrated on answers whose targets are known. A leaf is right as the field metrics have it: its
+(path, value) pair is one of the target's, list positions left out, and not yet taken by an equal one before it.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from im2json.scoring.jsontext import leaf_spans, map_leaves, read
+from im2json.scoring.normal import fields, normal_items
+
+Array = NDArray[np.float64]
+
+DIGITS = 6
+"""Decimals of a confidence that is kept. What is nearer to 0 or 1 counts as that near."""
+
+BINS = 15
+"""Of the calibration error, as in Guo et al. (2017)."""
+
+
+class Leaf(NamedTuple):
+    """A predicted leaf, its confidence, and whether the target has it."""
+
+    path: str
+    value: str
+    confidence: float
+    right: bool
+
+
+def leaf_confidence(text: str, starts: Sequence[int], logprobs: Sequence[float]) -> dict[str, Any] | None:
+    """The object that a text is read as, with the probability of each leaf in its place; None where it is none.
+
+    Args:
+        starts: where in the text each token begins, ascending; those of one character begin at the same place.
+        logprobs: of each token, in nats.
+    """
+    spans = leaf_spans(text)
+    if spans is None:
+        return None
+    ends = [0]  # of the leaves, in the order of the text
+    map_leaves(spans, lambda span: ends.append(span[1]))
+    ends.sort()
+    total = [0.0, *np.cumsum(logprobs)]
+
+    def probability(span: tuple[int, int]) -> float:
+        begin = ends[bisect_left(ends, span[1]) - 1]
+        first = bisect_left(starts, starts[bisect_right(starts, begin) - 1])
+        return round(math.exp(total[bisect_left(starts, span[1])] - total[first]), DIGITS)
+
+    confidence: dict[str, Any] = map_leaves(spans, probability)
+    return confidence
+
+
+def judged(row: Mapping[str, Any]) -> list[Leaf]:
+    """The leaves of a row of predictions.jsonl (text, confidence, target), in the text's order.
+
+    Those that are empty, which are no field, are left out. Raises ValueError where the row has no confidence for the
+    object that its text is.
+    """
+    document, confidence = read(row["text"]).value, row.get("confidence")
+    if document is None:
+        return []
+    open_pairs = Counter(fields(normal_items(row["target"])))
+    found = []
+    try:
+        for path, value, sure in _pairs(document, confidence, ""):
+            right = open_pairs[path, value] > 0
+            open_pairs[path, value] -= right
+            found.append(Leaf(path, value, float(sure), right))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"example {row.get('id')!r} has no confidence for each of its leaves") from None
+    return found
+
+
+def _pairs(value: Any, confidence: Any, path: str) -> Iterator[tuple[str, str, float]]:
+    """`normal.fields` of a document as parsed, each with its confidence."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _pairs(inner, confidence[key], f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for item, sure in zip(value, confidence, strict=True):
+            yield from (pair for pair in _pairs(item, sure, path) if pair[1] or isinstance(item, dict))
+    else:
+        yield from ((path, text, confidence) for text in normal_items(value))
+
+
+class Calibration(NamedTuple):
+    """Platt scaling of the log-odds: 1 / (1 + exp(-(slope x log(p / (1 - p)) + intercept))), which keeps the order.
+
+    Two parameters, as a validation split holds few wrong leaves (J. Platt, "Probabilistic Outputs for Support Vector
+    Machines", 1999; on log-odds it is what Guo et al., "On Calibration of Modern Neural Networks", 2017, compare with).
+    """
+
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    def __call__(self, confidence: Any) -> Any:
+        """Calibrated, in the shape given."""
+        return 1 / (1 + np.exp(-(self.slope * _log_odds(confidence) + self.intercept)))
+
+    def of(self, confidence: dict[str, Any]) -> dict[str, Any]:
+        """What `leaf_confidence` returned, calibrated."""
+        calibrated: dict[str, Any] = map_leaves(confidence, lambda p: round(float(self(p)), DIGITS))
+        return calibrated
+
+    @classmethod
+    def fit(cls, confidence: Sequence[float], right: Sequence[bool]) -> Calibration:
+        """The most likely parameters for Platt's targets, (right + 1) / (right + 2) and 1 / (wrong + 2), by Newton's
+        method. They are finite where all leaves are right, too; a slope below 0 is taken as 0.
+
+        Raises:
+            ValueError: if there are no leaves.
+        """
+        if not len(confidence):
+            raise ValueError("there are no leaves to calibrate confidence on")
+        is_right = np.asarray(right, bool)
+        high, low = (is_right.sum() + 1) / (is_right.sum() + 2), 1 / ((~is_right).sum() + 2)
+        wanted = np.where(is_right, high, low)
+        x = np.stack([_log_odds(confidence), np.ones(len(wanted))], 1)  # leaves x 2
+        slope, intercept = _logistic(x, wanted)
+        if slope < 0:
+            slope, (intercept,) = 0.0, _logistic(x[:, 1:], wanted)
+        return cls(float(slope), float(intercept))
+
+
+def _log_odds(confidence: Any) -> Array:
+    edge = 10.0**-DIGITS
+    p = np.clip(np.asarray(confidence, float), edge, 1 - edge)
+    return np.log(p) - np.log1p(-p)
+
+
+def _logistic(x: Array, wanted: Array) -> Array:
+    """Weights of the most likely logistic regression, with a ridge of 1e-6 for columns that do not vary."""
+
+    def loss(weights: Array) -> float:
+        z = x @ weights
+        return float((np.logaddexp(0, z) - wanted * z).sum() + 5e-7 * weights @ weights)
+
+    weights = np.zeros(x.shape[1])
+    for _ in range(100):
+        p = 1 / (1 + np.exp(-x @ weights))
+        gradient = x.T @ (p - wanted) + 1e-6 * weights
+        step = np.linalg.solve((x.T * (p * (1 - p))) @ x + 1e-6 * np.eye(len(weights)), gradient)
+        size = 1.0
+        while loss(weights - size * step) > loss(weights) and size > 1e-6:  # Newton alone may overshoot
+            size /= 2
+        weights = weights - size * step
+        if np.abs(size * step).max() < 1e-10:
+            break
+    return weights
+
+
+def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: int = BINS) -> float:
+    """Expected calibration error: the mean over leaves of |mean confidence - share right| of a leaf's bin.
+
+    The bins hold equally many leaves each, in the order of confidence: with most of them near 1, bins of equal width
+    would be empty but for the last. NaN without leaves.
+    """
+    gaps = [abs(sure - share) * count for sure, share, count in reliability(confidence, right, bins)]
+    return sum(gaps) / len(confidence) if len(confidence) else math.nan
+
+
+def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = BINS) -> list[tuple[float, float, int]]:
+    """(mean confidence, share right, leaves) of each bin that has leaves; the bins are those of the calibration error.
+
+    Leaves of equal confidence, which have no order, count as right by the share of them that is.
+    """
+    sure, shared = _ordered(confidence, right)
+    parts = zip(np.array_split(sure, bins), np.array_split(shared, bins))
+    return [(float(a.mean()), float(b.mean()), len(a)) for a, b in parts if len(a)][::-1]
+
+
+def risk_coverage(confidence: Sequence[float], right: Sequence[bool]) -> tuple[Array, Array]:
+    """Share of leaves kept, and of these the share that is wrong, for each number of the most confident kept (Geifman
+    and El-Yaniv, "Selective Classification for Deep Neural Networks", 2017). Ties as in `reliability`."""
+    _, shared = _ordered(confidence, right)
+    count = np.arange(1, len(shared) + 1)
+    return count / max(1, len(shared)), np.cumsum(1 - shared) / count
+
+
+def area_under_risk_coverage(confidence: Sequence[float], right: Sequence[bool]) -> float:
+    """AURC: the mean of the risks of `risk_coverage`; smaller is better, 0 where all are right. NaN without leaves."""
+    _, risk = risk_coverage(confidence, right)
+    return float(risk.mean()) if len(risk) else math.nan
+
+
+def threshold_for(confidence: Sequence[float], right: Sequence[bool], precision: float) -> float:
+    """The least confidence from which on leaves are kept so that so many of those kept are right; inf if there is none.
+
+    One wrong leaf more than there were is allowed for among those kept, as in conformal risk control (Angelopoulos et
+    al., 2022): on few leaves a share could be met by luck.
+    """
+    sure, shared = _ordered(confidence, right)
+    count = np.arange(1, len(sure) + 1)
+    met = (np.cumsum(1 - shared) + 1) / (count + 1) <= 1 - precision + 1e-12
+    met &= np.append(sure[1:] < sure[:-1], True)  # equal ones are kept together
+    return float(sure[met][-1]) if met.any() else math.inf
+
+
+def kept(confidence: Sequence[float], right: Sequence[bool], threshold: float) -> tuple[float, float]:
+    """The share of leaves at the threshold or above, and how many of these are right; NaN where there is none."""
+    above = np.asarray(confidence) >= threshold
+    if not len(above):
+        return math.nan, math.nan
+    return float(above.mean()), float(np.asarray(right, float)[above].mean()) if above.any() else math.nan
+
+
+def _ordered(confidence: Sequence[float], right: Sequence[bool]) -> tuple[Array, Array]:
+    """Confidence in descending order, and for each the share that is right of those that are as sure."""
+    sure, place, count = np.unique(np.asarray(confidence, float), return_inverse=True, return_counts=True)
+    share = np.bincount(place, np.asarray(right, float), len(sure)) / np.maximum(count, 1)
+    return np.repeat(sure[::-1], count[::-1]), np.repeat(share[::-1], count[::-1])

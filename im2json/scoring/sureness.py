@@ -1,0 +1,100 @@
+"""How well a run's confidence holds on a split, over all fields and one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from im2json.runs import RunFolder
+from im2json.scoring.confidence import (
+    Calibration,
+    Leaf,
+    area_under_risk_coverage,
+    calibration_error,
+    judged,
+    kept,
+    threshold_for,
+)
+from im2json.scoring.examples import calibration_rows, kept_predictions, read_calibration
+from im2json.scoring.normal import fields, normal_items
+
+ALL = "(all)"
+NO_TARGET = "(no target has it)"
+"""Names of the groups that are no path."""
+
+
+class Group(NamedTuple):
+    """What is known of some predicted leaves, their confidence calibrated; None for what there is none of."""
+
+    leaves: int
+    right: float
+    confidence: float
+    calibration_error: float
+    aurc: float
+    kept: float | None = None
+    precision: float | None = None
+
+
+@dataclass(frozen=True)
+class Sureness:
+    """A split's predicted leaves by key path, ALL first."""
+
+    leaves: Sequence[Leaf]  # calibrated
+    calibration: Calibration
+    groups: dict[str, Group]
+    target_precision: float | None = None
+    threshold: float | None = None  # of the calibrated confidence; inf where validation has none
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the leaves; an infinite threshold is null."""
+        found = self.threshold if self.threshold is not None and math.isfinite(self.threshold) else None
+        return {
+            "calibration": self.calibration._asdict(),
+            "target_precision": self.target_precision,
+            "threshold": found,
+            "fields": {path: group._asdict() for path, group in self.groups.items()},
+        }
+
+
+def run_sureness(run: RunFolder, split: str, target_precision: float | None = None) -> Sureness:
+    """What a run was sure of on a split after training; rows without a confidence are left out.
+
+    The threshold for a target precision is found on the answers that the calibration was fitted to.
+    Raises ValueError where calibration.json is not one of ours.
+    """
+    calibration, step = read_calibration(run) or (Calibration(), None)
+    rows = [row for row in kept_predictions(run, split) if "confidence" in row]
+    leaves = calibrated((leaf for row in rows for leaf in judged(row)), calibration)
+    threshold = None
+    if target_precision is not None and step is not None:
+        known = calibrated((leaf for row in calibration_rows(run, step) for leaf in judged(row)), calibration)
+        threshold = threshold_for([leaf.confidence for leaf in known], [leaf.right for leaf in known], target_precision)
+    wanted = {path for row in rows for path, _ in fields(normal_items(row["target"]))}
+    by_path: dict[str, list[Leaf]] = {}
+    for leaf in leaves:
+        by_path.setdefault(leaf.path if leaf.path in wanted else NO_TARGET, []).append(leaf)
+    ordered = sorted(by_path.items(), key=lambda item: (item[0] == NO_TARGET, item[0]))
+    groups = {path: _group(some, threshold) for path, some in [(ALL, leaves), *ordered] if some}
+    return Sureness(leaves, calibration, groups, target_precision, threshold)
+
+
+def calibrated(leaves: Iterable[Leaf], calibration: Calibration) -> list[Leaf]:
+    """The same leaves with what their confidence means."""
+    return [leaf._replace(confidence=float(calibration(leaf.confidence))) for leaf in leaves]
+
+
+def _group(leaves: Sequence[Leaf], threshold: float | None) -> Group:
+    sure, right = [leaf.confidence for leaf in leaves], [leaf.right for leaf in leaves]
+    found = Group(
+        len(leaves),
+        sum(right) / len(leaves),
+        sum(sure) / len(leaves),
+        calibration_error(sure, right),
+        area_under_risk_coverage(sure, right),
+    )
+    if threshold is None:
+        return found
+    share, precision = kept(sure, right, threshold)
+    return found._replace(kept=share, precision=None if math.isnan(precision) else precision)
