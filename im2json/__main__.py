@@ -26,7 +26,9 @@ def main() -> None:
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="the rows' file, gone on with if it is there"
 )
-@option_flags("model", "quant", "precision", "prompt", "letterbox", "max_new_tokens", "eval_batch_size", "threads")
+@option_flags(
+    "model", "quant", "precision", "prompt", "letterbox", "max_new_tokens", "eval_batch_size", "check_sum", "threads"
+)
 @click.pass_context
 def extract(context: click.Context, run: str, pictures: tuple[str, ...], out: Path | None) -> None:
     """Read PICTURES (files, folders, patterns) with the best adapter of RUN: a row of JSON each, in their order.

@@ -39,7 +39,8 @@ CHECKSUMS = "checksums.json"  # in a checkpoint: {file: SHA-256}
 LONGER = {"steps", "epochs"}  # the options that a finished run can be resumed with
 ASKED = "im2json.json"  # beside them: the base, the question and the form of the picture that the adapter was made for
 WARM_START_OPTIONS = ("prompt", "letterbox")  # of what stands there, what --adapter takes
-READING_OPTIONS = ("model", "quant", "precision", "prompt", "letterbox", "max_new_tokens")  # they decide an answer
+# what decides the row of a picture, besides the adapter
+READING_OPTIONS = ("model", "quant", "precision", "prompt", "letterbox", "max_new_tokens", "check_sum")
 VERSIONED = (
     "im2json",
     "torch",
@@ -392,11 +393,19 @@ def reading_config(path: Path, given: dict[str, Any]) -> TrainConfig:
 
 
 def reading_digest(config: TrainConfig) -> str:
-    """What tells the adapter, base and options that pictures are read with from others; 12 hexadecimal digits."""
+    """What tells the adapter, its calibration, base and options that pictures are read with from others; 12 hexadecimal
+    digits."""
     assert config.model.adapter is not None
+    adapter = Path(config.model.adapter)
+    files = [_sha256(path) for path in (adapter / WEIGHTS, home_of(adapter).calibration) if path.exists()]
     decides = {name: config.flat()[name] for name in READING_OPTIONS}
-    weights = _sha256(Path(config.model.adapter) / WEIGHTS)
-    return hashlib.sha256(json.dumps([weights, decides], sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([files, decides], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def home_of(adapter: Path) -> RunFolder:
+    """The folder with an adapter's calibration: its run, or itself where it is alone."""
+    run = RunFolder(adapter.parent)
+    return run if adapter.name == run.adapter.name and run.config.is_file() else RunFolder(adapter)
 
 
 def adapter_folder(path: Path) -> Path:

@@ -21,8 +21,10 @@ from transformers import PaliGemmaForConditionalGeneration
 
 import im2json
 from im2json.data.pictures import list_pictures
+from im2json.inference.decode import Answer
 from im2json.model.base import load_processor
 from im2json.runs import read_lines
+from im2json.scoring.confidence import Calibration, leaf_confidence
 from im2json.scoring.jsontext import read
 
 
@@ -65,6 +67,21 @@ def test_the_answers_are_those_of_the_evaluation(extractor, finished, dataset):
     for row in rows:
         reading = read(row["text"])
         assert (row["json"], row["reading"]) == (reading.value, reading.how)
+
+
+def test_confidence_is_calibrated(finished, pictures, monkeypatch, tmp_path):
+    """Of an answer that a model might give: this one writes no JSON."""
+    answer = Answer('{"a":"b"}', [1, 2, 3], [0.0, -0.5, 0.0], [0, 6, 7])
+    monkeypatch.setattr("im2json.inference.extract.generate", lambda decoder, pixels, limit: [answer] * len(pixels))
+    folder = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
+    raw = leaf_confidence(answer.text, answer.starts, answer.logprobs)
+    (row,) = im2json.Extractor.from_run(folder, check_sum="a = c")(pictures[:1])
+    assert row["confidence"] == raw
+    assert row["checks"] == {"a = c": None}
+    (folder / "calibration.json").write_text(json.dumps({"slope": 2, "intercept": 1, "fitted_on": {"step": 4}}))
+    (row,) = im2json.Extractor.from_run(folder)(pictures[:1])
+    assert row["confidence"] == Calibration(2, 1).of(raw) != raw
+    assert "checks" not in row
 
 
 def test_batches_of_any_size_give_the_same_rows(extractor, finished, pictures):

@@ -70,6 +70,8 @@ def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, tit
     with fresh_folder(out) as aside:
         if adapter_alone:
             shutil.copytree(adapter_folder(run.path), aside, dirs_exist_ok=True)
+            if run.calibration.exists():
+                shutil.copy(run.calibration, aside)
         else:
             write_merged(run, aside)
             torch.cuda.empty_cache()  # the model is gone; another process is about to load its own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,10 @@ from im2json.model.card import check_card
 from im2json.model.hub import adapter_path
 from im2json.model.lora import add_lora, merged_copy
 from im2json.options import TrainConfig
-from im2json.runs import reading_config
+from im2json.runs import home_of, reading_config
+from im2json.scoring.checks import SumCheck, parse_checks
+from im2json.scoring.confidence import Calibration, leaf_confidence
+from im2json.scoring.examples import read_calibration
 from im2json.scoring.jsontext import read
 
 Row = dict[str, Any]
@@ -42,14 +45,24 @@ class Extractor:
         model: plain weights, in eval mode (see `merged_model`).
         max_new_tokens: longest answer; at most what the model holds.
         batch_size: pictures read at a time.
+        calibration: of confidence; without one it is the model's own probability.
+        checks: whether amounts add up, told in each row.
     """
 
     def __init__(
-        self, model: PaliGemmaForConditionalGeneration, collator: Collator, max_new_tokens: int, batch_size: int
+        self,
+        model: PaliGemmaForConditionalGeneration,
+        collator: Collator,
+        max_new_tokens: int,
+        batch_size: int,
+        calibration: Calibration | None = None,
+        checks: Sequence[SumCheck] = (),
     ) -> None:
         self.decoder = Decoder(model, collator)
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
+        self.calibration = calibration or Calibration()
+        self.checks = checks
 
     @classmethod
     def from_run(cls, path: str | os.PathLike[str], **options: Any) -> Extractor:
@@ -58,7 +71,7 @@ class Extractor:
         Args:
             path: a run folder, an adapter folder, or an adapter on the hub (owner/name).
             options: in place of the run's: model, quant, precision, prompt, letterbox, max_new_tokens,
-                eval_batch_size.
+                eval_batch_size, check_sum.
 
         Raises:
             ValueError: naming what is missing or does not fit.
@@ -68,23 +81,42 @@ class Extractor:
     @classmethod
     def from_config(cls, config: TrainConfig) -> Extractor:
         """The same for options that are settled (see runs.reading_config). No data set is opened."""
+        assert config.model.adapter is not None
+        calibration = read_calibration(home_of(Path(config.model.adapter)))
+        checks = parse_checks(config.decode.check_sum)
         model = merged_model(config)
         collator = Collator(load_processor(config.model.model), config.data.prompt, config.data.letterbox)
         room = positions(model) - len(collator.prefix_ids)
-        return cls(model, collator, min(config.decode.max_new_tokens or room, room), config.decode.eval_batch_size)
+        limit = min(config.decode.max_new_tokens or room, room)
+        return cls(model, collator, limit, config.decode.eval_batch_size, calibration and calibration[0], checks)
 
     def __call__(self, pictures: Iterable[str | os.PathLike[str] | Image.Image]) -> Iterator[Row]:
         """A row for each picture, in their order, as they come; a batch and the one after it are held in memory.
 
-        A row is {"id", "json", "reading", "text"}: the file's name as given (of a picture in memory its place), the
-        object or None, how it was read (strict, repaired or unreadable, see scoring.jsontext.read), and the text
-        that the model wrote. A picture that cannot be read gives {"id", "error"} in its place.
+        A row is {"id", "json", "reading", "confidence", "text"}: the file's name as given (of a picture in memory its
+        place), the object or None, how it was read (strict, repaired or unreadable, see scoring.jsontext.read), the
+        object again with a probability for each leaf, and the text that the model wrote; and "checks", where there are
+        any. A picture that cannot be read gives {"id", "error"} in its place.
         """
         for batch in self._batches(pictures):
             pixels = [found for _, found in batch if isinstance(found, torch.Tensor)]
             answers = iter(generate(self.decoder, torch.cat(pixels), self.max_new_tokens) if pixels else [])
             for id, found in batch:
-                yield answer_row(id, next(answers)) if isinstance(found, torch.Tensor) else {"id": id, "error": found}
+                yield self._row(id, next(answers)) if isinstance(found, torch.Tensor) else {"id": id, "error": found}
+
+    def _row(self, id: str, answer: Answer) -> Row:
+        reading = read(answer.text)
+        confidence = leaf_confidence(answer.text, answer.starts, answer.logprobs)
+        row = {
+            "id": id,
+            "json": reading.value,
+            "reading": reading.how,
+            "confidence": None if confidence is None else self.calibration.of(confidence),
+            "text": answer.text,
+        }
+        if self.checks:
+            row["checks"] = {check.text: check.holds(reading.value or {}) for check in self.checks}
+        return row
 
     def _batches(self, pictures: Iterable[Any]) -> Iterator[list[tuple[str, torch.Tensor | str]]]:
         """Names with pixels, 1 x 3 x H x W, or with what is wrong; while a batch is decoded the next one is loaded."""
@@ -113,13 +145,6 @@ class Extractor:
         except ValueError as error:
             return name, str(error)
         return name, self.decoder.collator.pixels([shown])
-
-
-def answer_row(id: str, answer: Answer) -> Row:
-    """The row of a picture that was read."""
-    reading = read(answer.text)
-    # The fields' confidence has its place here: from answer.logprobs and the run's calibration.json.
-    return {"id": id, "json": reading.value, "reading": reading.how, "text": answer.text}
 
 
 def merged_model(config: TrainConfig) -> PaliGemmaForConditionalGeneration:
