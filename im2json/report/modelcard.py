@@ -9,7 +9,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from im2json import __version__
 from im2json.options import FIELDS, TrainConfig
 from im2json.report.comparison import fields_table
 from im2json.runs import ASKED, RunFolder
@@ -29,10 +28,11 @@ def model_card(run: RunFolder, card: Scorecard, title: str, adapter_alone: bool,
         parity: how the answers of the exported weights compare with the run's; empty where that was not looked at.
     """
     config = run.read_config()
+    version = json.loads(run.config.read_text("utf-8"))["versions"]["im2json"]
     parts = [
         f"---\n{_head(config, card, title, adapter_alone)}\n---",
         f"# {title}",
-        f"Reads a picture of a document as JSON: {_base(config)}, fine-tuned with QLoRA by im2json {__version__}.",
+        f"Reads a picture of a document as JSON: {_base(config)}, fine-tuned with QLoRA by im2json {version}.",
         _usage(run, config, adapter_alone),
         _data(run, config, card),
         _metrics(card),
