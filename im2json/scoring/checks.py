@@ -72,14 +72,14 @@ def count_checks(rows: Iterable[Mapping[str, Any]]) -> dict[str, CheckCounts]:
             sides = (read(row["text"]).value or {}, row["target"])
             have, want = (Counter(f for f in fields(normal_items(side)) if f[0] in paths) for side in sides)
             found.setdefault(text, []).append((holds, have != want))
-    return {
-        text: CheckCounts(
-            *(sum(holds is state for holds, _ in told) for state in (True, False, None)),
-            sum(wrong for _, wrong in told),
-            sum(wrong and holds is False for holds, wrong in told),
+    counts = {}
+    for text, told in found.items():
+        states = [holds for holds, _ in told]
+        wrong = [holds for holds, is_wrong in told if is_wrong]
+        counts[text] = CheckCounts(
+            states.count(True), states.count(False), states.count(None), len(wrong), wrong.count(False)
         )
-        for text, told in found.items()
-    }
+    return counts
 
 
 def parse_checks(text: str | None) -> list[SumCheck]:
