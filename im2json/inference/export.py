@@ -113,7 +113,8 @@ def write_merged(run: RunFolder, folder: Path) -> None:
     """
     config = reading_config(run.path, {})
     extractor = Extractor.from_config(config)
-    model, collator = extractor.decoder.model, extractor.decoder.collator
+    model: Any = extractor.decoder.model
+    collator = extractor.decoder.collator
     tokenizer = collator.processor.tokenizer
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -157,7 +158,7 @@ def hub_layout(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def check_layout(folder: Path, model: PaliGemmaForConditionalGeneration) -> None:
     """Look at what was written as vLLM's loader will: names, one type of number, and what it reads of the config."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    written = {}
+    written: dict[str, str] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             written |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,7 +19,8 @@ def answers(model: str, prompt: str, pictures: list[str], batch_size: int) -> li
     """The greedy answer to each picture, as long as the model's generation_config.json allows."""
     processor = AutoProcessor.from_pretrained(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    paligemma = AutoModelForImageTextToText.from_pretrained(model, dtype="auto").to(device).eval()
+    paligemma: Any = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
+    paligemma.to(device).eval()
     texts: list[str] = []
     for start in range(0, len(pictures), batch_size):
         images = [Image.open(path).convert("RGB") for path in pictures[start : start + batch_size]]
