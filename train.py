@@ -133,7 +133,7 @@ def train(
         if accelerator.is_main_process:
             claim(run, config, fresh=stopped is None, data=bench.fingerprints())
         accelerator.print(f"run folder: {run.path}   watch it: tensorboard --logdir {run.path.parent}")
-        checkpoint = begin(run, model, bench.collator.processor, config.data, bench.schema, accelerator)
+        checkpoint = begin(run, model, bench.collator.processor, bench.asked, bench.schema, accelerator)
         tracker = Tracker(run, config, accelerator, checkpoint)
         tracker.describe(bench.lengths)
         evaluation = bench.evaluation(run, tracker)

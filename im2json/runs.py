@@ -44,8 +44,10 @@ WEIGHTS = "adapter_model.safetensors"  # PEFT's names
 ADAPTER_CONFIG = "adapter_config.json"
 CHECKSUMS = "checksums.json"  # in a checkpoint: {file: SHA-256}
 LONGER = {"steps", "epochs"}  # the options that a finished run can be resumed with
-ASKED = "im2json.json"  # beside them: how the adapter wants to be asked, and shown the picture
-ASKED_OPTIONS = ("prompt", "letterbox")
+ASKED = "im2json.json"  # beside them: the base, the question and the form of the picture that the adapter was made for
+WARM_START_OPTIONS = ("prompt", "letterbox")  # of what stands there, what --adapter takes
+# what decides the row of a picture, besides the adapter
+READING_OPTIONS = ("model", "quant", "precision", "prompt", "letterbox", "max_new_tokens", "constrain", "check_sum")
 VERSIONED = (
     "im2json",
     "torch",
@@ -365,12 +367,59 @@ def _adapter_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if modules == LANGUAGE_MODULES:
             shape["target_modules"] = "language"
         more = {"model": config["base_model_name_or_path"]} if config.get("base_model_name_or_path") else {}
-        if (folder / ASKED).is_file():
-            asked = json.loads((folder / ASKED).read_text("utf-8"))
-            more |= {name: asked[name] for name in ASKED_OPTIONS if name in asked}
-        return shape, more
+        asked = _asked(folder) or {}
+        return shape, more | {name: asked[name] for name in WARM_START_OPTIONS if name in asked}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a LoRA adapter: {error}") from error
+
+
+def _asked(folder: Path) -> dict[str, Any] | None:
+    """What an adapter of ours says of how it is to be used; None beside one from elsewhere."""
+    path = folder / ASKED
+    asked = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    if not isinstance(asked, dict | None):
+        raise ValueError(f"{path} does not hold an object")
+    return asked
+
+
+def reading_config(path: Path, given: dict[str, Any]) -> TrainConfig:
+    """The options that pictures are read with by the adapter of a run, or by an adapter folder, but for those given.
+
+    An adapter that was made elsewhere is read on the base as it is, and asked the usual prompt, unless told otherwise.
+
+    Raises:
+        ValueError: if there is no LoRA adapter, or it does not say for which base.
+    """
+    folder = adapter_folder(path)
+    shape, more = _adapter_options(folder)
+    asked = _asked(folder)
+    known = {"quant": "none"} if asked is None else {name: asked[name] for name in READING_OPTIONS if name in asked}
+    run = RunFolder(path)
+    if folder == run.adapter and run.config.is_file():
+        more = run.read_config().flat()
+    values = {**more, **shape, **known, "schema": str(home_of(folder).schema), **given, "adapter": str(folder)}
+    if "model" not in values:
+        raise ValueError(f"{folder / ADAPTER_CONFIG} names no base model: give --model")
+    return TrainConfig.resolve(values, preset="tiny")
+
+
+def reading_digest(config: TrainConfig) -> str:
+    """What tells the adapter, its calibration, base and options that pictures are read with from others; 12 hexadecimal
+    digits."""
+    assert config.model.adapter is not None
+    adapter = Path(config.model.adapter)
+    decisive = [adapter / WEIGHTS, home_of(adapter).calibration]
+    if config.decode.constrain:
+        decisive.append(Path(config.decode.schema or ""))
+    files = [_sha256(path) for path in decisive if path.is_file()]
+    decides = {name: config.flat()[name] for name in READING_OPTIONS}
+    return hashlib.sha256(json.dumps([files, decides], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def home_of(adapter: Path) -> RunFolder:
+    """The folder with an adapter's calibration: its run, or itself where it is alone."""
+    run = RunFolder(adapter.parent)
+    return run if adapter.name == run.adapter.name and run.config.is_file() else RunFolder(adapter)
 
 
 def adapter_folder(path: Path) -> Path:
@@ -415,6 +464,28 @@ def folder_atomically(path: Path) -> Iterator[Path]:
     _sync(path.parent)
 
 
+@contextlib.contextmanager
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill aside; it takes `path`'s place when the block ends without an error, and is gone otherwise.
+
+    Raises:
+        ValueError: if `path` is there already.
+    """
+    if os.path.lexists(path):
+        raise ValueError(f"{path} is there already: choose another folder, or remove it")
+    aside = path.absolute().with_name(f".{path.absolute().name}.tmp-{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+            _sync(file)
+        os.rename(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with a folder that `folder_atomically` wrote; None where it is whole."""
     try:
@@ -439,10 +510,11 @@ def write_json(path: Path, value: Any) -> None:
 def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Add rows to a JSON-lines file."""
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(_line(row) + "\n" for row in rows)
+        file.writelines(json_line(row) + "\n" for row in rows)
 
 
-def _line(row: dict[str, Any]) -> str:
+def json_line(row: dict[str, Any]) -> str:
+    """A row as it stands in a JSON-lines file."""
     text = json.dumps(row, ensure_ascii=False)
     try:
         text.encode()

@@ -27,7 +27,7 @@ def test_a_plan_says_what_a_run_takes_and_leaves_nothing(cli, base_args, tmp_pat
     assert any(re.fullmatch(r"weights +[\d,]+ trained of [\d,]+ \([\d.]+%\)", line) for line in lines)
     assert any(re.fullmatch(r"peak of the run +[\d.]+", line) for line in lines)
     assert any(
-        re.match(r"time +[\d.]+ s a step \(median of 3 after 3\): \d+ min \d+ s for 5 steps", line) for line in lines
+        re.match(r"time +[\d.]+ s a step \(median of 3 after 6\): \d+ min \d+ s for 5 steps", line) for line in lines
     )
     assert any(re.match(r"cost +0\.\d\d at 3 an hour", line) for line in lines)
 

@@ -106,7 +106,7 @@ def test_what_else_lies_in_a_run_folder(finished):
     assert names >= {"config.json", "metrics.jsonl", "predictions.jsonl", "checkpoints", "adapter", "tb", "result.json"}
     assert [path.name for path in sorted(finished.checkpoints.iterdir())] == ["step-2", "step-4"]
     asked = json.loads((finished.adapter / "im2json.json").read_text())
-    assert asked == {"prompt": "extract JSON.", "letterbox": False}
+    assert asked == {"prompt": "extract JSON.", "letterbox": False, "quant": "none", "max_new_tokens": 6}
     processor = load_processor(str(finished.adapter))
     assert processor.tokenizer("é")["input_ids"]
     assert not list(finished.path.rglob("*.tmp*"))
@@ -389,7 +389,7 @@ def refused_by_hub(monkeypatch, kind: type[Exception], status: int) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise kind(f"{status} Client Error.\n\nCannot access it.", response=response)
 
-    monkeypatch.setattr("im2json.model.base.hf_hub_download", refuse)
+    monkeypatch.setattr("im2json.model.hub.hf_hub_download", refuse)
 
 
 def test_a_gated_model_without_access(cli, base_args, tmp_path, monkeypatch):
@@ -409,7 +409,7 @@ def test_no_network(cli, base_args, tmp_path, monkeypatch):
     def refuse(*_: Any, **__: Any) -> None:
         raise LocalEntryNotFoundError("An error happened while trying to locate the file.\nCheck your connection.")
 
-    monkeypatch.setattr("im2json.model.base.hf_hub_download", refuse)
+    monkeypatch.setattr("im2json.model.hub.hf_hub_download", refuse)
     error = stop(cli, base_args, tmp_path, "--model", "google/paligemma-3b-pt-224")
     assert "the hub could not be reached" in error
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import math
+import os
 import struct
 import zlib
+from collections.abc import Iterable
 from functools import cache
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -73,7 +77,7 @@ def decode_picture(data: bytes, where: str) -> Image.Image:
         raise ValueError(f"{where}: {width} x {height} are too many pixels ({TOO_MANY})")
     try:
         picture.load()
-        return _to_rgb(_turn_upright(picture))
+        return upright_rgb(picture)
     except (OSError, *_DAMAGE) as error:
         raise ValueError(f"{where}: the picture is damaged or cut short ({error})") from None
 
@@ -82,6 +86,40 @@ def decode_picture(data: bytes, where: str) -> Image.Image:
 def suffixes() -> frozenset[str]:
     """How the names of picture files end, in lower case."""
     return frozenset(suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS)
+
+
+def list_pictures(given: Iterable[str]) -> list[str]:
+    """The files that names, folders and patterns stand for, each once, in the order given.
+
+    Of a folder, the pictures (and PDFs, to be told what they are) in it and below it by name, hidden ones apart. A
+    pattern like `scans/**/*.png` is one only where there is no file of that name. A file need not exist or be a
+    picture: that is said when it is read.
+
+    Raises:
+        ValueError: for a folder or a pattern without pictures.
+    """
+    found: dict[str, None] = {}
+    for name in given:
+        if os.path.isdir(name):
+            files = _in_folder(name)
+        elif not os.path.lexists(name) and glob.has_magic(name):
+            matches = sorted(glob.glob(name, recursive=True))
+            files = [file for match in matches for file in (_in_folder(match) if os.path.isdir(match) else [match])]
+        else:
+            files = [name]
+        if not files:
+            raise ValueError(f"{name}: no picture there ({', '.join(FORMATS)})")
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def _in_folder(folder: str) -> list[str]:
+    return sorted(
+        str(path)
+        for path in Path(folder).rglob("*")
+        if path.suffix.lower() in (*suffixes(), ".pdf")
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def on_square(picture: Image.Image) -> Image.Image:
@@ -93,6 +131,11 @@ def on_square(picture: Image.Image) -> Image.Image:
     square = Image.new("RGB", (side, side), "white")
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return square
+
+
+def upright_rgb(picture: Image.Image) -> Image.Image:
+    """EXIF orientation applied, mode RGB, on white where it was transparent."""
+    return _to_rgb(_turn_upright(picture))
 
 
 def _turn_upright(picture: Image.Image) -> Image.Image:

@@ -26,7 +26,7 @@ from im2json.data.order import Order, even
 from im2json.data.sources import open_splits
 from im2json.inference.constrain import Grammar
 from im2json.inference.evaluate import Evaluation, Sink
-from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
+from im2json.model.base import DTYPES, load_base, load_processor, positions, resolve_precision
 from im2json.model.card import check_card, precision_note
 from im2json.model.lora import add_lora
 from im2json.model.memory import MARGIN, Forecast, Load, Setting, Sizes, forecast, free_bytes, largest_microbatch
@@ -97,6 +97,17 @@ class Workbench:
         """The longest answer that is generated."""
         room = positions(self.model) - len(self.collator.prefix_ids)
         return self.lengths.new_token_limit(self.config.decode.max_new_tokens, room)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What reading with the adapter takes besides its weights; kept beside them."""
+        data = self.config.data
+        return {
+            "prompt": data.prompt,
+            "letterbox": data.letterbox,
+            "quant": self.config.model.quant,
+            "max_new_tokens": self.max_new_tokens,
+        }
 
     def fingerprints(self) -> dict[str, str]:
         """By split, what tells its examples and their targets from others."""
@@ -278,8 +289,3 @@ def set_up(
         name = f"schema {file}" if file else "the schema of the training targets"
         grammar = Grammar(wanted, collator.processor.tokenizer, base.lm_head.out_features, name)
     return Workbench(config, accelerator, precision, splits, collator, lengths, model, checks, wanted, grammar)
-
-
-def positions(model: Any) -> int:
-    """How many tokens, the prefix included, the model can hold."""
-    return model.config.get_text_config().max_position_embeddings

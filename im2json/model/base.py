@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from im2json.cli import first_line
+from im2json.model.hub import NAME, fetch
 
 TINY = Path(__file__).parent / "tiny"
 PLENTY = 40 * 2**30  # free bytes
@@ -65,6 +64,11 @@ def load_base(
     return base
 
 
+def positions(model: Any) -> int:
+    """How many tokens, the prefix included, the model can hold."""
+    return model.config.get_text_config().max_position_embeddings
+
+
 def plentiful(device: torch.device) -> bool:
     """Whether a device has memory to spare for PaliGemma's weights in 16 bits."""
     return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > PLENTY
@@ -98,9 +102,9 @@ def _from_pretrained(kind: Any, model: str, **settings: Any) -> Any:
             ) from error
     if Path(path).exists():
         raise ValueError(f"--model {model}: this is a file; name the folder that holds the model")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
+    if not re.fullmatch(NAME, path):
         raise ValueError(f"--model {model}: no such folder, and not a name on the hub (owner/name); `tiny` is embedded")
-    _reach_hub(model)
+    fetch(model, "config.json", f"--model {model}")  # transformers would try many files, and wrap the reason
     return _complete(kind, path, **settings)
 
 
@@ -114,27 +118,3 @@ def _complete(kind: Any, path: str, **settings: Any) -> Any:
     if missing:
         raise ValueError(f"its files lack {len(missing)} weights, {missing[0]} among them")
     return loaded
-
-
-def _reach_hub(model: str) -> None:
-    """Fetch a model's config, or say why that cannot be done; transformers would try many files, and wrap the reason.
-
-    Raises:
-        ValueError: if there is no such model, access to it was not granted, or the hub cannot be reached.
-    """
-    try:
-        hf_hub_download(model, "config.json")
-    except GatedRepoError as error:
-        raise ValueError(
-            f"--model {model}: access to it was not granted: accept its licence at https://huggingface.co/{model}, "
-            "then run `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"--model {model}: no such folder, and the hub has no model of this name (or it is private: "
-            "run `hf auth login`)"
-        ) from error
-    except (HfHubHTTPError, OSError, EntryNotFoundError) as error:
-        raise ValueError(
-            f"--model {model}: no such folder, and the hub could not be reached: {first_line(error)}"
-        ) from error

@@ -19,10 +19,8 @@ from transformers import PaliGemmaProcessor
 
 from im2json.cli import first_line
 from im2json.model.lora import read_adapter_weights, write_adapter_weights
-from im2json.options import DataOptions
 from im2json.runs import (
     ASKED,
-    ASKED_OPTIONS,
     WEIGHTS,
     RunFolder,
     atomically,
@@ -46,14 +44,15 @@ def begin(
     run: RunFolder,
     model: PeftModel,
     processor: PaliGemmaProcessor,
-    data: DataOptions,
+    asked: dict[str, Any],
     schema: Schema,
     accelerator: Accelerator,
 ) -> Path | None:
     """Make the run folder ready for its next step; the last whole checkpoint to go on from, if there is one.
 
-    adapter/ gets what stays the same for the whole run: PEFT's config, the processor, and what the adapter wants to be
-    asked and shown. schema.json is written where there is none, so that it stays as it was edited.
+    adapter/ gets what stays the same for the whole run: PEFT's config, the processor, and in `asked` what the adapter
+    wants to be asked and shown (see Workbench.asked). schema.json is written where there is none, so that it stays as
+    it was edited.
     """
     if accelerator.is_main_process:
         for path in complete_checkpoints(run.checkpoints):
@@ -72,7 +71,7 @@ def begin(
             model.peft_config["default"].save_pretrained(str(run.adapter))
         if not run.schema.exists():
             write_json(run.schema, schema)
-        write_json(run.adapter / ASKED, {name: getattr(data, name) for name in ASKED_OPTIONS})
+        write_json(run.adapter / ASKED, asked)
     accelerator.wait_for_everyone()
     return next(reversed(complete_checkpoints(run.checkpoints)), None)
 

@@ -1,0 +1,210 @@
+"""A trained run as files that others load: merged weights for transformers and vLLM, or the adapter alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import GenerationConfig, PaliGemmaForConditionalGeneration
+
+from im2json.data.pictures import on_square
+from im2json.data.sources import open_splits
+from im2json.inference.extract import Extractor
+from im2json.options import TrainConfig
+from im2json.report.modelcard import model_card
+from im2json.runs import ASKED, RunFolder, adapter_folder, fresh_folder, read_lines, reading_config, write_json
+from im2json.scoring import StreamingEvaluator
+from im2json.scoring.examples import score_run
+from im2json.scoring.jsontext import read
+
+EXAMPLES = 32
+"""Validation examples whose answers are compared, at most."""
+BATCH = 8
+"""Pictures that the exported model reads at a time."""
+LEAST = 0.9
+"""Share of the answers that have to stay the same: rounding to bf16 decides ties between tokens anew."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How the answers of an exported model compare with the run's own."""
+
+    same: int  # texts that are equal
+    examples: int
+    field_f1: float  # of the exported model's fields, with the run's as the target
+
+    @property
+    def share(self) -> float:
+        return self.same / self.examples
+
+    def __str__(self) -> str:
+        same = f"{self.same} of {self.examples} answers are the run's to the letter"
+        return f"{same}, field F1 between them {self.field_f1:.3f}"
+
+
+def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, title: str) -> Parity | None:
+    """Write a finished run's model to a folder, with a card; merged weights only where they answer as the run did.
+
+    Args:
+        adapter_alone: copy the adapter; there is nothing that could differ, and None is returned.
+        least: share of the validation examples whose text has to be the run's.
+        title: the model's name in its card.
+
+    Raises:
+        ValueError: if the run is not finished or has no answers to compare with, the folder is there already, or the
+            check fails; nothing is left of the folder then.
+    """
+    run.read_config()  # is it a run at all
+    rows = [] if adapter_alone else validation_answers(run)
+    card = score_run(run, "test")
+    found = None
+    with fresh_folder(out) as aside:
+        if adapter_alone:
+            shutil.copytree(adapter_folder(run.path), aside, dirs_exist_ok=True)
+            if run.calibration.exists():
+                shutil.copy(run.calibration, aside)
+        else:
+            write_merged(run, aside)
+            torch.cuda.empty_cache()  # the model is gone; another process is about to load its own
+            found = parity(run, aside, rows[:EXAMPLES])
+            if found.share < least:
+                raise ValueError(f"not exported: {found}, which is less than --parity {least:g} of them")
+        (aside / "README.md").write_text(model_card(run, card, title, adapter_alone, str(found or "")), "utf-8")
+    return found
+
+
+def validation_answers(run: RunFolder) -> list[dict[str, Any]]:
+    """What the run's best adapter answered on validation, in the split's order.
+
+    Raises:
+        ValueError: if the run is not finished, or never wrote such answers.
+    """
+    if not run.done:
+        raise ValueError(f"{run.path} is not a finished run: it has no result.json")
+    result = json.loads(run.result.read_text("utf-8"))
+    best = result["best_step"] or result["step"]
+    rows = [row for row in read_lines(run.predictions) if (row["split"], row["step"]) == ("validation", best)]
+    if not rows:
+        raise ValueError(
+            f"{run.path} holds no answers on validation to compare with: `evaluate.py {run.path} --split validation` "
+            "makes them"
+        )
+    return list({row["id"]: row for row in rows}.values())
+
+
+def write_merged(run: RunFolder, folder: Path) -> None:
+    """Write the weights that the run's answers come from, in bf16 and laid out as those of google/paligemma-* on the
+    hub, with processor and generation config.
+
+    They are merged at the run's precision and rounded once, so on a GPU that computes in bf16 they are those that the
+    evaluation generates with, bit by bit.
+
+    Raises:
+        ValueError: if base and adapter do not fit each other.
+    """
+    config = reading_config(run.path, {})
+    extractor = Extractor.from_config(config)
+    model: Any = extractor.decoder.model
+    collator = extractor.decoder.collator
+    tokenizer = collator.processor.tokenizer
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+        max_new_tokens=extractor.max_new_tokens,
+    )
+    model.to(torch.bfloat16)
+    model.save_pretrained(folder, state_dict=hub_layout(model.state_dict()), save_original_format=False)
+    collator.processor.save_pretrained(folder)
+    write_json(folder / ASKED, asked(config))
+    check_layout(folder, model)
+
+
+def asked(config: TrainConfig) -> dict[str, Any]:
+    """What is to be known of an exported model besides its weights."""
+    return {"prompt": config.data.prompt, "letterbox": config.data.letterbox}
+
+
+def hub_layout(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A PaliGemma's weights under the names that google/paligemma-* has on the hub.
+
+    transformers (5.x) reads these and others; vLLM names its own modules after them, SigLIP's `vision_model` included
+    (vllm/model_executor/models/paligemma.py and siglip.py), which transformers leaves out for a model that it did not
+    load. lm_head is the embedding, and not there twice.
+    """
+    prefixes = {
+        "model.language_model.": "language_model.model.",
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    }
+    return {
+        new + name.removeprefix(old): weight
+        for name, weight in weights.items()
+        for old, new in prefixes.items()
+        if name.startswith(old)
+    }
+
+
+def check_layout(folder: Path, model: PaliGemmaForConditionalGeneration) -> None:
+    """Look at what was written as vLLM's loader will: names, one type of number, and what it reads of the config."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    written: dict[str, str] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            written |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert written.keys() == hub_layout(model.state_dict()).keys(), "weights are missing"
+    assert len(written) == len({id(weight) for weight in model.parameters()}), "weights have no place in the layout"
+    assert set(written.values()) == {"BF16"}
+    assert config["architectures"] == ["PaliGemmaForConditionalGeneration"]
+    assert "quantization_config" not in config
+    assert config["text_config"]["model_type"] in ("gemma", "gemma2") and config["image_token_index"] is not None
+    assert config["vision_config"]["projection_dim"] == config["projection_dim"]
+
+
+def parity(run: RunFolder, folder: Path, rows: Sequence[Mapping[str, Any]]) -> Parity:
+    """Have plain transformers load the folder in a process of its own, and compare its answers with the run's.
+
+    Args:
+        rows: the run's predictions of validation examples (id, text).
+
+    Raises:
+        ValueError: if the data no longer hold these examples, or the folder does not load.
+    """
+    config = run.read_config()
+    texts = _plain_answers(folder, config, [row["id"] for row in rows])
+    evaluator = StreamingEvaluator()
+    for row, text in zip(rows, texts):
+        evaluator.update(text, read(row["text"]).value or {}, row["id"])
+    same = sum(text == row["text"] for row, text in zip(rows, texts))
+    return Parity(same, len(rows), evaluator.compute()["field_f1"])
+
+
+def _plain_answers(folder: Path, config: TrainConfig, ids: Sequence[str]) -> list[str]:
+    split = open_splits(config.data, [])["validation"]
+    places = {id: place for place, id in enumerate(split.ids)}
+    missing = [id for id in ids if id not in places]
+    if missing:
+        raise ValueError(f"{config.data.dataset}: validation has no {missing[0]}, which the run has an answer to")
+    with tempfile.TemporaryDirectory() as pictures:
+        paths = []
+        for i, id in enumerate(ids):
+            image = split[places[id]].image
+            paths.append(f"{pictures}/{i}.png")
+            (on_square(image) if config.data.letterbox else image).save(paths[-1])
+        wanted = {"model": str(folder), "prompt": config.data.prompt, "pictures": paths, "batch_size": BATCH}
+        # -P: or Python would find modules of ours beside the program
+        command = [sys.executable, "-P", str(Path(__file__).with_name("plain.py"))]
+        done = subprocess.run(command, input=json.dumps(wanted), capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ValueError(f"plain transformers does not load what was exported: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout)

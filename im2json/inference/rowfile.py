@@ -1,0 +1,75 @@
+"""The JSON-lines file that an extraction writes row by row, and goes on with after it was stopped. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from im2json.runs import json_line
+
+
+class RowFile:
+    """Rows that are there, and a place for more; each carries in `by` what it was read with."""
+
+    def __init__(self, file: BinaryIO, by: str) -> None:
+        self.file = file
+        self.by = by
+        self.ids: set[str] = set()
+        self.errors = 0
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add a row, for others to see at once."""
+        row = {**row, "by": self.by}
+        self.file.write((json_line(row) + "\n").encode())
+        self.file.flush()
+        self._count(row)
+
+    def take_up(self, name: str) -> None:
+        """Count the rows of the file, and drop a last one that was cut short when the job was stopped."""
+        end = 0
+        for number, line in enumerate(self.file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+                same = row["by"] == self.by
+                self._count(row)
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"--out {name}:{number}: is not a row of an extraction; name another file") from None
+            if not same:
+                raise ValueError(
+                    f"--out {name}:{number}: was read with another adapter, base or option (by {row['by']}, now "
+                    f"{self.by}); name another file"
+                )
+            end += len(line)
+        self.file.truncate(end)
+
+    def _count(self, row: dict[str, Any]) -> None:
+        self.ids.add(row["id"])
+        self.errors += "error" in row
+
+
+@contextlib.contextmanager
+def row_file(path: Path | None, by: str) -> Iterator[RowFile]:
+    """A file to write, or to go on with where it is there already; None is the standard output.
+
+    Raises:
+        ValueError: if it holds anything but rows with the same `by`, or another process writes to it.
+    """
+    if path is None:
+        yield RowFile(sys.stdout.buffer, by)
+        return
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out {path}: another process is writing to it: wait for it or stop it first") from None
+        file.seek(0)
+        rows = RowFile(file, by)
+        rows.take_up(str(path))
+        yield rows

@@ -1,0 +1,170 @@
+"""The card of an exported model, written from its run: data, options, metrics with intervals, limits."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from im2json.options import FIELDS, TrainConfig
+from im2json.report.comparison import fields_table
+from im2json.runs import ASKED, RunFolder
+from im2json.scoring import METRICS
+from im2json.scoring.catalogue import labelled
+from im2json.scoring.scorecard import Scorecard
+
+EMBEDDED = {"model": "tiny", "dataset": "receipts"}
+HUB_NAME = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
+
+
+def model_card(run: RunFolder, card: Scorecard, title: str, adapter_alone: bool, parity: str = "") -> str:
+    """README.md of a model on the hub, with its YAML head. No path of this machine is in it.
+
+    Args:
+        card: of the run's answers on the test split (see scoring.examples.score_run).
+        parity: how the answers of the exported weights compare with the run's; empty where that was not looked at.
+    """
+    config = run.read_config()
+    version = json.loads(run.config.read_text("utf-8"))["versions"]["im2json"]
+    parts = [
+        f"---\n{_head(config, card, title, adapter_alone)}\n---",
+        f"# {title}",
+        f"Reads a picture of a document as JSON: {_base(config)}, fine-tuned with QLoRA by im2json {version}.",
+        _usage(run, config, adapter_alone),
+        _data(run, config, card),
+        _metrics(card),
+        _options(config),
+        _limits(run, config, card, adapter_alone, parity),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(config: TrainConfig, card: Scorecard, title: str, adapter_alone: bool) -> str:
+    data, base = config.data.dataset, config.model.model
+    values = card.metrics.compute()
+    on_hub = _on_hub(data)
+    results = [
+        EvalResult(
+            task_type="image-text-to-text", dataset_type=data if on_hub else "other", dataset_name=_shown(data),
+            dataset_split="test", metric_type=name, metric_value=round(values[name], 4),
+        )
+        for name in METRICS
+    ]  # fmt: skip
+    fields: dict[str, Any] = dict(
+        library_name="peft" if adapter_alone else "transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=base if _on_hub(base) else None,
+        license="gemma" if base.startswith("google/paligemma") else "apache-2.0" if base == "tiny" else None,
+        datasets=[data] if on_hub else None,
+        metrics=["field_f1", "exact_match"],
+        tags=["im2json", "document-understanding"],
+        model_name=title,
+        eval_results=results,
+    )
+    return ModelCardData(**fields).to_yaml()
+
+
+def _usage(run: RunFolder, config: TrainConfig, adapter_alone: bool) -> str:
+    asked = json.loads((run.adapter / ASKED).read_text("utf-8"))
+    prompt = json.dumps(f"<image>{asked['prompt']}", ensure_ascii=False)
+    padded = "\nPad the picture to a square with white first, as in training." if config.data.letterbox else ""
+    if adapter_alone:
+        form = "in NF4 with double quantisation" if config.model.quant == "nf4" else "as it is"
+        return (
+            '```python\nfrom im2json import Extractor\n\nextractor = Extractor.from_run("this folder, or its name")\n'
+            'for row in extractor(["receipt.jpg"]):\n    print(row["json"])\n```\n\n'
+            f"With PEFT alone: load the base {form}, then `PeftModel.from_pretrained(base, folder)`, and ask {prompt}. "
+            f"The base is {_base(config)}.{padded}"
+        )
+    return (
+        "```python\nfrom PIL import Image\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+        "processor = AutoProcessor.from_pretrained(name)\nmodel = AutoModelForImageTextToText.from_pretrained(name, "
+        'dtype="auto")\npicture = Image.open("receipt.jpg").convert("RGB")\n'
+        f'inputs = processor(images=picture, text={prompt}, return_tensors="pt").to(model.dtype)\n'
+        'answer = model.generate(**inputs)[0, inputs["input_ids"].shape[1]:]\n'
+        f"print(processor.decode(answer, skip_special_tokens=True))\n```{padded}"
+    )
+
+
+def _data(run: RunFolder, config: TrainConfig, card: Scorecard) -> str:
+    result = json.loads(run.result.read_text("utf-8")) if run.done else {}
+    parts = {
+        "data set": _shown(config.data.dataset),
+        "configuration": config.data.dataset_config,
+        "revision": config.data.revision,
+        "examples seen in training": result.get("examples"),
+        "steps": result.get("step"),
+        "best step": result.get("best_step"),
+        "test examples": int(card.metrics.compute()["num"]),
+    }
+    return "## Data\n\n" + "\n".join(f"- {name}: {value}" for name, value in parts.items() if value is not None)
+
+
+def _metrics(card: Scorecard) -> str:
+    values, bounds = card.metrics.compute(), card.metrics.intervals()
+    rows = [
+        f"| {labelled(name)} | {values[name]:.3f} | {bounds[name][0]:.3f} - {bounds[name][1]:.3f} |" for name in METRICS
+    ]
+    fields = fields_table(card)
+    return "\n".join([
+        f"## Metrics\n\nOf generated text, on the {values['num']:.0f} examples of the test split, with 95 % intervals "
+        "(Poisson bootstrap over examples):\n",
+        "| metric | value | 95 % |",
+        "|---|---|---|",
+        *rows,
+        *([f"\n```\n{fields}\n```"] if fields else []),
+    ])  # fmt: skip
+
+
+def _options(config: TrainConfig) -> str:
+    """All that decide the result."""
+    shown = {
+        name: _shown(value) if name in ("model", "dataset", "adapter") else value
+        for name, value in config.flat().items()
+        if value is not None and not FIELDS[name].metadata["free"]
+    }
+    rows = [f"| {name} | {value} |" for name, value in shown.items()]
+    return "\n".join(["## Options", "", "| option | value |", "|---|---|", *rows])
+
+
+def _limits(run: RunFolder, config: TrainConfig, card: Scorecard, adapter_alone: bool, parity: str) -> str:
+    values = card.metrics.compute()
+    pixels = json.loads((run.adapter / "processor_config.json").read_text("utf-8"))["image_processor"]["size"]
+    seen = f"{pixels['width']} x {pixels['height']} pixels"
+    limits = [
+        f"Of {values['num']:.0f} test documents {1 - values['exact_match']:.0%} were read with some mistake, and "
+        f"{1 - values['json_validity']:.0%} of the answers were not valid JSON. A misread digit looks like a right "
+        "one: check what matters.",
+        f"The model sees a picture of {seen}, {'padded' if config.data.letterbox else 'squashed'} to that square; what "
+        "cannot be read at that size is guessed.",
+        "It was measured on documents like those that it was trained on, and writes the keys that it was trained on; "
+        "how it reads others is not known.",
+    ]
+    if not adapter_alone and config.model.quant == "nf4":
+        limits.append(
+            "LoRA is merged into the weights that the NF4 base of training stands for, not into the original's."
+        )
+    if parity:
+        limits.append(f"Rounded to bf16 and loaded by transformers: {parity} (validation).")
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
+def _base(config: TrainConfig) -> str:
+    base = config.model.model
+    if base == EMBEDDED["model"]:
+        return "im2json's embedded base of 8 M weights (the folder im2json/model/tiny of the package)"
+    return _shown(base)
+
+
+def _on_hub(name: str) -> bool:
+    return name not in EMBEDDED.values() and HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _shown(name: str) -> str:
+    """A data set or model as others know it: of a local path its last part."""
+    if name == EMBEDDED["dataset"]:
+        return "synthetic receipts (im2json's own)"
+    return name if _on_hub(name) or name in EMBEDDED.values() else Path(name).name

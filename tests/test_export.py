@@ -1,0 +1,265 @@
+"""An exported model is the run's: its weights, answers and figures; and what the hub is sent is what was written."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import clear_error
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PaliGemmaForConditionalGeneration,
+)
+
+import im2json
+from im2json.inference import plain
+from im2json.runs import RunFolder
+from im2json.scoring import METRICS
+from im2json.scoring.examples import score_run
+
+# The names in google/paligemma-3b-pt-224's model.safetensors.index.json, layers and modules within them aside.
+HUB_NAMES = {
+    "language_model.model.embed_tokens.weight",
+    "language_model.model.layers",
+    "language_model.model.norm.weight",
+    "multi_modal_projector.linear.bias",
+    "multi_modal_projector.linear.weight",
+    "vision_tower.vision_model.embeddings.patch_embedding.bias",
+    "vision_tower.vision_model.embeddings.patch_embedding.weight",
+    "vision_tower.vision_model.embeddings.position_embedding.weight",
+    "vision_tower.vision_model.encoder.layers",
+    "vision_tower.vision_model.post_layernorm.bias",
+    "vision_tower.vision_model.post_layernorm.weight",
+}
+
+
+@pytest.fixture
+def export(cli, finished):
+    """`export(folder, *flags)` runs the command on the finished run."""
+
+    def run(folder: Path, *flags: object, source: Path = finished.path) -> Any:
+        return cli("im2json.__main__", "export", source, "--out", folder, *flags)
+
+    return run
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Load what was exported here, which is faster; test_a_process_of_its_own does it as the command does."""
+
+    def run(command: list[str], input: str, **_: object) -> Any:
+        class Done:
+            returncode, stderr, stdout = 0, "", json.dumps(plain.answers(**json.loads(input)))
+
+        return Done
+
+    monkeypatch.setattr("im2json.inference.export.subprocess.run", run)
+
+
+def test_merged_weights(export, in_process, finished, tmp_path):
+    folder = tmp_path / "new" / "model"
+    result = export(folder)
+    assert result.exit_code == 0, result.output
+    assert "4 of 4 answers are the run's to the letter, field F1 between them" in result.stdout
+    weights = load_file(folder / "model.safetensors")
+    assert {name.split("layers.")[0] + "layers" * ("layers." in name) for name in weights} == HUB_NAMES
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["architectures"] == ["PaliGemmaForConditionalGeneration"]
+    assert (config["dtype"], config["text_config"]["num_image_tokens"]) == ("bfloat16", 4)
+    loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+    merged = im2json.Extractor.from_run(finished.path).decoder.model
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, merged.state_dict()[name].bfloat16()), name
+    assert loaded.generation_config.max_new_tokens == 6
+    assert AutoProcessor.from_pretrained(folder).image_seq_length == 4
+    assert not [path for path in folder.parent.iterdir() if path != folder]
+    assert all(path.stat().st_mode & 0o044 for path in folder.iterdir())
+
+
+def test_refused_where_the_answers_differ(export, in_process, finished, tmp_path):
+    run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    lines = [json.loads(line) for line in run.predictions.read_text().splitlines()]
+    for row in lines:
+        row["text"] += "!" if row["split"] == "validation" and row["id"] == "validation/0.png" else ""
+    run.predictions.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    error = clear_error(export(tmp_path / "out", source=run.path))
+    assert error.startswith("not exported: 3 of 4 answers are the run's")
+    assert error.endswith("less than --parity 0.9 of them")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert export(tmp_path / "out", "--parity", "0.75", source=run.path).exit_code == 0
+
+
+def test_errors_are_one_line_and_come_first(export, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("im2json.inference.export.write_merged", None)  # none of these gets so far
+    assert "is there already" in clear_error(export(tmp_path))
+    assert "is not a run folder" in clear_error(export(tmp_path / "out", source=tmp_path / "none"))
+    run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    run.predictions.unlink()
+    assert "--split validation` makes them" in clear_error(export(tmp_path / "out", source=run.path))
+    assert "--split test` makes them" in clear_error(export(tmp_path / "out", "--adapter-only", source=run.path))
+    run.result.unlink()
+    assert "is not a finished run" in clear_error(export(tmp_path / "out", source=run.path))
+    assert "the adapter alone is a copy" in export(tmp_path / "out", "--adapter-only", "--parity", 1).output
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_adapter_alone(export, finished, dataset, tmp_path):
+    assert export(tmp_path / "out", "--adapter-only").exit_code == 0
+    for path in finished.adapter.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    picture = f"{dataset}/test/0.png"
+    (mine,) = im2json.Extractor.from_run(tmp_path / "out")([picture])
+    (wanted,) = im2json.Extractor.from_run(finished.path)([picture])
+    assert mine == wanted
+
+
+def test_the_card(export, finished, dataset, tmp_path):
+    result = export(tmp_path, "--dry-run", "--push-to-hub", "me/receipts")
+    assert result.stdout == f"card  {tmp_path / 'README.md'}\n"
+    text = (tmp_path / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.library_name == "transformers"
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    scored = score_run(finished, "test").metrics
+    values, bounds = scored.compute(), scored.intervals()
+    assert found == {name: round(values[name], 4) for name in METRICS}
+    for name in METRICS:
+        assert f"| {values[name]:.3f} | {bounds[name][0]:.3f} - {bounds[name][1]:.3f} |" in text
+    assert "| lr | 0.01 |" in text
+    assert str(Path(dataset).parent) not in text
+    assert str(Path(finished.read_config().model.model).parent) not in text
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert "File exists" in clear_error(export(tmp_path, "--dry-run"))
+    assert (tmp_path / "README.md").read_text() == text
+
+
+# --- the hub
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """What of the hub's API uploading needs; files are sent within the commit."""
+
+    refuse: dict[str, int]  # path -> status
+    taken: bool
+    received: dict[str, Any]
+
+    def do_GET(self) -> None:
+        if "whoami" in self.path:
+            self.answer({"name": "me", "type": "user", "orgs": [], "auth": {}})
+        else:
+            self.answer({"id": "me/receipts"}, 200 if self.taken else 404, "RepoNotFound")
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/repos/create":
+            self.received["create"] = json.loads(body)
+            self.answer({"url": f"{self.server.url}/me/receipts"})  # type: ignore[attr-defined]
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            self.answer({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.received[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer({"commitUrl": f"{self.server.url}/me/receipts/commit/0", "commitOid": "0", "success": True})  # type: ignore[attr-defined]
+        else:
+            self.answer({})
+
+    def answer(self, value: dict[str, Any], status: int = 200, code: str = "") -> None:
+        status = next((status for path, status in self.refuse.items() if path in self.path), status)
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        if code and status >= 400:
+            self.send_header("X-Error-Code", code)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[type[StandIn]]:
+    class Hub(StandIn):
+        refuse, taken, received = {}, False, {}
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.url = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)  # type: ignore[attr-defined]
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Hub
+    server.shutdown()
+
+
+def test_upload(export, hub, tmp_path):
+    result = export(tmp_path / "out", "--adapter-only", "--push-to-hub", "me/receipts", "--private")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1].endswith("/me/receipts")
+    created = hub.received.pop("create")
+    assert (created["name"], created["organization"]) == ("receipts", "me")
+    assert created.get("private") or created["visibility"] == "private"  # the hub's client has renamed it
+    assert hub.received == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+def test_what_the_hub_refuses_is_one_line(export, hub, tmp_path, monkeypatch):
+    def refused(*flags: object) -> str:
+        return clear_error(export(tmp_path / "out", "--adapter-only", "--push-to-hub", "me/receipts", *flags))
+
+    hub.refuse = {"whoami": 401}
+    assert refused() == "--push-to-hub me/receipts: the token is not valid: run `hf auth login`"
+    hub.refuse, hub.taken = {}, True
+    assert refused() == "--push-to-hub me/receipts: the name is taken: choose another"
+    assert not (tmp_path / "out").exists()  # both are known before anything is written
+    hub.refuse, hub.taken = {"create": 403}, False
+    error = refused()
+    assert "does not allow to write there" in error
+    assert error.endswith(f"`hf upload me/receipts {tmp_path / 'out'}` sends it")
+    assert (tmp_path / "out" / "README.md").exists()
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    assert "nobody is logged in: run `hf auth login`" in refused()
+
+
+# --- one receipt, three ways
+
+
+@pytest.mark.slow
+def test_extract_peft_and_export_agree(export, train, dataset, tmp_path):
+    """Through extract, through plain PEFT on the run's own NF4 base, and through the export, loaded in a process of its
+    own: the same text."""
+    run = train(tmp_path / "run", "--quant", "nf4", "--max-new-tokens", "20", "--steps", "8")
+    result = export(tmp_path / "out", source=run.path)
+    assert result.exit_code == 0, result.output
+    assert "4 of 4 answers" in result.stdout
+    options, pictures = run.read_config().model, [f"{dataset}/test/{i}.png" for i in range(3)]
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="float32"
+    )
+    base = PaliGemmaForConditionalGeneration.from_pretrained(options.model, quantization_config=quantised)
+    model = PeftModel.from_pretrained(base, str(run.adapter)).eval()
+    exported = plain.answers(str(tmp_path / "out"), "extract JSON.", pictures, 1)
+    processor = AutoProcessor.from_pretrained(options.model)
+    for row, other in zip(im2json.Extractor.from_run(run.path)(pictures), exported):
+        inputs = processor(images=Image.open(row["id"]), text="<image>extract JSON.", return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert row["text"] == processor.decode(output, skip_special_tokens=True) == other

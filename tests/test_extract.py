@@ -1,0 +1,245 @@
+"""Pictures in, rows out: the evaluation's answers, in the order given, and none lost however the job ends."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, clear_error
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from transformers import PaliGemmaForConditionalGeneration
+
+import im2json
+from im2json.data.pictures import list_pictures
+from im2json.inference.decode import Answer
+from im2json.model.base import load_processor
+from im2json.runs import read_lines
+from im2json.scoring.confidence import Calibration, leaf_confidence
+from im2json.scoring.jsontext import read
+
+
+@pytest.fixture(scope="session")
+def extractor(finished) -> Any:
+    return im2json.Extractor.from_run(finished.path)
+
+
+@pytest.fixture
+def pictures(dataset) -> list[str]:
+    return [f"{dataset}/train/{i}.png" for i in range(6)]
+
+
+@pytest.fixture
+def extract(cli, finished):
+    """`extract(*arguments)` runs the command on the finished run."""
+
+    def run(*arguments: object, source: object = finished.path) -> Any:
+        return cli("im2json.__main__", "extract", source, *arguments)
+
+    return run
+
+
+def rows_of(result: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def without_by(rows: Any) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "by"} for row in rows]
+
+
+# --- answers
+
+
+def test_the_answers_are_those_of_the_evaluation(extractor, finished, dataset):
+    wanted = [row for row in read_lines(finished.predictions) if (row["split"], row["stage"]) == ("test", "after")]
+    rows = list(extractor(f"{dataset}/{row['id']}" for row in wanted))
+    assert [row["text"] for row in rows] == [row["text"] for row in wanted]
+    assert [row["id"] for row in rows] == [f"{dataset}/{row['id']}" for row in wanted]
+    for row in rows:
+        reading = read(row["text"])
+        assert (row["json"], row["reading"]) == (reading.value, reading.how)
+
+
+def test_confidence_is_calibrated(finished, pictures, monkeypatch, tmp_path):
+    """Of an answer that a model might give: this one writes no JSON."""
+    answer = Answer('{"a":"b"}', [1, 2, 3], [0.0, -0.5, 0.0], [0, 6, 7])
+    monkeypatch.setattr("im2json.inference.extract.generate", lambda decoder, pixels, limit: [answer] * len(pixels))
+    folder = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
+    raw = leaf_confidence(answer.text, answer.starts, answer.logprobs)
+    (row,) = im2json.Extractor.from_run(folder, check_sum="a = c")(pictures[:1])
+    assert row["confidence"] == raw
+    assert row["checks"] == {"a = c": None}
+    (folder / "calibration.json").write_text(json.dumps({"slope": 2, "intercept": 1, "fitted_on": {"step": 4}}))
+    (row,) = im2json.Extractor.from_run(folder)(pictures[:1])
+    assert row["confidence"] == Calibration(2, 1).of(raw) != raw
+    assert "checks" not in row
+
+
+def test_batches_of_any_size_give_the_same_rows(extractor, finished, pictures):
+    one_by_one = im2json.Extractor.from_run(finished.path, eval_batch_size=1)
+    assert list(one_by_one(pictures)) == list(extractor(pictures))
+
+
+def test_pictures_in_memory(extractor, pictures):
+    rows = list(extractor(Image.open(picture) for picture in pictures[:2]))
+    assert [row["id"] for row in rows] == ["0", "1"]
+    assert [row["text"] for row in rows] == [row["text"] for row in extractor(pictures[:2])]
+
+
+def test_no_data_set_is_opened(finished, pictures, monkeypatch):
+    monkeypatch.setattr("im2json.data.sources.load_splits", None)
+    monkeypatch.setattr("im2json.data.sources.open_splits", None)
+    assert len(list(im2json.Extractor.from_run(str(finished.path))(pictures[:1]))) == 1
+
+
+def test_an_adapter_that_peft_made_elsewhere(small_model, pictures, tmp_path):
+    """Against plain transformers and PEFT, unmerged."""
+    torch.manual_seed(3)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    base = PaliGemmaForConditionalGeneration.from_pretrained(small_model, dtype=torch.float32)
+    get_peft_model(base, lora).save_pretrained(str(tmp_path))
+    base = PaliGemmaForConditionalGeneration.from_pretrained(small_model, dtype=torch.float32)
+    model, processor = PeftModel.from_pretrained(base, str(tmp_path)).eval(), load_processor(small_model)
+    extractor = im2json.Extractor.from_run(tmp_path, prompt="read", max_new_tokens=8)
+    for row in extractor(pictures[:3]):
+        inputs = processor(images=Image.open(row["id"]).convert("RGB"), text="<image>read", return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert row["text"] == processor.decode(output, skip_special_tokens=True)
+
+
+def test_an_adapter_of_ours_says_how_it_was_made(finished, tmp_path):
+    folder = shutil.copytree(finished.adapter, tmp_path / "adapter")
+    extractor = im2json.Extractor.from_run(folder)
+    assert extractor.max_new_tokens == 6
+    assert extractor.decoder.collator.prompt == "extract JSON."
+
+
+# --- the command
+
+
+def test_every_kind_of_picture_keeps_its_place(extract, extractor, pictures, tmp_path):
+    plain = Image.open(pictures[0]).convert("RGB")
+    for name, picture in {
+        "a.png": plain,
+        "b.tif": plain.convert("CMYK"),
+        "d.png": plain.convert("L").convert("I;16"),
+        "e.png": plain.convert("RGBA"),
+    }.items():
+        picture.save(tmp_path / name)
+    turned = plain.transpose(Image.Transpose.ROTATE_90)
+    exif = turned.getexif()
+    exif[274] = 6
+    turned.save(tmp_path / "c.png", exif=exif)
+    plain.save(tmp_path / "f.tif", save_all=True, append_images=[plain.transpose(Image.Transpose.ROTATE_180)])
+    (tmp_path / "g.png").write_bytes(Path(pictures[0]).read_bytes()[:200])
+    (tmp_path / "h.jpg").write_text("no picture")
+    (tmp_path / "i.pdf").write_text("%PDF-1.7")
+    (tmp_path / "j.webp").touch()
+    (tmp_path / "notes.txt").write_text("passed over")
+    result = extract(tmp_path)
+    assert result.exit_code == 1
+    assert "4 of 10 pictures could not be read" in result.stderr
+    rows = rows_of(result)
+    assert [Path(row["id"]).name[0] for row in rows] == list("abcdefghij")
+    assert ["error" in row for row in rows] == [False] * 6 + [True] * 4
+    assert all(row["error"].startswith(row["id"]) for row in rows[6:])
+    (wanted,) = extractor([pictures[0]])
+    for row in (rows[0], rows[2], rows[4], rows[5]):
+        assert row["text"] == wanted["text"]
+
+
+def test_names_folders_and_patterns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b/2.png", "b/1.JPG", "b/deep/3.tif", "b/.hidden/4.png", "b/text.txt", "a[1].png", "c.webp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert list_pictures(["c.webp", "b", "b/1.JPG", "missing.png"]) == [
+        "c.webp", "b/1.JPG", "b/2.png", "b/deep/3.tif", "missing.png",
+    ]  # fmt: skip
+    assert list_pictures(["a[1].png"]) == ["a[1].png"]
+    assert list_pictures(["b/**/*.tif", "*.webp"]) == ["b/deep/3.tif", "c.webp"]
+    for nothing in ("*.gif", "b/.hidden/../../b/deep/none*"):
+        with pytest.raises(ValueError, match="no picture there"):
+            list_pictures([nothing])
+
+
+def test_a_stopped_job_goes_on(extract, pictures, tmp_path):
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    missing = str(tmp_path / "missing.png")
+    asked = [*pictures[:3], missing, *pictures[3:]]
+    assert extract(*asked, "--out", whole).exit_code == 1
+    lines = whole.read_bytes().splitlines(keepends=True)
+    assert [json.loads(line)["id"] for line in lines] == asked
+    for kept in (b"", lines[0][:-1], b"".join(lines[:4]) + lines[4][:20]):
+        stopped.write_bytes(kept)
+        assert extract(*asked, "--out", stopped).exit_code == 1
+        assert stopped.read_bytes() == whole.read_bytes()
+    result = extract(*asked, "--out", stopped)  # nothing is left to do, but the failure is not forgotten
+    assert "1 of 7 pictures could not be read" in result.stderr
+    assert stopped.read_bytes() == whole.read_bytes()
+
+
+def test_a_file_that_is_not_this_jobs(extract, pictures, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    assert extract(pictures[0], "--out", out).exit_code == 0
+    before = out.read_bytes()
+    assert "rows.jsonl:1: was read with another" in clear_error(extract(*pictures, "--out", out, "--prompt", "else"))
+    with out.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another process" in clear_error(extract(*pictures, "--out", out))
+    assert out.read_bytes() == before
+    picture = Path(shutil.copy(pictures[1], tmp_path / "picture.png"))
+    assert "picture.png:1: is not a row" in clear_error(extract(pictures[0], "--out", picture))
+    assert picture.read_bytes() == Path(pictures[1]).read_bytes()
+
+
+def test_errors_are_one_line(extract, finished, pictures, tmp_path, monkeypatch):
+    assert "holds no adapter" in clear_error(extract(pictures[0], source=tmp_path))
+    folder = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert "give --model" in clear_error(extract(pictures[0], source=folder))
+    assert "no such folder" in clear_error(extract(pictures[0], "--model", tmp_path / "none", source=folder))
+    assert extract(pictures[0], "--model", finished.read_config().model.model, source=folder).exit_code == 0
+
+    def unreachable(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("no route")
+
+    monkeypatch.setattr("im2json.model.hub.hf_hub_download", unreachable)
+    assert "the hub could not be reached: no route" in clear_error(extract(pictures[0], source="some/adapter"))
+
+
+def test_an_adapter_on_the_hub(extract, finished, pictures, monkeypatch):
+    def from_folder(model: str, file: str) -> str:
+        assert model == "some/adapter"
+        if not (finished.adapter / file).exists():
+            raise EntryNotFoundError("404", response=None)
+        return str(finished.adapter / file)
+
+    monkeypatch.setattr("im2json.model.hub.hf_hub_download", from_folder)
+    found, own = extract(pictures[0], source="some/adapter"), extract(pictures[0])
+    assert without_by(rows_of(found)) == without_by(rows_of(own))
+
+
+def test_help_is_fast_and_public_names_are_lazy():
+    code = "import sys, im2json, im2json.__main__; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = im2json.nothing
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_pictures_are_not_held(extractor, pictures, monkeypatch):
+    """Ten thousand, and how many are read ahead."""
+    read_ahead = io.StringIO()
+    for n, _ in zip(range(300), extractor(read_ahead.write("x") and pictures[i % 6] for i in range(10_000))):
+        assert len(read_ahead.getvalue()) <= n + 1 + 2 * extractor.batch_size
