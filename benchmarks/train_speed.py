@@ -136,8 +136,8 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
     splits = {"train": rows, "validation": rows}
     options = config.model
     base = load_base(options.model, precision, options.quant, accelerator.device, options.dequantize)
-    bench = Workbench(config, accelerator, precision, splits, collator, TargetLengths.count(splits, collator),
-                      add_lora(base, options, 0))  # fmt: skip
+    lora, lengths = add_lora(base, options, 0), TargetLengths.count(splits, collator)
+    bench = Workbench(config, accelerator, precision, splits, collator, lengths, lora, [], {}, None)
     forward, loader = bench.forward(), bench.step_loader()
     parameters = [flatten(trained(bench.model))]
     optimizer = accelerator.prepare(make_optimizer(parameters, config.train))

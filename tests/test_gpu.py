@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jsonschema
 import pytest
 import torch
 
@@ -305,6 +304,7 @@ def test_a_replayed_graph_writes_what_single_steps_write(tmp_path: Path, kind: s
 @pytest.mark.parametrize("kind", ["gemma", "gemma2"])
 def test_a_grammar_is_followed_by_a_replayed_graph(tmp_path: Path, kind: str) -> None:
     """Batches of 6, 6 and 2, of which some rows end before others."""
+    jsonschema = pytest.importorskip("jsonschema")
     from im2json.inference.constrain import Grammar
     from im2json.inference.decode import Decoder
     from im2json.scoring.schema import induce
