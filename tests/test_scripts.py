@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import COUNTS, MEASURED, ROOT, clear_error, metrics, write_dataset
+from conftest import COUNTS, MEASURED, ROOT, clear_error, metrics, reset_accelerate, write_dataset
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,7 +24,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from im2json.model.base import load_processor
 from im2json.options import FIELDS, TrainConfig, flag_name
 from im2json.runs import RunFolder, append_lines, locked, read_lines
-from im2json.scoring import METRICS
+from im2json.scoring import METRICS, StreamingEvaluator
 from im2json.scoring.text import parse
 
 VALUES = {*METRICS, "num"}
@@ -615,3 +615,32 @@ def test_a_model_that_lacks_weights_is_refused(cli, base_args, small_model, tmp_
     assert "lack" in error
     (broken / "model.safetensors").write_bytes((Path(small_model) / "model.safetensors").read_bytes()[:1000])
     clear_error(cli("train", *base_args, "--model", broken, "--output", tmp_path / "run"))
+
+
+# --- the embedded base
+
+
+@pytest.mark.slow
+def test_merged_and_unmerged_answer_alike(train, tmp_path):
+    """The test split by the merged copy that evaluations decode, and by the 4-bit layers with LoRA beside them."""
+    from im2json.inference.evaluate import evaluate_split
+    from im2json.inference.workbench import set_up, start_accelerator
+
+    run = train(tmp_path / "run", base=["--steps", "70", "--eval-every", "70", "--eval-examples", "8"])
+    reset_accelerate()
+    config = run.read_config()
+    bench = set_up(config, *start_accelerator(config), adapter=run.adapter)
+    plain, texts = bench.model.get_base_model().eval(), []
+    metrics = evaluate_split(
+        plain, bench.collator, bench.splits["test"], bench.accelerator, count=40, batch_size=40,
+        max_new_tokens=bench.max_new_tokens, on_rows=lambda _, rows: texts.extend(row["text"] for row in rows),
+    )  # fmt: skip
+    kept = [row for row in read_lines(run.predictions) if (row["split"], row["stage"]) == ("test", "after")][:40]
+    assert sum(row["text"] == text for row, text in zip(kept, texts, strict=True)) >= 36
+    evaluator = StreamingEvaluator()
+    for row in kept:
+        evaluator.update(row["text"], row["target"], id=row["id"])
+    merged = evaluator.compute()
+    assert metrics["field_f1"] > 0.5
+    for name, value in metrics.items():
+        assert value == pytest.approx(merged[name], abs=0.02), name
