@@ -251,7 +251,14 @@ def test_a_stopped_point_goes_on_with_the_options_that_change_no_result(tmp_path
     job.run.path.mkdir(parents=True)
     job.run.config.touch()
     flags = command(job, Path("train.py"), 1, 1)
-    assert flags[flags.index("--resume") + 2 :] == ["--microbatch", "1", "--gradient-checkpointing", "--threads", "2"]
+    assert flags[flags.index("--resume") + 2 :] == [
+        "--microbatch",
+        "1",
+        "--gradient-checkpointing",
+        "on",
+        "--threads",
+        "2",
+    ]
 
 
 def test_an_output_that_cannot_be_is_one_line_that_names_it(cli, tmp_path):
