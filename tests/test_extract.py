@@ -200,6 +200,10 @@ def test_a_file_that_is_not_this_jobs(extract, pictures, tmp_path):
     picture = Path(shutil.copy(pictures[1], tmp_path / "picture.png"))
     assert "picture.png:1: is not a row" in clear_error(extract(pictures[0], "--out", picture))
     assert picture.read_bytes() == Path(pictures[1]).read_bytes()
+    for line in ('{"total": "9.30"}', "one line of notes", '{"id": "a", "target": {}}'):
+        picture.write_text(line)  # no newline behind it, as behind a row that was cut short
+        assert "picture.png:1: is not a row" in clear_error(extract(pictures[0], "--out", picture))
+        assert picture.read_text() == line
 
 
 def test_errors_are_one_line(extract, finished, pictures, tmp_path, monkeypatch):
