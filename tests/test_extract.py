@@ -93,6 +93,10 @@ def test_pictures_in_memory(extractor, pictures):
     rows = list(extractor(Image.open(picture) for picture in pictures[:2]))
     assert [row["id"] for row in rows] == ["0", "1"]
     assert [row["text"] for row in rows] == [row["text"] for row in extractor(pictures[:2])]
+    cut = Image.open(io.BytesIO(Path(pictures[0]).read_bytes()[:-40]))  # Pillow has read no more than its header
+    rows = list(extractor([pictures[0], cut, pictures[1]]))
+    assert rows[1].keys() == {"id", "error"} and rows[1]["error"].startswith("1: the picture is damaged or cut short")
+    assert [row["id"] for row in rows] == [pictures[0], "1", pictures[1]]
 
 
 def test_no_data_set_is_opened(finished, pictures, monkeypatch):

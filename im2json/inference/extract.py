@@ -149,7 +149,7 @@ class Extractor:
         name = str(place) if isinstance(picture, Image.Image) else os.fspath(picture)
         try:
             shown = (
-                upright_rgb(picture)
+                upright_rgb(picture, name)
                 if isinstance(picture, Image.Image)
                 else decode_picture(read_file(Path(name), name), name)
             )
