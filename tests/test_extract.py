@@ -163,13 +163,23 @@ def test_every_kind_of_picture_keeps_its_place(extract, extractor, pictures, tmp
 
 def test_names_folders_and_patterns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("b/2.png", "b/1.JPG", "b/deep/3.tif", "b/.hidden/4.png", "b/text.txt", "a[1].png", "c.webp"):
+    for name in (
+        "b/2.png",
+        "b/1.JPG",
+        "b/deep/3.tif",
+        "b/.hidden/4.png",
+        "b/text.txt",
+        "a[1].png",
+        "c.webp",
+        "d/e.png/f.png",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert list_pictures(["c.webp", "b", "b/1.JPG", "missing.png"]) == [
         "c.webp", "b/1.JPG", "b/2.png", "b/deep/3.tif", "missing.png",
     ]  # fmt: skip
     assert list_pictures(["a[1].png"]) == ["a[1].png"]
+    assert list_pictures(["d", "d/e.png"]) == ["d/e.png/f.png"]
     assert list_pictures(["b/**/*.tif", "*.webp"]) == ["b/deep/3.tif", "c.webp"]
     for nothing in ("*.gif", "b/.hidden/../../b/deep/none*"):
         with pytest.raises(ValueError, match="no picture there"):

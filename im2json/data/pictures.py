@@ -111,6 +111,7 @@ def _in_folder(folder: str) -> list[str]:
         str(path)
         for path in Path(folder).rglob("*")
         if path.suffix.lower() in (*suffixes(), ".pdf")
+        and not path.is_dir()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 
