@@ -104,7 +104,7 @@ def test_refused_where_the_answers_differ(export, in_process, finished, tmp_path
     assert export(tmp_path / "out", "--parity", "0.75", source=run.path).exit_code == 0
 
 
-def test_errors_are_one_line_and_come_first(export, finished, tmp_path, monkeypatch):
+def test_errors_are_one_line_and_come_first(cli, export, finished, tmp_path, monkeypatch):
     monkeypatch.setattr("im2json.inference.export.write_merged", None)  # none of these gets so far
     assert "is there already" in clear_error(export(tmp_path))
     assert "is not a run folder" in clear_error(export(tmp_path / "out", source=tmp_path / "none"))
@@ -114,6 +114,12 @@ def test_errors_are_one_line_and_come_first(export, finished, tmp_path, monkeypa
     assert "--split test` makes them" in clear_error(export(tmp_path / "out", "--adapter-only", source=run.path))
     run.result.unlink()
     assert "is not a finished run" in clear_error(export(tmp_path / "out", source=run.path))
+    for flag, program in (
+        ("--parity", export),
+        ("--target-precision", lambda _, *flags: cli("evaluate", run.path, *flags)),
+    ):
+        result = program(tmp_path / "out", flag, "nan")
+        assert result.exit_code == 2 and "nan is not a number" in result.output
     assert "the adapter alone is a copy" in export(tmp_path / "out", "--adapter-only", "--parity", 1).output
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
