@@ -400,7 +400,10 @@ def reading_config(path: Path, given: dict[str, Any]) -> TrainConfig:
     values = {**more, **shape, **known, "schema": str(home_of(folder).schema), **given, "adapter": str(folder)}
     if "model" not in values:
         raise ValueError(f"{folder / ADAPTER_CONFIG} names no base model: give --model")
-    return TrainConfig.resolve(values, preset="tiny")
+    config = TrainConfig.resolve(values, preset="tiny")
+    if "schema" in given and not config.decode.constrain:
+        raise ValueError("--schema goes with --constrain")
+    return config
 
 
 def reading_digest(config: TrainConfig) -> str:

@@ -222,6 +222,11 @@ def test_a_file_that_is_not_this_jobs(extract, pictures, tmp_path):
 
 def test_errors_are_one_line(extract, finished, pictures, tmp_path, monkeypatch):
     assert "holds no adapter" in clear_error(extract(pictures[0], source=tmp_path))
+    schema = tmp_path / "mine.json"
+    schema.write_text('{"type": "object", "properties": {"a": {"type": "string", "format": "no such"}}}')
+    assert "--schema goes with --constrain" in clear_error(extract(pictures[0], "--schema", schema))
+    error = clear_error(extract(pictures[0], "--schema", schema, "--constrain"))
+    assert error.startswith(f"schema {schema} cannot be decoded by: ")
     folder = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
     config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (folder / "adapter_config.json").write_text(json.dumps(config))
