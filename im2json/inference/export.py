@@ -206,5 +206,6 @@ def _plain_answers(folder: Path, config: TrainConfig, ids: Sequence[str]) -> lis
         command = [sys.executable, "-P", str(Path(__file__).with_name("plain.py"))]
         done = subprocess.run(command, input=json.dumps(wanted), capture_output=True, text=True)
     if done.returncode != 0:
-        raise ValueError(f"plain transformers does not load what was exported: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]  # killed, for memory
+        raise ValueError(f"plain transformers does not load what was exported: {said[-1]}")
     return json.loads(done.stdout)
