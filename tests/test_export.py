@@ -154,6 +154,16 @@ def test_the_card(export, finished, dataset, tmp_path):
     assert (tmp_path / "README.md").read_text() == text
 
 
+def test_the_card_of_options_that_are_paths_or_hold_markdown(export, finished, tmp_path):
+    run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    stored = json.loads(run.config.read_text())
+    stored["options"] |= {"schema": "/home/me/mine.json", "prompt": "a | b\nc"}
+    run.config.write_text(json.dumps(stored))
+    assert export(tmp_path / "out", "--dry-run", source=run.path).exit_code == 0
+    lines = (tmp_path / "out" / "README.md").read_text().splitlines()
+    assert {"| schema | mine.json |", "| prompt | a \\| b c |"} <= set(lines)
+
+
 # --- the hub
 
 
