@@ -45,6 +45,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 CHECKSUMS = "checksums.json"  # in a checkpoint: {file: SHA-256}
 LONGER = {"steps", "epochs"}  # the options that a finished run can be resumed with
 ASKED = "im2json.json"  # beside them: the base, the question and the form of the picture that the adapter was made for
+ADAPTER_COMPANIONS = ("calibration.json", "schema.json")  # of the run, beside an adapter that left it
 WARM_START_OPTIONS = ("prompt", "letterbox")  # of what stands there, what --adapter takes
 # what decides the row of a picture, besides the adapter
 READING_OPTIONS = ("model", "quant", "precision", "prompt", "letterbox", "max_new_tokens", "constrain", "check_sum")

@@ -128,6 +128,7 @@ def test_the_adapter_alone(export, finished, dataset, tmp_path):
     assert export(tmp_path / "out", "--adapter-only").exit_code == 0
     for path in finished.adapter.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert (tmp_path / "out" / "schema.json").read_bytes() == finished.schema.read_bytes()
     picture = f"{dataset}/test/0.png"
     (mine,) = im2json.Extractor.from_run(tmp_path / "out")([picture])
     (wanted,) = im2json.Extractor.from_run(finished.path)([picture])

@@ -241,16 +241,22 @@ def test_errors_are_one_line(extract, finished, pictures, tmp_path, monkeypatch)
     assert "the hub could not be reached: no route" in clear_error(extract(pictures[0], source="some/adapter"))
 
 
-def test_an_adapter_on_the_hub(extract, finished, pictures, monkeypatch):
+def test_an_adapter_on_the_hub(extract, finished, pictures, tmp_path, monkeypatch):
+    """With its run's calibration and schema where they are there."""
+    asked_for = set()
+
     def from_folder(model: str, file: str) -> str:
         assert model == "some/adapter"
+        asked_for.add(file)
         if not (finished.adapter / file).exists():
-            raise EntryNotFoundError("404", response=None)
-        return str(finished.adapter / file)
+            raise EntryNotFoundError("404")
+        return str(shutil.copy(finished.adapter / file, tmp_path / file))
 
     monkeypatch.setattr("im2json.model.hub.hf_hub_download", from_folder)
     found, own = extract(pictures[0], source="some/adapter"), extract(pictures[0])
+    assert found.exit_code == 0, found.output
     assert without_by(rows_of(found)) == without_by(rows_of(own))
+    assert {"calibration.json", "schema.json"} <= asked_for
 
 
 def test_help_is_fast_and_public_names_are_lazy():

@@ -21,7 +21,16 @@ from im2json.data.sources import open_splits
 from im2json.inference.extract import Extractor
 from im2json.options import TrainConfig
 from im2json.report.modelcard import model_card
-from im2json.runs import ASKED, RunFolder, adapter_folder, fresh_folder, read_lines, reading_config, write_json
+from im2json.runs import (
+    ADAPTER_COMPANIONS,
+    ASKED,
+    RunFolder,
+    adapter_folder,
+    fresh_folder,
+    read_lines,
+    reading_config,
+    write_json,
+)
 from im2json.scoring import StreamingEvaluator
 from im2json.scoring.examples import score_run
 from im2json.scoring.jsontext import read
@@ -70,8 +79,9 @@ def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, tit
     with fresh_folder(out) as aside:
         if adapter_alone:
             shutil.copytree(adapter_folder(run.path), aside, dirs_exist_ok=True)
-            if run.calibration.exists():
-                shutil.copy(run.calibration, aside)
+            for name in ADAPTER_COMPANIONS:
+                if (run.path / name).exists():
+                    shutil.copy(run.path / name, aside)
         else:
             write_merged(run, aside)
             torch.cuda.empty_cache()  # the model is gone; another process is about to load its own
