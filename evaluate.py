@@ -17,7 +17,7 @@ from typing import Any
 import click
 from PIL import Image
 
-from im2json.cli import option_flags, quiet_libraries, user_errors
+from im2json.cli import FloatRange, option_flags, quiet_libraries, user_errors
 from im2json.options import flag_name
 from im2json.runs import RunFolder, adapter_folder, locked
 
@@ -32,7 +32,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--against", type=click.Path(path_type=Path), metavar="RUN_B", help="compare with the answers of RUN_B")
 @click.option(
     "--target-precision",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FloatRange(0, 1, min_open=True, max_open=True),
     metavar="P",
     help="find how sure a field must be, on validation, for this share of those kept to be right; say what that keeps",
 )

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from im2json.cli import GroupedCommand, option_flags, preset_flag, quiet_libraries, resumable, user_errors
+from im2json.cli import FloatRange, GroupedCommand, option_flags, preset_flag, quiet_libraries, resumable, user_errors
 from im2json.options import TrainConfig
 from im2json.runs import WEIGHTS, RunFolder, check_output, claim, fresh_options, locked, new_run, resumed_config
 
@@ -34,7 +34,7 @@ from im2json.runs import WEIGHTS, RunFolder, check_output, claim, fresh_options,
 @click.option("--check", "only_check", is_flag=True, help="look at the data without training, and write a page of it")
 @click.option("--plan", "only_plan", is_flag=True, help="say what a run takes: steps, memory, time from a few steps")
 @click.option(
-    "--price-per-hour", type=click.FloatRange(0), metavar="PRICE", help="of the machine: --plan says what a run costs"
+    "--price-per-hour", type=FloatRange(0), metavar="PRICE", help="of the machine: --plan says what a run costs"
 )
 @click.pass_context
 def main(

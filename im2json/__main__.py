@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from im2json.cli import option_flags, quick_start, quiet_libraries, user_errors
+from im2json.cli import FloatRange, option_flags, quick_start, quiet_libraries, user_errors
 
 
 @click.group()
@@ -90,7 +90,7 @@ def extract_rows(run: str, given: tuple[str, ...], out: Path | None, options: di
 @click.option("--adapter-only", is_flag=True, help="the adapter in PEFT's format instead of merged weights")
 @click.option(
     "--parity",
-    type=click.FloatRange(0, 1),
+    type=FloatRange(0, 1),
     metavar="SHARE",
     help="of the run's validation answers that the exported weights have to repeat to the letter  [default: 0.9]",
 )

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import logging
+import math
 import os
 import signal
 import threading
@@ -159,6 +160,16 @@ LESS_MEMORY = (
 def first_line(error: BaseException) -> str:
     """What a library's error says, in one line."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+class FloatRange(click.FloatRange):
+    """Without nan, which click has lie in every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not a number.", param, ctx)
+        return number
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 CHECKSUMS = "checksums.json"  # in a checkpoint: {file: SHA-256}
 LONGER = {"steps", "epochs"}  # the options that a finished run can be resumed with
 ASKED = "im2json.json"  # beside them: the base, the question and the form of the picture that the adapter was made for
+ADAPTER_COMPANIONS = ("calibration.json", "schema.json")  # of the run, beside an adapter that left it
 WARM_START_OPTIONS = ("prompt", "letterbox")  # of what stands there, what --adapter takes
 # what decides the row of a picture, besides the adapter
 READING_OPTIONS = ("model", "quant", "precision", "prompt", "letterbox", "max_new_tokens", "constrain", "check_sum")
@@ -400,7 +401,10 @@ def reading_config(path: Path, given: dict[str, Any]) -> TrainConfig:
     values = {**more, **shape, **known, "schema": str(home_of(folder).schema), **given, "adapter": str(folder)}
     if "model" not in values:
         raise ValueError(f"{folder / ADAPTER_CONFIG} names no base model: give --model")
-    return TrainConfig.resolve(values, preset="tiny")
+    config = TrainConfig.resolve(values, preset="tiny")
+    if "schema" in given and not config.decode.constrain:
+        raise ValueError("--schema goes with --constrain")
+    return config
 
 
 def reading_digest(config: TrainConfig) -> str:

@@ -149,6 +149,17 @@ def test_a_string_with_a_pattern_is_ended_too() -> None:
         jsonschema.validate(document["a"], amount)
 
 
+def test_a_number_is_ended_where_more_keys_have_to_follow() -> None:
+    parts = {"a": {"type": "number", "minimum": 0}, "b": {"type": "number", "minimum": 1, "maximum": 20}}
+    schema = {"type": "object", "properties": {**parts, "c": {"type": "string"}}, "required": ["a", "b", "c"]}
+    learned = grammar(schema)
+    for written in ("", '{"a":', '{"a":5', '{"a":5.', '{"b":20', '{"b":2', '{"c":"","b":1'):
+        tokens = tiny().processor.tokenizer(written, add_special_tokens=False)["input_ids"]
+        rest = learned.rest(tokens)
+        jsonschema.validate(parse(decoded([*tokens, *rest])), schema)
+        assert len(rest) < 50
+
+
 @pytest.mark.parametrize(
     ("written", "closed"),
     [

@@ -104,7 +104,7 @@ def test_refused_where_the_answers_differ(export, in_process, finished, tmp_path
     assert export(tmp_path / "out", "--parity", "0.75", source=run.path).exit_code == 0
 
 
-def test_errors_are_one_line_and_come_first(export, finished, tmp_path, monkeypatch):
+def test_errors_are_one_line_and_come_first(cli, export, finished, tmp_path, monkeypatch):
     monkeypatch.setattr("im2json.inference.export.write_merged", None)  # none of these gets so far
     assert "is there already" in clear_error(export(tmp_path))
     assert "is not a run folder" in clear_error(export(tmp_path / "out", source=tmp_path / "none"))
@@ -114,6 +114,12 @@ def test_errors_are_one_line_and_come_first(export, finished, tmp_path, monkeypa
     assert "--split test` makes them" in clear_error(export(tmp_path / "out", "--adapter-only", source=run.path))
     run.result.unlink()
     assert "is not a finished run" in clear_error(export(tmp_path / "out", source=run.path))
+    for flag, program in (
+        ("--parity", export),
+        ("--target-precision", lambda _, *flags: cli("evaluate", run.path, *flags)),
+    ):
+        result = program(tmp_path / "out", flag, "nan")
+        assert result.exit_code == 2 and "nan is not a number" in result.output
     assert "the adapter alone is a copy" in export(tmp_path / "out", "--adapter-only", "--parity", 1).output
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -122,6 +128,7 @@ def test_the_adapter_alone(export, finished, dataset, tmp_path):
     assert export(tmp_path / "out", "--adapter-only").exit_code == 0
     for path in finished.adapter.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert (tmp_path / "out" / "schema.json").read_bytes() == finished.schema.read_bytes()
     picture = f"{dataset}/test/0.png"
     (mine,) = im2json.Extractor.from_run(tmp_path / "out")([picture])
     (wanted,) = im2json.Extractor.from_run(finished.path)([picture])
@@ -146,6 +153,16 @@ def test_the_card(export, finished, dataset, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     assert "File exists" in clear_error(export(tmp_path, "--dry-run"))
     assert (tmp_path / "README.md").read_text() == text
+
+
+def test_the_card_of_options_that_are_paths_or_hold_markdown(export, finished, tmp_path):
+    run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    stored = json.loads(run.config.read_text())
+    stored["options"] |= {"schema": "/home/me/mine.json", "prompt": "a | b\nc"}
+    run.config.write_text(json.dumps(stored))
+    assert export(tmp_path / "out", "--dry-run", source=run.path).exit_code == 0
+    lines = (tmp_path / "out" / "README.md").read_text().splitlines()
+    assert {"| schema | mine.json |", "| prompt | a \\| b c |"} <= set(lines)
 
 
 # --- the hub

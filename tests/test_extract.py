@@ -93,6 +93,10 @@ def test_pictures_in_memory(extractor, pictures):
     rows = list(extractor(Image.open(picture) for picture in pictures[:2]))
     assert [row["id"] for row in rows] == ["0", "1"]
     assert [row["text"] for row in rows] == [row["text"] for row in extractor(pictures[:2])]
+    cut = Image.open(io.BytesIO(Path(pictures[0]).read_bytes()[:-40]))  # Pillow has read no more than its header
+    rows = list(extractor([pictures[0], cut, pictures[1]]))
+    assert rows[1].keys() == {"id", "error"} and rows[1]["error"].startswith("1: the picture is damaged or cut short")
+    assert [row["id"] for row in rows] == [pictures[0], "1", pictures[1]]
 
 
 def test_no_data_set_is_opened(finished, pictures, monkeypatch):
@@ -159,13 +163,23 @@ def test_every_kind_of_picture_keeps_its_place(extract, extractor, pictures, tmp
 
 def test_names_folders_and_patterns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("b/2.png", "b/1.JPG", "b/deep/3.tif", "b/.hidden/4.png", "b/text.txt", "a[1].png", "c.webp"):
+    for name in (
+        "b/2.png",
+        "b/1.JPG",
+        "b/deep/3.tif",
+        "b/.hidden/4.png",
+        "b/text.txt",
+        "a[1].png",
+        "c.webp",
+        "d/e.png/f.png",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert list_pictures(["c.webp", "b", "b/1.JPG", "missing.png"]) == [
         "c.webp", "b/1.JPG", "b/2.png", "b/deep/3.tif", "missing.png",
     ]  # fmt: skip
     assert list_pictures(["a[1].png"]) == ["a[1].png"]
+    assert list_pictures(["d", "d/e.png"]) == ["d/e.png/f.png"]
     assert list_pictures(["b/**/*.tif", "*.webp"]) == ["b/deep/3.tif", "c.webp"]
     for nothing in ("*.gif", "b/.hidden/../../b/deep/none*"):
         with pytest.raises(ValueError, match="no picture there"):
@@ -200,10 +214,19 @@ def test_a_file_that_is_not_this_jobs(extract, pictures, tmp_path):
     picture = Path(shutil.copy(pictures[1], tmp_path / "picture.png"))
     assert "picture.png:1: is not a row" in clear_error(extract(pictures[0], "--out", picture))
     assert picture.read_bytes() == Path(pictures[1]).read_bytes()
+    for line in ('{"total": "9.30"}', "one line of notes", '{"id": "a", "target": {}}'):
+        picture.write_text(line)  # no newline behind it, as behind a row that was cut short
+        assert "picture.png:1: is not a row" in clear_error(extract(pictures[0], "--out", picture))
+        assert picture.read_text() == line
 
 
 def test_errors_are_one_line(extract, finished, pictures, tmp_path, monkeypatch):
     assert "holds no adapter" in clear_error(extract(pictures[0], source=tmp_path))
+    schema = tmp_path / "mine.json"
+    schema.write_text('{"type": "object", "properties": {"a": {"type": "string", "format": "no such"}}}')
+    assert "--schema goes with --constrain" in clear_error(extract(pictures[0], "--schema", schema))
+    error = clear_error(extract(pictures[0], "--schema", schema, "--constrain"))
+    assert error.startswith(f"schema {schema} cannot be decoded by: ")
     folder = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
     config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -218,16 +241,22 @@ def test_errors_are_one_line(extract, finished, pictures, tmp_path, monkeypatch)
     assert "the hub could not be reached: no route" in clear_error(extract(pictures[0], source="some/adapter"))
 
 
-def test_an_adapter_on_the_hub(extract, finished, pictures, monkeypatch):
+def test_an_adapter_on_the_hub(extract, finished, pictures, tmp_path, monkeypatch):
+    """With its run's calibration and schema where they are there."""
+    asked_for = set()
+
     def from_folder(model: str, file: str) -> str:
         assert model == "some/adapter"
+        asked_for.add(file)
         if not (finished.adapter / file).exists():
-            raise EntryNotFoundError("404", response=None)
-        return str(finished.adapter / file)
+            raise EntryNotFoundError("404")
+        return str(shutil.copy(finished.adapter / file, tmp_path / file))
 
     monkeypatch.setattr("im2json.model.hub.hf_hub_download", from_folder)
     found, own = extract(pictures[0], source="some/adapter"), extract(pictures[0])
+    assert found.exit_code == 0, found.output
     assert without_by(rows_of(found)) == without_by(rows_of(own))
+    assert {"calibration.json", "schema.json"} <= asked_for
 
 
 def test_help_is_fast_and_public_names_are_lazy():

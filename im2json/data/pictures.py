@@ -72,14 +72,7 @@ def decode_picture(data: bytes, where: str) -> Image.Image:
         raise ValueError(f"{where}: the picture has too many pixels ({TOO_MANY})") from None
     except (OSError, *_DAMAGE) as error:
         raise ValueError(f"{where}: the picture is damaged or cut short ({error})") from None
-    width, height = picture.size
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{where}: {width} x {height} are too many pixels ({TOO_MANY})")
-    try:
-        picture.load()
-        return upright_rgb(picture)
-    except (OSError, *_DAMAGE) as error:
-        raise ValueError(f"{where}: the picture is damaged or cut short ({error})") from None
+    return upright_rgb(picture, where)
 
 
 @cache
@@ -118,6 +111,7 @@ def _in_folder(folder: str) -> list[str]:
         str(path)
         for path in Path(folder).rglob("*")
         if path.suffix.lower() in (*suffixes(), ".pdf")
+        and not path.is_dir()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 
@@ -133,9 +127,19 @@ def on_square(picture: Image.Image) -> Image.Image:
     return square
 
 
-def upright_rgb(picture: Image.Image) -> Image.Image:
-    """EXIF orientation applied, mode RGB, on white where it was transparent."""
-    return _to_rgb(_turn_upright(picture))
+def upright_rgb(picture: Image.Image, where: str) -> Image.Image:
+    """A picture that is open, loaded whole: EXIF orientation applied, mode RGB, on white where it was transparent.
+
+    Raises ValueError starting with `where`, as `decode_picture`.
+    """
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{where}: {width} x {height} are too many pixels ({TOO_MANY})")
+    try:
+        picture.load()
+        return _to_rgb(_turn_upright(picture))
+    except (OSError, *_DAMAGE) as error:
+        raise ValueError(f"{where}: the picture is damaged or cut short ({error})") from None
 
 
 def _turn_upright(picture: Image.Image) -> Image.Image:

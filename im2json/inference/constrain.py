@@ -56,7 +56,7 @@ class Grammar:
         """What ends a text that the length limit has cut: what is open is closed, and what the schema still asks for
         is as empty as it allows. Nothing where the text is whole, and at most EOS is missing.
 
-        A string with a `pattern` is guessed at, and left open where MOST_ADDED tokens do not end it.
+        A string with a `pattern` is guessed at. Where MOST_ADDED tokens do not end the text, it is left open.
         """
         matcher, rng = self.matcher(), random.Random(0)
         ids = list(tokens)
@@ -75,7 +75,7 @@ class Grammar:
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
         in_string = re.sub(rb"\\.", b"", text).count(b'"') % 2
-        for character in ('"',) if in_string else ("}", "]", '"', "0"):
+        for character in ('"',) if in_string else ("}", "]", '"', ",", "0"):
             (token,) = self.engine.tokenize_str(character)
             if token in allowed:
                 return token

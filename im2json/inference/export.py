@@ -21,7 +21,16 @@ from im2json.data.sources import open_splits
 from im2json.inference.extract import Extractor
 from im2json.options import TrainConfig
 from im2json.report.modelcard import model_card
-from im2json.runs import ASKED, RunFolder, adapter_folder, fresh_folder, read_lines, reading_config, write_json
+from im2json.runs import (
+    ADAPTER_COMPANIONS,
+    ASKED,
+    RunFolder,
+    adapter_folder,
+    fresh_folder,
+    read_lines,
+    reading_config,
+    write_json,
+)
 from im2json.scoring import StreamingEvaluator
 from im2json.scoring.examples import score_run
 from im2json.scoring.jsontext import read
@@ -70,8 +79,9 @@ def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, tit
     with fresh_folder(out) as aside:
         if adapter_alone:
             shutil.copytree(adapter_folder(run.path), aside, dirs_exist_ok=True)
-            if run.calibration.exists():
-                shutil.copy(run.calibration, aside)
+            for name in ADAPTER_COMPANIONS:
+                if (run.path / name).exists():
+                    shutil.copy(run.path / name, aside)
         else:
             write_merged(run, aside)
             torch.cuda.empty_cache()  # the model is gone; another process is about to load its own
@@ -206,5 +216,6 @@ def _plain_answers(folder: Path, config: TrainConfig, ids: Sequence[str]) -> lis
         command = [sys.executable, "-P", str(Path(__file__).with_name("plain.py"))]
         done = subprocess.run(command, input=json.dumps(wanted), capture_output=True, text=True)
     if done.returncode != 0:
-        raise ValueError(f"plain transformers does not load what was exported: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]  # killed, for memory
+        raise ValueError(f"plain transformers does not load what was exported: {said[-1]}")
     return json.loads(done.stdout)

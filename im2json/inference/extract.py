@@ -87,13 +87,14 @@ class Extractor:
         assert config.model.adapter is not None
         calibration = read_calibration(home_of(Path(config.model.adapter)))
         checks = parse_checks(config.decode.check_sum)
-        schema = read_schema(Path(config.decode.schema or "")) if config.decode.constrain else None
+        file = Path(config.decode.schema or "")
+        schema = read_schema(file) if config.decode.constrain else None
         model = merged_model(config)
         collator = Collator(load_processor(config.model.model), config.data.prompt, config.data.letterbox)
         room = positions(model) - len(collator.prefix_ids)
         limit = min(config.decode.max_new_tokens or room, room)
         tokenizer = collator.processor.tokenizer
-        grammar = None if schema is None else Grammar(schema, tokenizer, model.lm_head.out_features)
+        grammar = None if schema is None else Grammar(schema, tokenizer, model.lm_head.out_features, f"schema {file}")
         return cls(
             model, collator, limit, config.decode.eval_batch_size, calibration and calibration[0], checks, grammar
         )
@@ -149,7 +150,7 @@ class Extractor:
         name = str(place) if isinstance(picture, Image.Image) else os.fspath(picture)
         try:
             shown = (
-                upright_rgb(picture)
+                upright_rgb(picture, name)
                 if isinstance(picture, Image.Image)
                 else decode_picture(read_file(Path(name), name), name)
             )

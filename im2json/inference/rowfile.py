@@ -12,6 +12,9 @@ from typing import Any, BinaryIO
 
 from im2json.runs import json_line
 
+BEGINNING = b'{"id": "'
+"""Of every row."""
+
 
 class RowFile:
     """Rows that are there, and a place for more; each carries in `by` what it was read with."""
@@ -33,25 +36,41 @@ class RowFile:
         """Count the rows of the file, and drop a last one that was cut short when the job was stopped."""
         end = 0
         for number, line in enumerate(self.file, start=1):
-            if not line.endswith(b"\n"):
+            cut = not line.endswith(b"\n")
+            if cut and _torn(line):
                 break
             try:
                 row = json.loads(line)
-                same = row["by"] == self.by
-                self._count(row)
+                by = row["by"]
+                if not isinstance(row["id"], str):
+                    raise TypeError
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"--out {name}:{number}: is not a row of an extraction; name another file") from None
-            if not same:
+            if by != self.by:
                 raise ValueError(
-                    f"--out {name}:{number}: was read with another adapter, base or option (by {row['by']}, now "
-                    f"{self.by}); name another file"
+                    f"--out {name}:{number}: was read with another adapter, base or option (by {by}, now {self.by}); "
+                    "name another file"
                 )
+            if cut:
+                break
+            self._count(row)
             end += len(line)
         self.file.truncate(end)
 
     def _count(self, row: dict[str, Any]) -> None:
         self.ids.add(row["id"])
         self.errors += "error" in row
+
+
+def _torn(line: bytes) -> bool:
+    """Whether it is a row that ends too early, and not somebody's only line."""
+    if not (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
+        return False
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from im2json.cli import first_line
-from im2json.runs import ADAPTER_CONFIG, ASKED, WEIGHTS
+from im2json.runs import ADAPTER_COMPANIONS, ADAPTER_CONFIG, ASKED, WEIGHTS
 
 NAME = r"(?!\.)[\w.-]+/[\w.-]+"
 """How the hub names a model: owner/name."""
@@ -56,8 +56,9 @@ def adapter_path(path: str | os.PathLike[str]) -> Path:
     model = os.fspath(path)
     if os.path.lexists(model) or not re.fullmatch(NAME, model):
         return Path(model)
-    with contextlib.suppress(_MissingError):  # an adapter that was made elsewhere has none
-        _fetch_part(model, ASKED)
+    for file in (ASKED, *ADAPTER_COMPANIONS):
+        with contextlib.suppress(_MissingError):  # an adapter that was made elsewhere has none
+            _fetch_part(model, file)
     try:
         _fetch_part(model, ADAPTER_CONFIG)
         return _fetch_part(model, WEIGHTS).parent

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from im2json.options import FIELDS, TrainConfig
 from im2json.report.comparison import fields_table
-from im2json.runs import ASKED, RunFolder
+from im2json.runs import ASKED, PATHS, RunFolder
 from im2json.scoring import METRICS
 from im2json.scoring.catalogue import labelled
 from im2json.scoring.scorecard import Scorecard
@@ -122,12 +122,17 @@ def _metrics(card: Scorecard) -> str:
 def _options(config: TrainConfig) -> str:
     """All that decide the result."""
     shown = {
-        name: _shown(value) if name in ("model", "dataset", "adapter") else value
+        name: _shown(value) if name in PATHS else value
         for name, value in config.flat().items()
         if value is not None and not FIELDS[name].metadata["free"]
     }
-    rows = [f"| {name} | {value} |" for name, value in shown.items()]
+    rows = [f"| {name} | {_cell(value)} |" for name, value in shown.items()]
     return "\n".join(["## Options", "", "| option | value |", "|---|---|", *rows])
+
+
+def _cell(value: Any) -> str:
+    """A value as a Markdown table can hold it."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _limits(run: RunFolder, config: TrainConfig, card: Scorecard, adapter_alone: bool, parity: str) -> str:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 from im2json.scoring.jsontext import read
@@ -48,7 +49,8 @@ class SumCheck(NamedTuple):
             amounts = [(sign, amount(leaf)) for sign, path in side for leaf in leaves.get(path, [])]
             if not amounts or any(value is None for _, value in amounts):
                 return None
-            sums.append(sum(sign * value for sign, value in amounts if value is not None))
+            # sums of Decimals are rounded to 28 digits
+            sums.append(sum(sign * Fraction(value) for sign, value in amounts if value is not None))
         return bool(sums[0] == sums[1])
 
 

@@ -105,8 +105,9 @@ class Calibration(NamedTuple):
     intercept: float = 0.0
 
     def __call__(self, confidence: Any) -> Any:
-        """Calibrated, in the shape given."""
-        return 1 / (1 + np.exp(-(self.slope * _log_odds(confidence) + self.intercept)))
+        """Calibrated, in the shape given; what the model did not write stays at 0."""
+        calibrated = 1 / (1 + np.exp(-(self.slope * _log_odds(confidence) + self.intercept)))
+        return np.where(np.asarray(confidence, float) > 0, calibrated, 0.0)
 
     def of(self, confidence: dict[str, Any]) -> dict[str, Any]:
         """What `leaf_confidence` returned, calibrated."""

@@ -123,7 +123,7 @@ def calibrate(run: RunFolder, step: int) -> Calibration | None:
     calibration = Calibration.fit(sure, right)
     errors = calibration_error(sure, right), calibration_error(calibration(sure), right)
     write_json(run.calibration, {
-        "method": "1 / (1 + exp(-(slope * log(p / (1 - p)) + intercept))), p as in predictions.jsonl",
+        "method": "1 / (1 + exp(-(slope * log(p / (1 - p)) + intercept))), p as in predictions.jsonl; 0 stays 0",
         **calibration._asdict(),
         "fitted_on": {"split": "validation", "step": step, "examples": len(rows), "leaves": len(leaves),
                       "wrong": right.count(False)},

@@ -153,6 +153,8 @@ def _wrong_values(schema: Schema, place: str) -> Iterator[str]:
         yield f"{place}/properties is not an object"
     elif not isinstance(required, list) or not all(isinstance(key, str) and key in properties for key in required):
         yield f"{place}/required is not a list of names that are in properties"
+    elif len(set(required)) < len(required):
+        yield f"{place}/required names a key twice"
     if schema.get("additionalProperties", False) is not False:
         yield f"{place}: additionalProperties can only be false: name what may be written in properties"
     for name in ("anyOf", "enum"):

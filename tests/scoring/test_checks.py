@@ -48,6 +48,13 @@ def test_a_misread_total_is_caught():
     assert check.holds({**BILL, "total": {"total_price": "12,600"}}) is False
 
 
+def test_long_amounts_are_not_rounded():
+    digits = "9" * 40
+    check = SumCheck.parse("a = b")
+    assert check.holds({"a": [digits, "1"], "b": [digits, "2"]}) is False
+    assert check.holds({"a": [digits, "0.10", "0.20"], "b": [digits, "0.30"]}) is True
+
+
 def test_several_equations():
     first, second = parse_checks("a-b.c = d ; e = f;")
     assert (first.left, first.right, second.text) == ([(1, "a-b.c")], [(1, "d")], "e = f")

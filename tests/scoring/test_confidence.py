@@ -127,6 +127,13 @@ def test_calibration_finds_the_parameters_and_lowers_the_error():
     }
 
 
+def test_what_the_model_did_not_write_stays_at_nothing():
+    text = '{"a":"x","b":""}'
+    confidence = leaf_confidence(text, [0, 8], [-0.1, -math.inf])
+    assert confidence is not None and confidence["b"] == 0
+    assert Calibration(0.0, 3.0).of(confidence) == {"a": pytest.approx(0.952574), "b": 0.0}
+
+
 def test_calibration_of_few_leaves_stays_finite_and_keeps_the_order():
     for right in ([True] * 5, [False] * 5, [True], [True, False, True, True, False]):
         found = Calibration.fit([1.0, 0.9, 0.5, 0.0, 1e-9][: len(right)], right)

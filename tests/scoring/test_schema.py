@@ -70,6 +70,7 @@ def test_a_row_alone_and_rows_in_a_list_may_hold_the_same() -> None:
         ('{"type": "object", "properties": [1]}', "#/properties is not an object"),
         ('{"type": "object", "required": ["a"]}', "#/required is not a list of names that are in properties"),
         ('{"type": "object", "required": [1]}', "#/required is not a list of names that are in properties"),
+        ('{"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a", "a"]}', "#/required names a key"),
         ('{"type": "object", "additionalProperties": {}}', "#: additionalProperties can only be false"),
         ('{"type": "object", "properties": {"a": {"anyOf": []}}}', "#/properties/a/anyOf is not a list with something"),
         ('{"type": "object", "properties": {"a": {"anyOf": [true]}}}', "#/properties/a/anyOf/0 is not a schema"),
