@@ -105,8 +105,9 @@ def evaluate(run: RunFolder, split: str, given: dict[str, Any]) -> dict[str, dic
             "before": evaluation(split, 0, "before", adapter=False),
             "after": evaluation(split, step, "after"),
         }
-        (known,) = broadcast_object_list([bool(calibration_rows(run, step))])
-        if not known:  # the run never validated this adapter, or kept no confidence
+        alike = [("constrained" in row) == (bench.grammar is not None) for row in calibration_rows(run, step)]
+        (known,) = broadcast_object_list([run.done and bool(alike) and all(alike)])
+        if not known:  # the run never validated this adapter in this way, or kept no confidence
             evaluation("validation", step, "after")
         if accelerator.is_main_process:
             calibrate(run, step)

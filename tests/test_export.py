@@ -104,13 +104,24 @@ def test_refused_where_the_answers_differ(export, in_process, finished, tmp_path
     assert export(tmp_path / "out", "--parity", "0.75", source=run.path).exit_code == 0
 
 
+def test_answers_held_to_a_schema_are_not_compared_and_the_card_says_so(export, finished, tmp_path):
+    """transformers writes freely."""
+    run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    lines = [json.loads(line) | {"constrained": True} for line in run.predictions.read_text().splitlines()]
+    run.predictions.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    error = clear_error(export(tmp_path / "out", source=run.path))
+    assert "none but those held to a schema" in error and "--split validation --no-constrain`" in error
+    assert export(tmp_path / "out", "--dry-run", source=run.path).exit_code == 0
+    assert "- These answers were held to a JSON Schema" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_errors_are_one_line_and_come_first(cli, export, finished, tmp_path, monkeypatch):
     monkeypatch.setattr("im2json.inference.export.write_merged", None)  # none of these gets so far
     assert "is there already" in clear_error(export(tmp_path))
     assert "is not a run folder" in clear_error(export(tmp_path / "out", source=tmp_path / "none"))
     run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
     run.predictions.unlink()
-    assert "--split validation` makes them" in clear_error(export(tmp_path / "out", source=run.path))
+    assert "--split validation --no-constrain` makes them" in clear_error(export(tmp_path / "out", source=run.path))
     assert "--split test` makes them" in clear_error(export(tmp_path / "out", "--adapter-only", source=run.path))
     run.result.unlink()
     assert "is not a finished run" in clear_error(export(tmp_path / "out", source=run.path))

@@ -65,6 +65,7 @@ def test_evaluate_goes_by_the_edited_schema_or_by_another(finished, cli, tmp_pat
     run.schema.write_text(json.dumps(ONLY_TOTAL), "utf-8")
     assert cli("evaluate", run.path, "--constrain").exit_code == 0
     assert {row["text"] for row in answers(run, *TEST)} <= {'{"total":"1"}', '{"total":"2"}'}
+    assert all(row["constrained"] for row in answers(run, *TEST, ("validation", "after")))
     other = tmp_path / "other.json"
     other.write_text('{"type": "object"}')
     assert cli("evaluate", run.path, "--constrain", "--schema", other).exit_code == 0
@@ -74,6 +75,14 @@ def test_evaluate_goes_by_the_edited_schema_or_by_another(finished, cli, tmp_pat
     assert cli("evaluate", run.path, "--constrain").exit_code == 0
     for row in answers(run, *TEST):
         jsonschema.validate(row["parsed"], json.loads(finished.schema.read_text("utf-8")))
+
+
+def test_a_schema_in_the_middle_of_being_edited_stops_only_what_needs_it(finished, cli, tmp_path):
+    run = copied(finished, tmp_path / "run")
+    run.schema.write_text('{"type": ')
+    assert f"schema {run.schema} is not JSON" in clear_error(cli("evaluate", run.path, "--constrain"))
+    assert cli("evaluate", run.path).exit_code == 0
+    assert not any("constrained" in row for row in answers(run, *TEST))
 
 
 def test_a_run_keeps_the_schema_that_it_was_given_or_that_was_edited(train, resume, tmp_path):

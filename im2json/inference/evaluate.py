@@ -174,7 +174,8 @@ class Evaluation:
         aside.unlink(missing_ok=True)
 
         def on_rows(first: int, rows: list[Row]) -> None:
-            append_lines(aside, ({"step": step, "split": split, "stage": stage, **row} for row in rows))
+            held = {"constrained": True} if self.grammar else {}
+            append_lines(aside, ({"step": step, "split": split, "stage": stage, **held, **row} for row in rows))
             for index, row in enumerate(rows[: max(0, self.PICTURES - first)], start=first):
                 before = self._text_before(split, row["id"]) if stage == "after" else None
                 image = self.splits[split][index].image

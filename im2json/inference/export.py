@@ -102,11 +102,12 @@ def validation_answers(run: RunFolder) -> list[dict[str, Any]]:
         raise ValueError(f"{run.path} is not a finished run: it has no result.json")
     result = json.loads(run.result.read_text("utf-8"))
     best = result["best_step"] or result["step"]
-    rows = [row for row in read_lines(run.predictions) if (row["split"], row["step"]) == ("validation", best)]
+    kept = (row for row in read_lines(run.predictions) if (row["split"], row["step"]) == ("validation", best))
+    rows = [row for row in kept if "constrained" not in row]  # transformers knows no schema
     if not rows:
         raise ValueError(
-            f"{run.path} holds no answers on validation to compare with: `evaluate.py {run.path} --split validation` "
-            "makes them"
+            f"{run.path} holds no answers on validation to compare with, or none but those held to a schema: "
+            f"`evaluate.py {run.path} --split validation --no-constrain` makes them"
         )
     return list({row["id"]: row for row in rows}.values())
 

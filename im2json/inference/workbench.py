@@ -277,8 +277,12 @@ def set_up(
     lengths = TargetLengths.count(splits, collator)
     accelerator.print(lengths.summary())
     given = Path(config.decode.schema) if config.decode.schema else None
-    file = schema if schema is not None and schema.is_file() else given
-    wanted = induce(splits["train"].targets) if file is None else read_schema(file)
+    own = schema is not None and schema.is_file()
+    file = schema if own else given
+    if file is None:
+        wanted = induce(splits["train"].targets)
+    else:  # that of a run may be in the middle of being edited, and matters only where answers are held to it
+        wanted = read_schema(file) if config.decode.constrain or not own else {}
     options = config.model
     base = load_base(options.model, precision, options.quant, accelerator.device, options.dequantize)
     lengths.check(config.data.max_target_tokens, len(collator.prefix_ids), positions(base))

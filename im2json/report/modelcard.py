@@ -14,6 +14,7 @@ from im2json.report.comparison import fields_table
 from im2json.runs import ASKED, PATHS, RunFolder
 from im2json.scoring import METRICS
 from im2json.scoring.catalogue import labelled
+from im2json.scoring.examples import kept_predictions
 from im2json.scoring.scorecard import Scorecard
 
 EMBEDDED = {"model": "tiny", "dataset": "receipts"}
@@ -148,6 +149,8 @@ def _limits(run: RunFolder, config: TrainConfig, card: Scorecard, adapter_alone:
         "It was measured on documents like those that it was trained on, and writes the keys that it was trained on; "
         "how it reads others is not known.",
     ]
+    if any("constrained" in row for row in kept_predictions(run, "test")):
+        limits.append("These answers were held to a JSON Schema as they were written; transformers writes freely.")
     if not adapter_alone and config.model.quant == "nf4":
         limits.append(
             "LoRA is merged into the weights that the NF4 base of training stands for, not into the original's."

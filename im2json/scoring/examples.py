@@ -89,7 +89,7 @@ def kept_predictions(run: RunFolder, split: str, stage: str = "after") -> list[R
     Raises ValueError where it kept none.
     """
     wanted = (row for row in read_lines(run.predictions) if (row.get("split"), row.get("stage")) == (split, stage))
-    names = ("id", "text", "target", "confidence", "checks")
+    names = ("id", "text", "target", "confidence", "checks", "constrained")
     rows: list[Row] = [{name: row[name] for name in names if name in row} for row in wanted]
     if not run.config.exists() and not rows:
         raise ValueError(f"{run.path} is not a run folder: it has no config.json")
