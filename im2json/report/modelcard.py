@@ -82,6 +82,7 @@ def _usage(run: RunFolder, config: TrainConfig, adapter_alone: bool) -> str:
         )
     return (
         "```python\nfrom PIL import Image\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+        'name = "this folder, or its name"\n'
         "processor = AutoProcessor.from_pretrained(name)\nmodel = AutoModelForImageTextToText.from_pretrained(name, "
         'dtype="auto")\npicture = Image.open("receipt.jpg").convert("RGB")\n'
         f'inputs = processor(images=picture, text={prompt}, return_tensors="pt").to(model.dtype)\n'

@@ -35,6 +35,10 @@ BY_TYPE = {
     "boolean": set(),
     "null": set(),
 }
+TYPES_OF = {
+    dict: ["object"], list: ["array"], str: ["string"], float: ["number"], int: ["integer", "number"],
+    bool: ["boolean"], type(None): ["null"],
+}  # fmt: skip
 ONE_OF = ("anyOf", "enum", "const", "type")
 
 
@@ -160,6 +164,10 @@ def _wrong_values(schema: Schema, place: str) -> Iterator[str]:
     for name in ("anyOf", "enum"):
         if name in schema and not (isinstance(schema[name], list) and schema[name]):
             yield f"{place}/{name} is not a list with something in it"
+    listed = schema["enum"] if isinstance(schema.get("enum"), list) else []
+    for value in [*listed, *([schema["const"]] if "const" in schema else [])]:
+        if "type" in schema and not any(name in types_of(schema) for name in TYPES_OF[type(value)]):
+            yield f"{place}: {json.dumps(value)} is not of the type that stands beside it"
     least, most = schema.get("minItems", 0), schema.get("maxItems")
     if not _whole(least) or not (most is None or (_whole(most) and most >= least)):
         yield f"{place}: minItems and maxItems are whole numbers, the first not above the second"

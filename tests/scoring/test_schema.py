@@ -71,6 +71,11 @@ def test_a_row_alone_and_rows_in_a_list_may_hold_the_same() -> None:
         ('{"type": "object", "required": ["a"]}', "#/required is not a list of names that are in properties"),
         ('{"type": "object", "required": [1]}', "#/required is not a list of names that are in properties"),
         ('{"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a", "a"]}', "#/required names a key"),
+        ('{"type": "object", "const": 5}', "#: 5 is not of the type that stands beside it"),
+        (
+            '{"type": "object", "properties": {"a": {"enum": [1, "x"], "type": "integer"}}}',
+            '#/properties/a: "x" is not of the type',
+        ),
         ('{"type": "object", "additionalProperties": {}}', "#: additionalProperties can only be false"),
         ('{"type": "object", "properties": {"a": {"anyOf": []}}}', "#/properties/a/anyOf is not a list with something"),
         ('{"type": "object", "properties": {"a": {"anyOf": [true]}}}', "#/properties/a/anyOf/0 is not a schema"),
