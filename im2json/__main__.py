@@ -96,7 +96,7 @@ def extract_rows(run: str, given: tuple[str, ...], out: Path | None, options: di
 )
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="upload it as a new model")
 @click.option("--private", is_flag=True, help="for you alone, with --push-to-hub")
-@click.option("--dry-run", is_flag=True, help="write the model's card alone")
+@click.option("--dry-run", is_flag=True, help="print the model's card, and write nothing")
 def export(
     run: Path,
     out: Path,
@@ -124,11 +124,7 @@ def export(
             from im2json.report.modelcard import model_card
             from im2json.scoring.examples import score_run
 
-            text = model_card(RunFolder(run), score_run(RunFolder(run), "test"), title, adapter_only)
-            out.mkdir(parents=True, exist_ok=True)
-            with (out / "README.md").open("x", encoding="utf-8") as card:  # never over one that is there
-                card.write(text)
-            click.echo(f"card  {out / 'README.md'}")
+            click.echo(model_card(RunFolder(run), score_run(RunFolder(run), "test"), title, adapter_only), nl=False)
             return
         if push_to_hub is not None:
             check_push(push_to_hub)

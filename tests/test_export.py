@@ -111,8 +111,7 @@ def test_answers_held_to_a_schema_are_not_compared_and_the_card_says_so(export, 
     run.predictions.write_text("".join(json.dumps(row) + "\n" for row in lines))
     error = clear_error(export(tmp_path / "out", source=run.path))
     assert "none but those held to a schema" in error and "--split validation --no-constrain`" in error
-    assert export(tmp_path / "out", "--dry-run", source=run.path).exit_code == 0
-    assert "- These answers were held to a JSON Schema" in (tmp_path / "out" / "README.md").read_text()
+    assert "- These answers were held to a JSON Schema" in export(tmp_path, "--dry-run", source=run.path).stdout
 
 
 def test_errors_are_one_line_and_come_first(cli, export, finished, tmp_path, monkeypatch):
@@ -148,8 +147,7 @@ def test_the_adapter_alone(export, finished, dataset, tmp_path):
 
 def test_the_card(export, finished, dataset, tmp_path):
     result = export(tmp_path, "--dry-run", "--push-to-hub", "me/receipts")
-    assert result.stdout == f"card  {tmp_path / 'README.md'}\n"
-    text = (tmp_path / "README.md").read_text()
+    text = result.stdout
     card = ModelCard(text)
     assert card.data.library_name == "transformers"
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
@@ -161,9 +159,7 @@ def test_the_card(export, finished, dataset, tmp_path):
     assert "| lr | 0.01 |" in text
     assert str(Path(dataset).parent) not in text
     assert str(Path(finished.read_config().model.model).parent) not in text
-    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
-    assert "File exists" in clear_error(export(tmp_path, "--dry-run"))
-    assert (tmp_path / "README.md").read_text() == text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_card_of_options_that_are_paths_or_hold_markdown(export, finished, tmp_path):
@@ -171,8 +167,7 @@ def test_the_card_of_options_that_are_paths_or_hold_markdown(export, finished, t
     stored = json.loads(run.config.read_text())
     stored["options"] |= {"schema": "/home/me/mine.json", "prompt": "a | b\nc"}
     run.config.write_text(json.dumps(stored))
-    assert export(tmp_path / "out", "--dry-run", source=run.path).exit_code == 0
-    lines = (tmp_path / "out" / "README.md").read_text().splitlines()
+    lines = export(tmp_path / "out", "--dry-run", source=run.path).stdout.splitlines()
     assert {"| schema | mine.json |", "| prompt | a \\| b c |"} <= set(lines)
 
 
@@ -247,6 +242,17 @@ def test_upload(export, hub, tmp_path):
     assert (created["name"], created["organization"]) == ("receipts", "me")
     assert created.get("private") or created["visibility"] == "private"  # the hub's client has renamed it
     assert hub.received == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+def test_an_interrupted_upload_leaves_what_was_exported(export, hub, tmp_path, monkeypatch):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("im2json.model.hub.HfApi.upload_folder", interrupt)
+    result = export(tmp_path / "out", "--adapter-only", "--push-to-hub", "me/receipts")
+    assert result.exit_code == 130
+    assert f"interrupted: {tmp_path / 'out'} is whole, and `hf upload" in result.output
+    assert (tmp_path / "out" / "README.md").exists()
 
 
 def test_what_the_hub_refuses_is_one_line(export, hub, tmp_path, monkeypatch):

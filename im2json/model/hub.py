@@ -110,6 +110,8 @@ def push(folder: Path, model: str, private: bool) -> str:
 def _one_line(model: str, advice: str = "") -> Iterator[None]:
     try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(advice.removeprefix("; ")) from None
     except LocalTokenNotFoundError as error:
         raise ValueError(f"--push-to-hub {model}: nobody is logged in: run `hf auth login`{advice}") from error
     except HfHubHTTPError as error:
