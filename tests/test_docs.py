@@ -1,0 +1,222 @@
+"""The walkthroughs: their links lead somewhere, and what stands in them is what comes out when they are run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+DOCS = ROOT / "docs"
+WALKTHROUGHS = sorted(DOCS.glob("*.md"))
+PAGES = [ROOT / "README.md", *WALKTHROUGHS]
+FENCED = re.compile(r"^```(.*?)$(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def names(path: Path) -> str:
+    return path.name
+
+
+def prose(path: Path) -> str:
+    """A page without what is fenced or inline code."""
+    return re.sub(r"`[^`]*`", "", FENCED.sub("", path.read_text("utf-8")))
+
+
+def anchors(path: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", path.read_text("utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def shown(path: Path) -> set[str]:
+    """The pictures of a page."""
+    return set(re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text("utf-8")))
+
+
+def broken(path: Path) -> Iterator[str]:
+    """The relative links of a page that lead nowhere."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        if re.match(r"\w+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        found = (path.parent / file).resolve() if file else path
+        if not found.exists() or (anchor and anchor not in anchors(found)):
+            yield target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=names)
+def test_relative_links_and_anchors_exist(path: Path):
+    assert list(broken(path)) == []
+
+
+def test_a_broken_link_is_found(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text("# A heading\n[a](#a-heading) [b](#none) [c](none.md) [d](https://x.y)\n```\n[e](code.md)\n```\n")
+    assert list(broken(page)) == ["#none", "none.md"]
+
+
+@pytest.mark.parametrize("path", WALKTHROUGHS, ids=names)
+def test_every_block_that_is_run_has_its_output(path: Path):
+    from docs.build import parse_blocks
+
+    blocks = parse_blocks(path.read_text("utf-8").splitlines(), path.name)
+    assert blocks
+    assert [block.line for block in blocks if block.output is None or not len(block.output)] == []
+
+
+@pytest.mark.parametrize("path", WALKTHROUGHS, ids=names)
+def test_every_measured_number_in_prose_stands_in_an_output(path: Path):
+    outputs = "\n".join(body for info, body in FENCED.findall(path.read_text("utf-8")) if info.startswith("text"))
+    printed = {float(number) for number in re.findall(r"\d*\.\d+", outputs)}
+    claimed = re.findall(r"(?<![\w.])\d*\.\d{2,}(?!\w)", prose(path))
+    assert [number for number in claimed if float(number) not in printed] == []
+
+
+@pytest.mark.parametrize("path", WALKTHROUGHS, ids=names)
+def test_every_picture_is_made_by_the_build(path: Path):
+    from docs.build import parse_pictures
+
+    made = {picture.file for picture in parse_pictures(path.read_text("utf-8"))}
+    assert made == shown(path)
+    assert all((DOCS / file).exists() for file in made)
+
+
+def test_no_picture_is_left_over():
+    used = {DOCS / file for path in WALKTHROUGHS for file in shown(path)}
+    assert set((DOCS / "pictures").glob("*")) <= used
+
+
+TINY = """# A page
+
+```sh
+mkdir runs && echo 0.123  12 > runs/a && cat runs/a && ls train.py
+```
+
+```python
+from pathlib import Path
+
+number = 41
+print(Path("runs/a").read_text().strip())
+```
+
+```text
+of an earlier time
+and longer
+```
+
+```sh gpu
+false
+```
+
+```python
+print(number + 1, "words")
+```
+
+```text varies
+anything
+```
+"""
+
+
+def page(folder: Path, text: str = TINY) -> Path:
+    path = folder / "page.md"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def outputs(path: Path) -> list[str]:
+    return [body.strip("\n") for info, body in FENCED.findall(path.read_text("utf-8")) if info.startswith("text")]
+
+
+def test_a_build_writes_what_is_printed_and_nothing_else(tmp_path: Path, cli):
+    path = page(tmp_path)
+    assert cli("docs.build", path).exit_code == 0
+    assert outputs(path) == ["0.123 12\ntrain.py", "0.123 12", "42 words"]
+    built = path.read_text("utf-8")
+    assert FENCED.sub("", built).split() == FENCED.sub("", TINY).split()
+    assert cli("docs.build", "--check", path).exit_code == 0
+    assert cli("docs.build", path).exit_code == 0
+    assert path.read_text("utf-8") == built
+
+
+def test_a_check_passes_over_numbers_and_widths_and_tells_where_words_differ(tmp_path: Path, cli):
+    path = page(tmp_path)
+    assert cli("docs.build", path).exit_code == 0
+    other = path.read_text("utf-8").replace("0.123 12", "-9.1   7").replace("42 words", "a sentence")
+    path.write_text(other, "utf-8")
+    assert cli("docs.build", "--check", path).exit_code == 0  # the sentence stands where words may vary
+    path.write_text(other.replace("train.py\n```\n\n```python", "sweep.py\n```\n\n```python"), "utf-8")
+    changed = path.read_text("utf-8")
+    result = cli("docs.build", "--check", path)
+    line = 1 + changed.splitlines().index("sweep.py")
+    assert result.exit_code == 1
+    assert result.stdout == f"{path}:{line}: printed now is\n    - sweep.py\n    + train.py\n"
+    assert path.read_text("utf-8") == changed
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("```python\nx = 1\nassert x == 2\n```\n", "page.md:2: its line 2: AssertionError: "),
+        ("# a\n```sh\necho no >&2; exit 3\n```\n", "page.md:3: ends with 3: no"),
+        ("\n```sh\necho\n", "page.md:2: this block is never closed"),
+    ],
+    ids=["an assert", "a command", "a fence"],
+)
+def test_what_fails_is_named_with_its_line_and_changes_nothing(tmp_path: Path, cli, text: str, said: str):
+    path = page(tmp_path, text)
+    result = cli("docs.build", path)
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert path.read_text("utf-8") == text
+
+
+def test_a_check_asks_for_outputs_and_for_something_where_words_may_vary(tmp_path: Path, cli):
+    path = page(tmp_path, "```sh\necho a\n```\n\n```sh\ntrue\n```\n\n```text varies\nwords\n```\n")
+    result = cli("docs.build", "--check", path)
+    assert result.exit_code == 1
+    assert result.stdout == f"{path}:1: no ```text block below\n{path}:10: nothing is printed any more\n"
+
+
+def test_a_command_is_not_run_again_in_a_folder_that_is_kept(tmp_path: Path, cli):
+    path, work = page(tmp_path, "```sh\ndate +%N >> runs; wc -l < runs\n```\n"), tmp_path / "work"
+    for _ in range(2):
+        assert cli("docs.build", path, "--work", work).exit_code == 0
+        assert outputs(path) == ["1"]
+    path.write_text(path.read_text("utf-8").replace("date", "echo"), "utf-8")
+    assert cli("docs.build", path, "--work", work).exit_code == 0
+    assert outputs(path) == ["2"]
+
+
+def test_pictures_come_from_what_a_run_left_for_tensorboard(tmp_path: Path, cli):
+    path = page(
+        tmp_path,
+        "```python\nimport numpy as np\nfrom torch.utils.tensorboard import SummaryWriter\n"
+        'with SummaryWriter("runs/a/tb") as writer:\n    for step in (1, 2):\n'
+        '        writer.add_scalar("train/loss", 1 / step, step)\n'
+        '    writer.add_image("seen/0", np.full((3, 4, 5), 7, np.uint8), 2)\nprint("ok")\n```\n\n'
+        "<!-- curves runs/a: train/loss log -->\n![a](pictures/a.svg)\n\n"
+        "<!-- image runs/a: seen/0 -->\n![b](pictures/b.png)\n",
+    )
+    assert cli("docs.build", path).exit_code == 0
+    svg = (tmp_path / "pictures/a.svg").read_text("utf-8")
+    assert svg.startswith("<svg xmlns=") and "polyline" in svg and "train/loss" in svg
+    image = Image.open(tmp_path / "pictures/b.png")
+    assert (image.size, image.convert("RGB").getpixel((0, 0))) == ((5, 4), (7, 7, 7))
+    (tmp_path / "pictures/b.png").unlink()
+    result = cli("docs.build", "--check", path)
+    assert (result.exit_code, result.stdout) == (1, f"{path}: pictures/b.png is missing\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", WALKTHROUGHS, ids=names)
+def test_a_walkthrough_is_still_true(path: Path):
+    done = subprocess.run(
+        [sys.executable, str(DOCS / "build.py"), "--check", str(path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
