@@ -14,7 +14,7 @@ from PIL import Image
 
 DOCS = ROOT / "docs"
 WALKTHROUGHS = sorted(DOCS.glob("*.md"))
-PAGES = [ROOT / "README.md", *WALKTHROUGHS]
+PAGES = [ROOT / "README.md", *WALKTHROUGHS, *sorted((DOCS / "reference").glob("*.md"))]
 FENCED = re.compile(r"^```(.*?)$(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
