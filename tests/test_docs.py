@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -214,6 +215,9 @@ def test_pictures_come_from_what_a_run_left_for_tensorboard(tmp_path: Path, cli)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "IM2JSON_WALKTHROUGHS" not in os.environ, reason="IM2JSON_WALKTHROUGHS=1 runs them, for half an hour"
+)
 @pytest.mark.parametrize("path", WALKTHROUGHS, ids=names)
 def test_a_walkthrough_is_still_true(path: Path):
     done = subprocess.run(
