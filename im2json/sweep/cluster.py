@@ -102,6 +102,8 @@ def run_point(job: Job, train: Path, processes: int, threads: int | None) -> Non
     Where the worker that runs this ends, in whatever way, the guard asks the point to save and stop, and Ray's next try
     goes on.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what it starts in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray cancels a task by it
     try:
         with job.log.open("ab") as log:
             while not lock(log):  # what a lost worker has started is ending
