@@ -40,6 +40,7 @@ PATHS = {
     "adapter": None,
     "schema": None,
 }  # options that may be paths, but for the embedded
+HUB_NAME = r"(?!\.)[\w.-]+/[\w.-]+"  # owner/name, of a model or data set
 WEIGHTS = "adapter_model.safetensors"  # PEFT's names
 ADAPTER_CONFIG = "adapter_config.json"
 CHECKSUMS = "checksums.json"  # in a checkpoint: {file: SHA-256}

@@ -12,7 +12,8 @@ from transformers import BitsAndBytesConfig, PaliGemmaForConditionalGeneration, 
 from transformers.utils.logging import disable_progress_bar
 
 from im2json.cli import first_line
-from im2json.model.hub import NAME, fetch
+from im2json.model.hub import fetch
+from im2json.runs import HUB_NAME
 
 TINY = Path(__file__).parent / "tiny"
 PLENTY = 40 * 2**30  # free bytes
@@ -102,7 +103,7 @@ def _from_pretrained(kind: Any, model: str, **settings: Any) -> Any:
             ) from error
     if Path(path).exists():
         raise ValueError(f"--model {model}: this is a file; name the folder that holds the model")
-    if not re.fullmatch(NAME, path):
+    if not re.fullmatch(HUB_NAME, path):
         raise ValueError(f"--model {model}: no such folder, and not a name on the hub (owner/name); `tiny` is embedded")
     fetch(model, "config.json", f"--model {model}")  # transformers would try many files, and wrap the reason
     return _complete(kind, path, **settings)

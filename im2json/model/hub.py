@@ -20,10 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from im2json.cli import first_line
-from im2json.runs import ADAPTER_COMPANIONS, ADAPTER_CONFIG, ASKED, WEIGHTS
-
-NAME = r"(?!\.)[\w.-]+/[\w.-]+"
-"""How the hub names a model: owner/name."""
+from im2json.runs import ADAPTER_COMPANIONS, ADAPTER_CONFIG, ASKED, HUB_NAME, WEIGHTS
 
 
 def fetch(model: str, file: str, what: str) -> Path:
@@ -54,7 +51,7 @@ def adapter_path(path: str | os.PathLike[str]) -> Path:
         ValueError: as `fetch`, or if the hub's model holds no adapter in safetensors.
     """
     model = os.fspath(path)
-    if os.path.lexists(model) or not re.fullmatch(NAME, model):
+    if os.path.lexists(model) or not re.fullmatch(HUB_NAME, model):
         return Path(model)
     for file in (ASKED, *ADAPTER_COMPANIONS):
         with contextlib.suppress(_MissingError):  # an adapter that was made elsewhere has none

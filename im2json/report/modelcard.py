@@ -11,14 +11,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from im2json.options import FIELDS, TrainConfig
 from im2json.report.comparison import fields_table
-from im2json.runs import ASKED, PATHS, RunFolder
+from im2json.runs import ASKED, HUB_NAME, PATHS, RunFolder
 from im2json.scoring import METRICS
 from im2json.scoring.catalogue import labelled
 from im2json.scoring.examples import kept_predictions
 from im2json.scoring.scorecard import Scorecard
 
 EMBEDDED = {"model": "tiny", "dataset": "receipts"}
-HUB_NAME = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 
 
 def model_card(run: RunFolder, card: Scorecard, title: str, adapter_alone: bool, parity: str = "") -> str:
@@ -169,7 +168,7 @@ def _base(config: TrainConfig) -> str:
 
 
 def _on_hub(name: str) -> bool:
-    return name not in EMBEDDED.values() and HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+    return name not in EMBEDDED.values() and re.fullmatch(HUB_NAME, name) is not None and not Path(name).exists()
 
 
 def _shown(name: str) -> str:
