@@ -87,7 +87,6 @@ def plan(config: TrainConfig, price: float | None = None) -> None:
     """Print what a run would take; a few of its steps are taken and thrown away."""
     quiet_libraries()
     from im2json.inference.workbench import set_up, start_accelerator
-    from im2json.training.loop import total_steps
     from im2json.training.plan import memory_report, size_report, time_report, time_steps
 
     accelerator, precision = start_accelerator(config)
@@ -99,7 +98,7 @@ def plan(config: TrainConfig, price: float | None = None) -> None:
     timing = time_steps(bench.forward(), loader, bench.lengths.by_split["train"], config, accelerator)
     if timing.microbatch != loader.microbatch:
         parts = bench.forecast(dataclasses.replace(bench.manner, microbatch=timing.microbatch))
-    accelerator.print(time_report(timing, parts, total_steps(loader, config.train), price))
+    accelerator.print(time_report(timing, parts, loader.order.total(config.train), price))
     accelerator.end_training()
 
 

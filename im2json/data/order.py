@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from im2json.options import TrainOptions
+
 
 def even(total: int, most: int) -> int:
     """The size of parts of at most `most`, as equal as can be."""
@@ -37,6 +39,10 @@ class Order:
     def steps(self, epochs: float) -> int:
         """Optimizer updates in this many epochs, at least one."""
         return max(1, round(epochs * self.steps_per_epoch))
+
+    def total(self, options: TrainOptions) -> int:
+        """The updates of a whole run."""
+        return options.steps or self.steps(options.epochs)
 
     def step(self, step: int) -> list[int]:
         """Indices of the examples of the update after `step` updates."""

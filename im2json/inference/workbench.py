@@ -164,10 +164,9 @@ class Workbench:
         """--launch on a GPU."""
         if self.config.model.launch != "auto":
             return self.config.model.launch
-        order = self._order()
-        steps = self.config.train.steps or order.steps(self.config.train.epochs)
+        examples = self._order().total(self.config.train) * self.config.train.batch_size
         large = self.model.config.get_text_config().hidden_size >= LARGE
-        return "compiled" if large and steps * order.batch_size >= LONG_RUN else "graphs"
+        return "compiled" if large and examples >= LONG_RUN else "graphs"
 
     def _enough(self) -> int:
         """Examples that keep a GPU busy: more at a time are no faster, and padded further."""

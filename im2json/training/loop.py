@@ -95,7 +95,7 @@ def fit(
         save_checkpoint(run, model, optimizer, accelerator.scaler, state, options.keep)  # a resume needs that no more
     if checkpoint is not None and accelerator.is_main_process:
         drop_old(run, options.keep)  # where the run was stopped before it came to that
-    total = total_steps(loader, options)
+    total = loader.order.total(options)
     microbatch = Microbatch(loader.microbatch)
     if stop_after is not None and stop_after <= state.step:
         raise ValueError(f"--stop-after {stop_after}: this run has taken {state.step} steps already")
@@ -149,11 +149,6 @@ def fit(
         write_adapter(model, run)
     accelerator.wait_for_everyone()
     return state
-
-
-def total_steps(loader: StepLoader, options: TrainOptions) -> int:
-    """The updates of a whole run."""
-    return options.steps or loader.order.steps(options.epochs)
 
 
 def train_step(

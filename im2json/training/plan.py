@@ -18,7 +18,7 @@ from im2json.model.memory import Forecast
 from im2json.model.replay import Forward
 from im2json.options import TrainConfig
 from im2json.report.table import table
-from im2json.training.loop import Microbatch, peak_memory_bytes, seed_dropout, total_steps, train_step
+from im2json.training.loop import Microbatch, peak_memory_bytes, seed_dropout, train_step
 from im2json.training.optimizer import flatten, make_optimizer
 
 TIMED = 3  # steps
@@ -39,7 +39,7 @@ def size_report(model: PeftModel, loader: StepLoader, lengths: TargetLengths, co
     """Weights, targets, steps and evaluations."""
     trainable, weights = count_parameters(model)
     options, order = config.train, loader.order
-    steps = total_steps(loader, config.train)
+    steps = order.total(options)
     examples = sum(len(order.step(step)) for step in range(steps))
     evaluations = math.ceil(steps / options.eval_every) if options.eval_every else 0
     validated = len(lengths.by_split["validation"])
@@ -92,7 +92,7 @@ def time_steps(
     parameters = [flatten(trained(forward.model))]
     optimizer = accelerator.prepare(make_optimizer(parameters, config.train))
     microbatch = Microbatch(loader.microbatch)
-    first = longest_step(loader, target_lengths, total_steps(loader, config.train))
+    first = longest_step(loader, target_lengths, loader.order.total(config.train))
     seconds = []
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
