@@ -8,7 +8,6 @@ python evaluate.py --predictions FILE.jsonl [--targets FILE.jsonl]
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -46,9 +45,8 @@ def main(
     """Score the base and the best adapter of RUN on a split, side by side.
 
     Writes every prediction to RUN/predictions.jsonl, RUN/report.html to look at, and one picture with the text before
-    and after. With
-    --against nothing is generated: the answers that both runs kept are compared, example by example. With
-    --predictions no run is needed.
+    and after. With --against nothing is generated: the answers that both runs kept are compared, example by example.
+    With --predictions no run is needed.
     """
     if (run is None) == (predictions is None):
         raise click.UsageError("give a RUN or --predictions FILE, one of the two")
@@ -97,10 +95,7 @@ def evaluate(run: RunFolder, split: str, given: dict[str, Any]) -> dict[str, dic
     bench = set_up(config, accelerator, precision, adapter=adapter, schema=own_schema)
     with locked(run, accelerator.is_main_process):
         evaluation = bench.evaluation(run, FirstPicture(run.path / f"{split}.png"))
-        result: dict[str, Any] = (
-            json.loads(run.result.read_text("utf-8")) if run.done else {"step": 0, "best_step": None}
-        )
-        step = result["best_step"] or result["step"]
+        step = run.kept_step
         metrics = {
             "before": evaluation(split, 0, "before", adapter=False),
             "after": evaluation(split, step, "after"),

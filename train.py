@@ -151,10 +151,9 @@ def train(
             accelerator.end_training()
             return None
         read_adapter_weights(model, run.adapter / WEIGHTS)
-        step = state.best_step or state.step
-        after = evaluation("test", step, "after") if config.train.test else None
+        after = evaluation("test", state.kept_step, "after") if config.train.test else None
         if accelerator.is_main_process:
-            calibrate(run, step)
+            calibrate(run, state.kept_step)
             if after is not None:
                 write_report(run, "test", partial(bench.picture, "test"), before)
         result = finish(run, model, state, before, after, tracker)

@@ -112,6 +112,14 @@ class RunFolder:
     def done(self) -> bool:
         return self.result.exists()
 
+    @property
+    def kept_step(self) -> int:
+        """The step whose adapter a finished run has kept; 0 where it is not finished."""
+        if not self.done:
+            return 0
+        result = json.loads(self.result.read_text("utf-8"))
+        return result["best_step"] or result["step"]
+
     def read_config(self) -> TrainConfig:
         """The options of this run.
 

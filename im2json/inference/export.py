@@ -100,9 +100,8 @@ def validation_answers(run: RunFolder) -> list[dict[str, Any]]:
     """
     if not run.done:
         raise ValueError(f"{run.path} is not a finished run: it has no result.json")
-    result = json.loads(run.result.read_text("utf-8"))
-    best = result["best_step"] or result["step"]
-    kept = (row for row in read_lines(run.predictions) if (row["split"], row["step"]) == ("validation", best))
+    answers = read_lines(run.predictions)
+    kept = (row for row in answers if (row["split"], row["step"]) == ("validation", run.kept_step))
     rows = [row for row in kept if "constrained" not in row]  # transformers knows no schema
     if not rows:
         raise ValueError(

@@ -41,7 +41,7 @@ def finish(
         "examples_per_second": round(state.examples / state.seconds, 3) if state.seconds else None,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    tracker.hyperparameters(state.validation, state.best_step or state.step, after or ())
+    tracker.hyperparameters(state.validation, state.kept_step, after or ())
     tracker.close()
     if tracker.accelerator.is_main_process:
         write_json(run.result, result)

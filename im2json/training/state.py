@@ -21,3 +21,8 @@ class TrainState:
     best_step: int | None = None  # and its step
     without_gain: int = 0  # evaluations since then
     validation: dict[str, float] = dataclasses.field(default_factory=dict)  # metrics of the best evaluation
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose adapter is kept: the best evaluated, or the last."""
+        return self.best_step or self.step
