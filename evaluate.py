@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def evaluate(run: RunFolder, split: str, given: dict[str, Any]) -> dict[str, dic
             evaluation("validation", step, "after")
         if accelerator.is_main_process:
             calibrate(run, step)
-            write_report(run, split, partial(bench.picture, split), metrics["before"])
+            write_report(run, split, bench.pictures(split), metrics["before"])
     accelerator.end_training()
     return metrics if accelerator.is_main_process else None
 

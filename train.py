@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +154,7 @@ def train(
         if accelerator.is_main_process:
             calibrate(run, state.kept_step)
             if after is not None:
-                write_report(run, "test", partial(bench.picture, "test"), before)
+                write_report(run, "test", bench.pictures("test"), before)
         result = finish(run, model, state, before, after, tracker)
     accelerator.print(summary(run, result))
     accelerator.end_training()

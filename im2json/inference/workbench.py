@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,11 @@ class Workbench:
             grammar=self.grammar,
         )
 
-    def picture(self, split: str, id: str) -> Image.Image:
-        """The document of an example."""
+    def pictures(self, split: str) -> Callable[[str], Image.Image]:
+        """What gives the document of an example of a split by its id."""
         examples = self.splits[split]
-        return examples[list(examples.ids).index(id)].image
+        places = {id: place for place, id in enumerate(examples.ids)}
+        return lambda id: examples[places[id]].image
 
     @property
     def max_new_tokens(self) -> int:
