@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class Replayed(Forward):
         how: Any = dict(pool=self.pool.id, stream=self.stream, capture_error_mode="thread_local")
         with torch.cuda.graph(forward, **how):
             hidden = hidden_states(self.paligemma, inputs)  # B x S x D
-        change = torch.empty_like(hidden)  # B x S x D: the gradient that comes back
+        change = torch.empty_like(hidden)  # B x S x D
         with torch.cuda.graph(backward, **how):
             hidden.backward(change)
         return _Pass(forward, backward, inputs, hidden.detach(), change)
@@ -104,22 +105,15 @@ class Replayed(Forward):
         return torch.empty(0, device=self.stream.device, requires_grad=True)
 
 
+@dataclass(eq=False)
 class _Pass:
     """The graphs for one shape, and what they read and write."""
 
-    def __init__(
-        self,
-        forward: torch.cuda.CUDAGraph,
-        backward: torch.cuda.CUDAGraph,
-        inputs: dict[str, torch.Tensor],
-        hidden: torch.Tensor,
-        change: torch.Tensor,
-    ) -> None:
-        self.forward = forward
-        self.backward = backward
-        self.inputs = inputs
-        self.hidden = hidden
-        self.change = change
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    inputs: dict[str, torch.Tensor]
+    hidden: torch.Tensor  # B x S x D
+    change: torch.Tensor  # B x S x D: the gradient that comes back
 
 
 class _Replay(torch.autograd.Function):
