@@ -24,7 +24,7 @@ from im2json.model.lora import merged_copy
 from im2json.report.picture import prediction_panel
 from im2json.runs import RunFolder, append_lines, keep_lines, read_lines
 from im2json.scoring import StreamingEvaluator
-from im2json.scoring.checks import SumCheck
+from im2json.scoring.checks import SumCheck, told
 from im2json.scoring.confidence import leaf_confidence
 from im2json.scoring.jsontext import read
 from im2json.scoring.text import canonical, parse
@@ -105,14 +105,13 @@ def prediction_row(example: Example, answer: Answer, scores: dict[str, float], c
     """A line of predictions.jsonl, without the run's part (step, split, stage)."""
     text = answer.text
     confidence = leaf_confidence(text, answer.starts, answer.logprobs)
-    document = read(text).value or {}
     return {
         "id": example.id,
         "text": text,
         "parsed": parse(text),
         "confidence": confidence,
         **({"cut": True} if answer.cut else {}),
-        **({"checks": {check.text: check.holds(document) for check in checks}} if checks else {}),
+        **({"checks": told(checks, read(text).value)} if checks else {}),
         "target": example.target,
         "scores": scores,
     }

@@ -24,7 +24,7 @@ from im2json.model.hub import adapter_path
 from im2json.model.lora import add_lora, merged_copy
 from im2json.options import TrainConfig
 from im2json.runs import home_of, reading_config
-from im2json.scoring.checks import SumCheck, parse_checks
+from im2json.scoring.checks import SumCheck, parse_checks, told
 from im2json.scoring.confidence import Calibration, leaf_confidence
 from im2json.scoring.examples import read_calibration
 from im2json.scoring.jsontext import read
@@ -127,7 +127,7 @@ class Extractor:
         if answer.cut:
             row["cut"] = True
         if self.checks:
-            row["checks"] = {check.text: check.holds(reading.value or {}) for check in self.checks}
+            row["checks"] = told(self.checks, reading.value)
         return row
 
     def _batches(self, pictures: Iterable[Any]) -> Iterator[list[tuple[str, torch.Tensor | str]]]:

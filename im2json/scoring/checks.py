@@ -54,6 +54,11 @@ class SumCheck(NamedTuple):
         return bool(sums[0] == sums[1])
 
 
+def told(checks: Iterable[SumCheck], document: Mapping[str, Any] | None) -> dict[str, bool | None]:
+    """Whether each check holds, as rows of answers tell it; nothing adds up in an answer that is no document."""
+    return {check.text: check.holds(dict(document or {})) for check in checks}
+
+
 class CheckCounts(NamedTuple):
     """How often the answers to some examples add up, and what that says about those they were checked for."""
 
