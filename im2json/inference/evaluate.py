@@ -18,6 +18,7 @@ from transformers import PaliGemmaForConditionalGeneration
 
 from im2json.data.collate import Collator
 from im2json.data.example import Example, Split
+from im2json.data.loader import loading_threads
 from im2json.inference.constrain import Grammar
 from im2json.inference.decode import Answer, Decoder, generate
 from im2json.model.lora import merged_copy
@@ -31,7 +32,6 @@ from im2json.scoring.text import canonical, parse
 
 Row = dict[str, Any]
 WINDOW = 16  # batches of each process that are sorted by length
-LOADERS = 4  # threads that load pictures while a GPU decodes; on a CPU it is one, the cores being busy
 
 
 def evaluate_split(
@@ -64,7 +64,7 @@ def evaluate_split(
     done, share = 0, _Share(total, batch_size, accelerator.process_index, accelerator.num_processes)
     rows: dict[int, Row] = {}  # of the present window
     # While the model writes a batch, the next one's pictures are loaded and the one before is scored.
-    with ThreadPoolExecutor(LOADERS if model.device.type == "cuda" else 1) as loading, ThreadPoolExecutor(1) as scoring:
+    with loading_threads(model.device) as loading, ThreadPoolExecutor(1) as scoring:
         scored: Future[dict[int, Row]] | None = None
         for batch, examples, pixels, ends_window in _loaded(loading, split, collator, share.batches(split.targets)):
             each = max_new_tokens if isinstance(max_new_tokens, int) else [max_new_tokens[i] for i in batch]

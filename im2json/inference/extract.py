@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import PaliGemmaForConditionalGeneration
 
 from im2json.data.collate import Collator
+from im2json.data.loader import loading_threads
 from im2json.data.pictures import decode_picture, upright_rgb
 from im2json.data.stored import read_file
 from im2json.inference.constrain import Grammar
@@ -32,7 +33,6 @@ from im2json.scoring.schema import read_schema
 
 Row = dict[str, Any]
 FIRST = 4  # pictures in the first batch on a CPU, so that there is something to see early
-LOADERS = 4  # threads that load pictures while a GPU decodes; on a CPU it is one, the cores being busy
 
 
 class Extractor:
@@ -135,7 +135,7 @@ class Extractor:
         numbered = enumerate(pictures)
         on_gpu = self.decoder.model.device.type == "cuda"
         sizes = itertools.chain([] if on_gpu else [min(FIRST, self.batch_size)], itertools.repeat(self.batch_size))
-        with ThreadPoolExecutor(LOADERS if on_gpu else 1) as pool:
+        with loading_threads(self.decoder.model.device) as pool:
 
             def begin() -> list[Future[tuple[str, torch.Tensor | str]]]:
                 return [pool.submit(self._load, *each) for each in itertools.islice(numbered, next(sizes))]
