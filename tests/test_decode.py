@@ -107,6 +107,21 @@ def texts_of(answers: list[Answer]) -> list[str]:
     return [answer.text for answer in answers]
 
 
+@torch.no_grad()
+def forced_logprobs(model: Any, collator: Any, picture: torch.Tensor, tokens: list[int], cap: float | None):
+    """Log probability of each token, T, from one forward pass of transformers over the picture and all of them."""
+    inputs = collator.prefixes(picture[None])
+    start, ids = inputs["input_ids"].shape[1], torch.tensor([tokens])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["token_type_ids"] = (torch.arange(inputs["input_ids"].shape[1]) >= start).long()[None]
+    logits = model(**{name: value.to(model.device) for name, value in inputs.items()}).logits[
+        0, start - 1 : -1
+    ]  # T x V
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    return logits.log_softmax(-1).cpu().gather(1, ids.T)[:, 0]
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 9])
 def test_texts_are_those_of_transformers(model, collator, pixels, expected, size):
     decoder = Decoder(model, collator)
@@ -121,15 +136,7 @@ def test_log_probabilities_are_those_of_a_forward_pass_over_the_answer(model, co
     answers = [answer for some in pixels.split(size) for answer in generate(Decoder(model, collator), some, NEW)]
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     for picture, answer in zip(pixels, answers):
-        inputs = collator.prefixes(picture[None])
-        start, ids = inputs["input_ids"].shape[1], torch.tensor([answer.tokens])
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        inputs["token_type_ids"] = (torch.arange(inputs["input_ids"].shape[1]) >= start).long()[None]
-        with torch.no_grad():
-            logits = model(**inputs).logits[0, start - 1 : -1]  # T x V
-        logits = cap * torch.tanh(logits / cap) if cap else logits
-        wanted = logits.log_softmax(-1).gather(1, ids.T)[:, 0]
+        wanted = forced_logprobs(model, collator, picture, answer.tokens, cap)
         torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, rtol=1e-4, atol=1e-4)
 
 

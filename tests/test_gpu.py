@@ -330,7 +330,7 @@ def test_a_grammar_is_followed_by_a_replayed_graph(tmp_path: Path, kind: str) ->
 @pytest.mark.parametrize("kind", ["gemma", "gemma2"])
 def test_a_gpu_writes_what_transformers_writes(tmp_path: Path, kind: str) -> None:
     from im2json.inference.decode import Decoder, generate
-    from tests.test_decode import EOS, PAD, as_texts
+    from tests.test_decode import EOS, PAD, as_texts, forced_logprobs
 
     model, collator = decoding_model(tmp_path, kind, "float32")
     inputs = {name: value.to("cuda") for name, value in collator.prefixes(pictures(6)).items()}
@@ -339,15 +339,7 @@ def test_a_gpu_writes_what_transformers_writes(tmp_path: Path, kind: str) -> Non
     answers = [answer for some in pictures(6).split(4) for answer in generate(Decoder(model, collator), some, 40)]
     found = [answer.text for answer in answers]
     for picture, answer in zip(pictures(6), answers):
-        inputs = collator.prefixes(picture[None])
-        start, ids = inputs["input_ids"].shape[1], torch.tensor([answer.tokens])
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        inputs["token_type_ids"] = (torch.arange(inputs["input_ids"].shape[1]) >= start).long()[None]
-        with torch.no_grad():
-            logits = model(**{name: value.to("cuda") for name, value in inputs.items()}).logits[0, start - 1 : -1]
-        logits = 30 * torch.tanh(logits / 30) if kind == "gemma2" else logits
-        wanted = logits.log_softmax(-1).cpu().gather(1, ids.T)[:, 0]
+        wanted = forced_logprobs(model, collator, picture, answer.tokens, 30.0 if kind == "gemma2" else None)
         torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, rtol=1e-3, atol=1e-3)
     assert sum(one == other for one, other in zip(found, expected)) >= 5  # a tie may fall the other way
 
