@@ -90,7 +90,7 @@ def plan(config: TrainConfig, price: float | None = None) -> None:
 
     accelerator, precision = start_accelerator(config)
     bench = set_up(config, accelerator, precision)
-    loader = bench.step_loader()
+    loader = bench.step_loader(whole=False)
     parts = bench.forecast(bench.manner)
     sizes = size_report(bench.model, loader, bench.lengths, config)
     accelerator.print(f"{sizes}\n\n{memory_report(parts)}\n")

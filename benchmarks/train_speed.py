@@ -21,11 +21,13 @@ from typing import Any
 import click
 
 EXAMPLES = 16  # a step
+EPOCHS = 2  # so that a frozen tower's features are used again
 OURS: dict[str, dict[str, Any]] = {
     "automatic": dict(),
     "compiled": dict(launch="compiled"),
     "compiled, no dropout": dict(launch="compiled", dropout=0.0),
-    "compiled, language alone, no dropout": dict(launch="compiled", target_modules="language", dropout=0.0),
+    "compiled, language alone": dict(launch="compiled", target_modules="language"),
+    "compiled, language alone, features anew": dict(launch="compiled", target_modules="language", cache_features=0.0),
     "compiled, 4 at a time": dict(launch="compiled", microbatch=4),
     "compiled, 4 at a time, NF4": dict(launch="compiled", microbatch=4, dequantize="off"),
     "compiled, 2 at a time, NF4": dict(launch="compiled", microbatch=2, dequantize="off"),
@@ -131,7 +133,7 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
     defaults = dict(r=8, alpha=32.0, dropout=0.05, steps=steps)
     config = TrainConfig.resolve({"model": str(model), **defaults, **changes})
     accelerator, precision = start_accelerator(config)
-    rows: Any = Rows(EXAMPLES * steps, resolution)
+    rows: Any = Rows(EXAMPLES * steps // EPOCHS, resolution)
     collator = Collator(load_processor(str(model)), config.data.prompt)
     splits = {"train": rows, "validation": rows}
     options = config.model
@@ -177,7 +179,7 @@ def trl(
     lora = get_peft_model(
         base, LoraConfig(r=8, lora_alpha=32, lora_dropout=0.05, target_modules=names, task_type="CAUSAL_LM")
     )
-    rows = Rows(EXAMPLES * steps, resolution)
+    rows = Rows(EXAMPLES * steps // EPOCHS, resolution)
     collator = Collator(load_processor(str(model)), "extract JSON.")
     order = Order(len(rows), EXAMPLES, 0)
     placed = [rows[i] for step in range(steps) for i in order.step(step)]  # the same examples in the same steps

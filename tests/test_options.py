@@ -20,7 +20,7 @@ OTHER_VALUES = {
     "prompt": "read it", "max_target_tokens": 90, "workers": 3,
     "model": "somewhere", "adapter": "there", "r": 8, "alpha": 5.0, "dropout": 0.25, "target_modules": "q_proj",
     "rslora": True, "dora": True, "quant": "none", "precision": "fp32", "gradient_checkpointing": "off",
-    "launch": "compiled", "dequantize": "on",
+    "launch": "compiled", "dequantize": "on", "cache_features": 0.5,
     "max_new_tokens": 77, "constrain": True, "schema": "mine.json", "eval_batch_size": 3, "check_sum": "a = b",
     "lr": 0.5, "schedule": "linear", "warmup": 0.5, "weight_decay": 0.1,
     "max_grad_norm": 2.0, "epochs": 1.5, "steps": 7, "batch_size": 6, "microbatch": 3, "optimizer": "adamw",

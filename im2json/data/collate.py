@@ -23,7 +23,9 @@ class Batch:
     """A microbatch, padded on the right."""
 
     ids: list[str]
-    inputs: dict[str, torch.Tensor]  # input_ids, attention_mask, token_type_ids: B x S; pixel_values: B x 3 x H x W
+    # input_ids, attention_mask, token_type_ids: B x S; and of the pictures, pixel_values: B x 3 x H x W, or what the
+    # tower makes of them, image_features: B x I x D
+    inputs: dict[str, torch.Tensor]
     labels: torch.Tensor  # B x S
 
     def to(self, device: torch.device) -> Batch:
@@ -86,11 +88,20 @@ class Collator:
         shown = [on_square(image) if self.letterbox else image for image in images]
         return self.processor.image_processor(shown, return_tensors="pt")["pixel_values"]
 
+    def pictures(self, examples: Sequence[Example]) -> torch.Tensor:
+        """`pixels` of examples."""
+        return self.pixels([example.image for example in examples])
+
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """A training batch."""
-        suffixes = [self.target_ids(example.target) for example in examples]
+        ids, targets = [example.id for example in examples], [example.target for example in examples]
+        return self.batch(ids, targets, pixel_values=self.pictures(examples))
+
+    def batch(self, ids: list[str], targets: Sequence[dict], **pictures: torch.Tensor) -> Batch:
+        """A training batch of B targets and what is known of their pictures, see Batch.inputs."""
+        suffixes = [self.target_ids(target) for target in targets]
         start = len(self.prefix_ids)
-        shape = (len(examples), start + max(map(len, suffixes)))
+        shape = (len(ids), start + max(map(len, suffixes)))
         input_ids = torch.full(shape, self.processor.tokenizer.pad_token_id)  # B x S
         labels = torch.full(shape, IGNORE)  # B x S
         attention_mask = torch.zeros(shape, dtype=torch.long)  # B x S
@@ -102,8 +113,7 @@ class Collator:
             input_ids[row, start:end] = labels[row, start:end] = torch.tensor(suffix)
             attention_mask[row, :end] = 1
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        inputs["pixel_values"] = self.pixels([example.image for example in examples])
-        return Batch([example.id for example in examples], inputs, labels)
+        return Batch(ids, inputs | pictures, labels)
 
     def prefixes(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """What generation starts from, for pictures as `pixels` makes them. All prefixes are equally long, so nothing

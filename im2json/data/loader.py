@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -15,6 +15,8 @@ from im2json.data.collate import Batch, Collator
 from im2json.data.example import Split
 from im2json.data.order import Order
 
+T = TypeVar("T")
+
 
 def loading_threads(device: torch.device) -> ThreadPoolExecutor:
     """What loads pictures while a model reads: 4 threads beside a GPU; one beside a CPU, whose cores are busy."""
@@ -22,7 +24,11 @@ def loading_threads(device: torch.device) -> ThreadPoolExecutor:
 
 
 class StepLoader:
-    """One process's microbatches, step by step, from any step on."""
+    """One process's microbatches, step by step, from any step on.
+
+    Args:
+        known: makes a batch of indices without decoding a picture, where that is possible.
+    """
 
     def __init__(
         self,
@@ -35,6 +41,7 @@ class StepLoader:
         processes: int,
         workers: int,
         pin_memory: bool,
+        known: Callable[[Sequence[int]], Batch] | None = None,
     ) -> None:
         self.split: Any = split
         self.collator = collator
@@ -43,6 +50,7 @@ class StepLoader:
         self.shares = {"microbatch": microbatch, "rank": rank, "processes": processes}
         self.workers = workers
         self.pin_memory = pin_memory
+        self.known = known
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """The microbatches of steps start to stop - 1; an empty list where a short step leaves this process nothing.
@@ -50,16 +58,20 @@ class StepLoader:
         Raises:
             ValueError: naming the row whose picture or target is bad.
         """
+        return self._steps(start, stop) if self.known is None else _ahead(self._steps(start, stop))
+
+    def _steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         plan = [self.order.microbatches(step, **self.shares) for step in range(start, stop)]  # type: ignore[arg-type]
+        indices: Any = range(len(self.split))
         batches = iter(
             DataLoader(
-                self.split,
+                self.split if self.known is None else indices,
                 batch_sampler=[indices for step in plan for indices in step],
-                collate_fn=self.collator,
-                num_workers=self.workers,
+                collate_fn=self.known or self.collator,
+                num_workers=self.workers if self.known is None else 0,
                 pin_memory=self.pin_memory,
                 generator=torch.Generator(),  # or the loader would draw from the one that dropout uses
-                worker_init_fn=_leave_the_group,
+                worker_init_fn=leave_the_group,
             )
         )
         for step in plan:
@@ -70,5 +82,14 @@ class StepLoader:
             yield microbatches
 
 
-def _leave_the_group(worker: int) -> None:
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same, each made in a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+def leave_the_group(worker: int) -> None:
     os.setpgrp()  # a terminal's Ctrl-C and a scheduler's SIGTERM to the process group are for the run to heed

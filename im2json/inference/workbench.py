@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from im2json.inference.constrain import Grammar
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.model.base import DTYPES, load_base, load_processor, positions, resolve_precision
 from im2json.model.card import check_card, precision_note
+from im2json.model.features import GIB, Features, feature_bytes, is_frozen
 from im2json.model.lora import add_lora
 from im2json.model.memory import MARGIN, Forecast, Load, Setting, Sizes, forecast, free_bytes, largest_microbatch
 from im2json.model.replay import Forward, make_forward
@@ -194,10 +196,10 @@ class Workbench:
         options, train = self.config.train, self.splits["train"]
         return Order(len(train), options.batch_size, options.seed, self.lengths.by_split["train"])
 
-    def step_loader(self) -> StepLoader:
-        """What feeds the training loop on this process."""
+    def step_loader(self, whole: bool = True) -> StepLoader:
+        """What feeds the training loop on this process. Unless for the `whole` run, nothing is worked out ahead."""
         gpu = self.accelerator.device.type == "cuda"
-        workers = self.config.data.workers
+        features = self._features() if whole else None
         return StepLoader(
             self.splits["train"],
             self.collator,
@@ -205,9 +207,43 @@ class Workbench:
             microbatch=self.manner.microbatch,
             rank=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
-            workers=(4 if gpu else 0) if workers is None else workers,
+            workers=self._workers,
             pin_memory=gpu,
+            known=None if features is None else features.batch,
         )
+
+    @property
+    def _workers(self) -> int:
+        if self.config.data.workers is None:
+            return 4 if self.accelerator.device.type == "cuda" else 0
+        return self.config.data.workers
+
+    def _features(self) -> Features | None:
+        """Those of the training pictures, where they stay the same, are used again, and have room."""
+        limit, split = self.config.model.cache_features, self.splits["train"]
+        paligemma, dtype = self.model.get_base_model(), DTYPES[self.precision]
+        uses = self._order().total(self.config.train) * self.config.train.batch_size / len(split)
+        if limit == 0 or uses < 2 or not is_frozen(paligemma):
+            return None
+        size, pictures = len(split) * feature_bytes(paligemma, dtype) / GIB, f"{len(split):,} pictures"
+        if size > limit:
+            self.accelerator.print(
+                f"the vision tower is frozen, but the image features of {pictures} take {size:.1f} GiB, more than "
+                f"--cache-features {limit:g}: they are worked out in every step"
+            )
+            return None
+        try:
+            features = Features(split, self.collator, paligemma, dtype, self._workers)
+        except OSError as error:
+            raise ValueError(
+                f"--cache-features: no room for {size:.1f} GiB in {tempfile.gettempdir()} ({error.strerror}): set "
+                "TMPDIR to another folder, or --cache-features 0"
+            ) from error
+        self.accelerator.print(
+            f"the vision tower is frozen: image features of {pictures} worked out once, in {features.seconds:.1f} s; "
+            f"{size:.2g} GiB"
+        )
+        return features
 
 
 def start_accelerator(config: TrainConfig) -> tuple[Accelerator, str]:

@@ -16,10 +16,13 @@ def hidden_states(paligemma: Any, batch: dict[str, torch.Tensor]) -> torch.Tenso
     are known to stand in front (see Collator), and the rest follows. Everything is queued at once.
 
     Args:
-        batch: input_ids, attention_mask and token_type_ids (B, S), padded on the right; pixel_values (B, 3, H, W).
+        batch: input_ids, attention_mask and token_type_ids (B, S), padded on the right; pixel_values (B, 3, H, W), or
+            image_features (B, I, D) as they are worked out from those.
     """
     model = paligemma.model
-    pictures = model.get_image_features(batch["pixel_values"]).pooler_output  # B x I x D
+    pictures = batch.get("image_features")  # B x I x D
+    if pictures is None:
+        pictures = model.get_image_features(batch["pixel_values"]).pooler_output
     words = model.get_input_embeddings()(batch["input_ids"][:, pictures.shape[1] :])  # B x (S - I) x D
     positions = torch.arange(1, batch["input_ids"].shape[1] + 1, device=words.device)  # S: PaliGemma counts from 1
     config = paligemma.config.get_text_config()

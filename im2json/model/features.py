@@ -1,0 +1,75 @@
+"""Image features of a frozen tower: worked out once for a run, and read in every step."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from im2json.data.collate import Batch, Collator
+from im2json.data.example import Split
+from im2json.data.loader import leave_the_group
+
+# N pictures, I image tokens, D hidden size of the language model.
+CHUNK = 16  # pictures at a time: always the same, so that a resumed run finds the same numbers
+GIB = 2**30
+
+
+def is_frozen(paligemma: Any) -> bool:
+    """Whether training leaves a picture's features as they are."""
+    parts = paligemma.model.vision_tower, paligemma.model.multi_modal_projector
+    return not any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+
+def feature_bytes(paligemma: Any, dtype: torch.dtype) -> int:
+    """Of one picture."""
+    vision = paligemma.config.vision_config
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    return tokens * paligemma.config.get_text_config().hidden_size * dtype.itemsize
+
+
+class Features:
+    """The features of a split's pictures, N x I x D, in a scratch file that ends with the process, however that ends.
+
+    The file lies where temporary files do (TMPDIR), and the system keeps in memory what has room there.
+
+    Args:
+        workers: processes that decode pictures meanwhile.
+
+    Raises:
+        ValueError: naming the row whose picture is bad.
+        OSError: the disk is full.
+    """
+
+    def __init__(self, split: Split, collator: Collator, paligemma: Any, dtype: torch.dtype, workers: int) -> None:
+        self.ids, self.targets = split.ids, split.targets
+        self.collator = collator
+        start = time.perf_counter()
+        pictures: Any = DataLoader(
+            split,  # type: ignore[arg-type]
+            CHUNK,
+            collate_fn=collator.pictures,
+            num_workers=workers,
+            generator=torch.Generator(),
+            worker_init_fn=leave_the_group,
+        )
+        with tempfile.TemporaryFile() as file:
+            for pixels in tqdm(pictures, desc="image features", leave=False):
+                # Not under no_grad: bitsandbytes on a CPU would repack the 4-bit layers for good.
+                found = paligemma.model.get_image_features(pixels.to(paligemma.device)).pooler_output
+                file.write(found.to(dtype).cpu().view(torch.uint8).numpy())
+            file.flush()
+            kept = torch.from_numpy(np.memmap(file, mode="c"))
+        self.kept = kept.view(dtype).view(len(split), *found.shape[1:])  # N x I x D
+        self.seconds = time.perf_counter() - start
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """What Collator makes of these examples, with image_features, B x I x D, for pixel_values."""
+        ids, targets = [self.ids[i] for i in indices], [self.targets[i] for i in indices]
+        return self.collator.batch(ids, targets, image_features=self.kept[torch.tensor(indices)])
