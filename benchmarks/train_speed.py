@@ -85,7 +85,7 @@ def line_of(name: str, found: dict[str, dict[str, Any]]) -> str:
     ratio = f"  {result['examples_per_second'] / best:5.2f} x TRL's best so far" if best and name in OURS else ""
     losses = " ".join(f"{loss:.3f}" for loss in result["losses"][:3])
     return (
-        f"{name:<38} {result['examples_per_second']:6.1f} examples/s  {result['peak_gib']:5.1f} GiB allocated, "
+        f"{name:<38} {result['examples_per_second']:6.1f} examples/s  {result['peak_gib']:6.2f} GiB allocated, "
         f"{result['reserved_gib']:.1f} reserved  "
         f"first step {result['first']:5.1f} s  loss {losses}{ratio}"
     )

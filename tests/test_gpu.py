@@ -339,6 +339,8 @@ def test_a_gpu_writes_what_transformers_writes(tmp_path: Path, kind: str) -> Non
     answers = [answer for some in pictures(6).split(4) for answer in generate(Decoder(model, collator), some, 40)]
     found = [answer.text for answer in answers]
     for picture, answer in zip(pictures(6), answers):
+        if collator.processor.image_token_id in answer.tokens:
+            continue  # transformers would look for a picture there
         wanted = forced_logprobs(model, collator, picture, answer.tokens, 30.0 if kind == "gemma2" else None)
         torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, rtol=1e-3, atol=1e-3)
     assert sum(one == other for one, other in zip(found, expected)) >= 5  # a tie may fall the other way

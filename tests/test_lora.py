@@ -17,6 +17,8 @@ from conftest import clear_error, reset_accelerate
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from im2json.data.collate import Batch
 from im2json.data.sources import load_splits
@@ -25,6 +27,7 @@ from im2json.model.base import DTYPES, load_base, load_processor, resolve_precis
 from im2json.model.lora import (
     add_lora,
     count_parameters,
+    fuse_norms,
     merged_copy,
     read_adapter_weights,
     trained,
@@ -240,6 +243,20 @@ def test_a_merged_copy_answers_as_the_model_does(small_model, batch, quant, vari
         for adapter in (True, False):
             answers = summed_loss(merged_copy(model, torch.float32, adapter=adapter), batch.inputs, batch.labels)
             assert bool(torch.isclose(answers, loss, rtol=1e-5)) is adapter
+
+
+@pytest.mark.parametrize("kind", [GemmaRMSNorm, Gemma2RMSNorm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_norms_are_those_of_transformers(kind, dtype):
+    torch.manual_seed(0)
+    norm = kind(64).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = (torch.randn(3, 5, 64) * 20).to(dtype)
+    wanted, weights = norm(x), set(norm.state_dict())
+    fuse_norms(norm)
+    found = norm(x)
+    assert found.dtype == dtype and set(norm.state_dict()) == weights
+    torch.testing.assert_close(found, wanted)
 
 
 def test_a_merged_copy_is_what_bf16_says(small_model):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, PaliGemmaForConditionalGeneration
 
@@ -356,11 +357,10 @@ class _Batch:
 
 def _logprob(model: PaliGemmaForConditionalGeneration, logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     """Log probability of each row's token (B), from B x V. transformers leaves out PaliGemma 2's cap on logits."""
-    logits = logits.float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     if cap is not None:
-        logits = cap * torch.tanh(logits / cap)
-    return logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(1)
+        logits = cap * torch.tanh(logits.float() / cap)
+    return F.log_softmax(logits, 1, dtype=torch.float32).gather(1, token[:, None])[:, 0]
 
 
 @functools.cache

@@ -158,12 +158,26 @@ def merged_copy(model: PeftModel, dtype: torch.dtype, *, adapter: bool = True) -
     copy.requires_grad_(False).eval()
     copy.name_or_path = base.name_or_path
     copy.config.use_cache = True
+    fuse_norms(copy)
     if not adapter:
         return copy
     merging = get_peft_model(copy, deepcopy(model.peft_config["default"]))  # it writes into the config
     set_peft_model_state_dict(merging, _adapter_weights(model))
     merged: Any = merging.merge_and_unload()
     return merged.requires_grad_(False).eval()
+
+
+def fuse_norms(model: torch.nn.Module) -> None:
+    """Have Gemma's norms computed by PyTorch's own kernel, where transformers launches nine; their weights are not to
+    change any more."""
+    norms: Any = (module for module in model.modules() if type(module).__name__ in ("GemmaRMSNorm", "Gemma2RMSNorm"))
+    for norm in norms:
+        norm.register_buffer("scale", 1.0 + norm.weight.float(), persistent=False)
+        norm.forward = MethodType(_fused_norm, norm)
+
+
+def _fused_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x.float(), x.shape[-1:], norm.scale, norm.eps).type_as(x)
 
 
 def _plain_config(base: PaliGemmaForConditionalGeneration) -> Any:
