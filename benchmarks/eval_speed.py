@@ -20,7 +20,7 @@ import click
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="folder for the model")
 @click.option("--resolution", default=224)
-@click.option("--size", type=click.Choice(["3b", "toy"]), default="3b", help="toy: try this script on a CPU")
+@click.option("--size", type=click.Choice(["3b", "3b-2", "toy"]), default="3b", help="toy: to try it on a CPU")
 @click.option("--rows", "count", default=256)
 def main(work: Path, resolution: int, size: str, count: int) -> None:
     from im2json.cli import quiet_libraries

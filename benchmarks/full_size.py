@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).parent.parent
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="folder for model, data and run")
 @click.option("--steps", default=20)
-@click.option("--size", type=click.Choice(["3b", "toy"]), default="3b", help="toy: try this script on a CPU")
+@click.option("--size", type=click.Choice(["3b", "3b-2", "toy"]), default="3b", help="toy: to try it on a CPU")
 @click.option("--resolution", default=224)
 @click.option("--kill/--no-kill", default=True, help="kill it after its first checkpoint, and resume")
 @click.argument("flags", nargs=-1)
@@ -113,7 +113,8 @@ def report(run: Path, first: float, second: float, peak_gib: float) -> None:
 
 
 def save_random_paligemma(folder: Path, size: str, resolution: int) -> None:
-    """A PaliGemma-3B of the published config (or a toy of the same shape) with random weights in bf16."""
+    """A PaliGemma-3B of the published config, of the first or the second Gemma (3b, 3b-2), or a toy of the first one's
+    shape, with random weights in bf16."""
     import torch
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
@@ -128,6 +129,12 @@ def save_random_paligemma(folder: Path, size: str, resolution: int) -> None:
         num_key_value_heads=1, head_dim=256, num_image_tokens=tokens, vocab_size=257216, tie_word_embeddings=True,
         hidden_activation="gelu_pytorch_tanh",
     )  # fmt: skip
+    if size == "3b-2":
+        text |= dict(
+            model_type="gemma2", hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_key_value_heads=4,
+            query_pre_attn_scalar=256,
+        )  # fmt: skip
+        vision["projection_dim"] = 2304
     if size == "toy":
         vision |= dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)
         text |= dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, head_dim=32)

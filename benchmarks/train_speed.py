@@ -48,7 +48,7 @@ TRL: dict[str, dict[str, Any]] = {
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="folder for the model")
 @click.option("--resolution", default=224)
 @click.option("--steps", default=14)
-@click.option("--size", type=click.Choice(["3b", "toy"]), default="3b", help="toy: try this script on a CPU")
+@click.option("--size", type=click.Choice(["3b", "3b-2", "toy"]), default="3b", help="toy: to try it on a CPU")
 @click.option("--only", multiple=True, help="these variants alone")
 @click.option("--cap-gib", type=float, help="hold each process to so much memory")
 @click.option("--one", hidden=True)
