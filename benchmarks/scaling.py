@@ -1,8 +1,8 @@
 """Several GPUs at PaliGemma-3B's real size: what the second one, and the eighth, is worth.
 
 Everything runs as a user runs it, by `accelerate launch` and sweep.py, on random weights of the real config (speed and
-memory do not depend on their values) and rows of CORD's lengths. Each part prints a line for each number of GPUs as soon
-as it is measured:
+memory do not depend on their values) and rows of CORD's lengths. Each part prints a line for each number of GPUs as it
+is measured:
 
 train        examples/s at the same examples per GPU (median of the later half of the steps), against one GPU; the most
              memory on any of the GPUs as torch allocated it, and what nvidia-smi shows beyond that: what torch keeps

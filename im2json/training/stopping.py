@@ -1,13 +1,22 @@
-"""Asking a run to stop: Ctrl-C, or SIGTERM as schedulers send it."""
+"""What ends a run early: being asked to (Ctrl-C, or SIGTERM as schedulers send it), and the loss of a process."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+GRACE_SECONDS = 5.0  # for a process to end by itself after another one has
+NEVER = datetime.timedelta(days=3650)
 NOTICE = b"\nstopping after this step, with a checkpoint; once more stops at once\n"
 
 
@@ -32,3 +41,53 @@ class StopRequest:
             raise KeyboardInterrupt
         self.made = True
         os.write(2, NOTICE)  # print may have been what was interrupted
+
+
+@contextlib.contextmanager
+def watched_peers(accelerator: Accelerator, advice: str) -> Iterator[None]:
+    """Have the loss of one process of a run end the others within seconds, whatever they are doing.
+
+    With NCCL they would wait for it in the next collective, where no exception and no signal's handler gets through.
+    So a thread for each peer waits for the word that it has come to the end of this context; the system closes the
+    connection however else it ends, on this machine or another. A process that has not ended by itself GRACE_SECONDS
+    later is ended, with a line that holds `advice`.
+
+    Raises:
+        ConnectionError: saying which process has ended, in place of a RuntimeError, as gloo's collectives raise, or of
+            the launcher's request to stop.
+    """
+    own, count = accelerator.process_index, accelerator.num_processes
+    peers = [rank for rank in range(count) if rank != own]
+    group = dist.new_group(backend="gloo", timeout=NEVER) if peers else None
+    ended, left = threading.Event(), threading.Event()
+
+    def said(peer: int) -> str:
+        return f"process {peer} of {count} ended before the run did"
+
+    def watch(peer: int) -> None:
+        try:
+            dist.recv(torch.empty(1), src=peer, group=group)
+        except RuntimeError:
+            lost.append(peer)
+            ended.set()
+            if not left.wait(GRACE_SECONDS):
+                os.write(2, f"\nError: {said(peer)}; {advice}\n".encode())
+                os._exit(1)
+
+    lost: list[int] = []
+    threads = [threading.Thread(target=watch, args=[peer], daemon=True) for peer in peers]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+        for peer in peers:
+            dist.send(torch.empty(1), dst=peer, group=group)
+        for thread in threads:
+            thread.join()
+    except (RuntimeError, KeyboardInterrupt) as error:
+        # a collective may fail before the thread hears of it
+        if peers and ended.wait(1.0 if isinstance(error, RuntimeError) else 0.0):
+            raise ConnectionError(said(lost[0])) from error
+        raise
+    finally:
+        left.set()
