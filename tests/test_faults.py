@@ -206,10 +206,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(base_args, whol
     assert time.monotonic() - noticed < 25  # the launcher gives up after 30 s
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in printed
     (said,) = (line for line in printed.splitlines() if line.startswith("Error: "))
-    assert said == (
-        "Error: process 1 of 2 ended before the run did; what was saved is kept: "
-        f"go on with train.py --resume {run.path}"
-    )
+    assert said == (f"Error: process 1 of 2 was lost; what was saved is kept: go on with train.py --resume {run.path}")
     assert not run.done
     launch("train.py", "--resume", run.path)
     outcomes[-1] = survives(run, whole_of_two)
@@ -234,8 +231,8 @@ def test_a_request_to_stop_is_heeded_by_all_processes(base_args, whole_of_two, t
     wait_for(run.checkpoints / "step-2", process)
     process.terminate()
     printed, _ = process.communicate(timeout=60)
-    said = [line for line in printed.splitlines() if line.startswith("Error: ")]
-    assert said == [f"Error: interrupted: go on with train.py --resume {run.path}"] * 2, printed
+    assert printed.count(f"Error: interrupted: go on with train.py --resume {run.path}\n") == 2, printed
+    assert "terminate called" not in printed  # as where a thread is left in a collective
     assert not run.done
     launch("train.py", "--resume", run.path)
     outcomes[-1] = survives(run, whole_of_two)

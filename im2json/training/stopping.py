@@ -45,12 +45,12 @@ class StopRequest:
 
 @contextlib.contextmanager
 def watched_peers(accelerator: Accelerator, advice: str) -> Iterator[None]:
-    """Have the loss of one process of a run end the others within seconds, whatever they are doing.
+    """Have the end of one process of a run end the others within seconds, whatever they are doing.
 
     With NCCL they would wait for it in the next collective, where no exception and no signal's handler gets through.
-    So a thread for each peer waits for the word that it has come to the end of this context; the system closes the
-    connection however else it ends, on this machine or another. A process that has not ended by itself GRACE_SECONDS
-    later is ended, with a line that holds `advice`.
+    So a thread for each peer waits for a word, sent where the peer leaves this context; the system closes the
+    connection however else it ends, on this machine or another. A process that has not left GRACE_SECONDS after a peer
+    has failed is ended, with a line that holds `advice`.
 
     Raises:
         ConnectionError: saying which process has ended, in place of a RuntimeError, as gloo's collectives raise, or of
@@ -59,35 +59,50 @@ def watched_peers(accelerator: Accelerator, advice: str) -> Iterator[None]:
     own, count = accelerator.process_index, accelerator.num_processes
     peers = [rank for rank in range(count) if rank != own]
     group = dist.new_group(backend="gloo", timeout=NEVER) if peers else None
-    ended, left = threading.Event(), threading.Event()
+    failures: list[str] = []
+    failed, lost, left = threading.Event(), threading.Event(), threading.Event()
+    untold, telling = set(peers), threading.Lock()
 
-    def said(peer: int) -> str:
-        return f"process {peer} of {count} ended before the run did"
+    def tell(peer: int, failure: bool) -> None:
+        with telling, contextlib.suppress(RuntimeError):  # it may be gone
+            if peer in untold:
+                untold.remove(peer)
+                dist.send(torch.tensor([failure]), dst=peer, group=group)
 
     def watch(peer: int) -> None:
+        word, closed = torch.tensor([True]), False
         try:
-            dist.recv(torch.empty(1), src=peer, group=group)
+            dist.recv(word, src=peer, group=group)
         except RuntimeError:
-            lost.append(peer)
-            ended.set()
+            closed = True
+        tell(peer, False)  # which lets it go
+        if word:
+            failures.append(f"process {peer} of {count} {'was lost' if closed else 'stopped with an error'}")
+            failed.set()
+            if closed:
+                lost.set()
             if not left.wait(GRACE_SECONDS):
-                os.write(2, f"\nError: {said(peer)}; {advice}\n".encode())
+                os.write(2, f"\nError: {failures[0]}; {advice}\n".encode())
                 os._exit(1)
 
-    lost: list[int] = []
     threads = [threading.Thread(target=watch, args=[peer], daemon=True) for peer in peers]
     for thread in threads:
         thread.start()
+    failure = True
     try:
         yield
-        for peer in peers:
-            dist.send(torch.empty(1), dst=peer, group=group)
-        for thread in threads:
-            thread.join()
-    except (RuntimeError, KeyboardInterrupt) as error:
-        # a collective may fail before the thread hears of it
-        if peers and ended.wait(1.0 if isinstance(error, RuntimeError) else 0.0):
-            raise ConnectionError(said(lost[0])) from error
+        failure = False
+    except RuntimeError as error:
+        if peers and failed.wait(1.0):  # a collective may fail before the thread hears of it
+            raise ConnectionError(failures[0]) from error
+        raise
+    except KeyboardInterrupt as error:
+        if lost.is_set():
+            raise ConnectionError(failures[0]) from error
         raise
     finally:
         left.set()
+        for peer in peers:
+            tell(peer, failure)
+        for thread in threads:  # or the interpreter would abort in the middle of what they wait for
+            thread.join(GRACE_SECONDS)
