@@ -15,7 +15,16 @@ from typing import Any
 
 import click
 
-from im2json.cli import FloatRange, GroupedCommand, option_flags, preset_flag, quiet_libraries, resumable, user_errors
+from im2json.cli import (
+    FloatRange,
+    GroupedCommand,
+    option_flags,
+    preset_flag,
+    quiet_libraries,
+    resumable,
+    resume_advice,
+    user_errors,
+)
 from im2json.options import TrainConfig
 from im2json.runs import WEIGHTS, RunFolder, check_output, claim, fresh_options, locked, new_run, resumed_config
 
@@ -118,6 +127,7 @@ def train(
     from im2json.training.checkpoint import begin
     from im2json.training.loop import fit
     from im2json.training.result import finish, known_before
+    from im2json.training.stopping import watched_peers
     from im2json.training.tracking import Tracker
 
     accelerator, precision = start_accelerator(config)
@@ -127,7 +137,8 @@ def train(
     bench = set_up(config, accelerator, precision, adapter=own_adapter, schema=own_schema)
     model = bench.model
     (run,) = broadcast_object_list([stopped or (new_run(config) if accelerator.is_main_process else None)])
-    with resumable(run.path), locked(run, accelerator.is_main_process):
+    advice = f"what was saved is kept: {resume_advice(run.path)}"
+    with resumable(run.path), watched_peers(accelerator, advice), locked(run, accelerator.is_main_process):
         if accelerator.is_main_process:
             claim(run, config, fresh=stopped is None, data=bench.fingerprints())
         accelerator.print(f"run folder: {run.path}   watch it: tensorboard --logdir {run.path.parent}")
@@ -146,7 +157,7 @@ def train(
         )  # fmt: skip
         if state is None:
             tracker.close()
-            accelerator.print(f"left after step {stop_after}: go on with train.py --resume {run.path}")
+            accelerator.print(f"left after step {stop_after}: {resume_advice(run.path)}")
             accelerator.end_training()
             return None
         read_adapter_weights(model, run.adapter / WEIGHTS)

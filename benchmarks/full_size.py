@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -73,22 +74,23 @@ def run_until(command: list[str], file: Path | None) -> float:
 
 
 class MemoryWatch:
-    """The most memory that nvidia-smi showed as used on the first GPU, CUDA's own included."""
+    """The most memory that nvidia-smi showed as used on one of these GPUs, CUDA's own included."""
 
-    def __init__(self) -> None:
+    def __init__(self, gpus: Sequence[str] = ("0",)) -> None:
+        self.gpus = gpus
         self.peak_mib = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def _watch(self) -> None:
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", ",".join(self.gpus)]
         while not self._stop.wait(0.5):
             try:
                 out = subprocess.run(query, capture_output=True, text=True, check=True).stdout
             except (OSError, subprocess.SubprocessError):
                 return
-            self.peak_mib = max(self.peak_mib, int(re.findall(r"\d+", out)[0]))
+            self.peak_mib = max(self.peak_mib, *map(int, re.findall(r"\d+", out)))
 
     def stop(self) -> float:
         self._stop.set()
@@ -175,14 +177,17 @@ def _processor(resolution: int):
     return processor
 
 
-def write_cord_rows(folder: Path) -> None:
+CORD = {"train": 800, "validation": 100, "test": 100}
+
+
+def write_cord_rows(folder: Path, counts: Mapping[str, int] = CORD) -> None:
     """Synthetic receipts in CORD v2's columns, of about its sizes and lengths, as Parquet in the hub's layout."""
     from datasets import Dataset, Features, Image, Value
     from rows import Rows
 
     features = Features({"image": Image(), "ground_truth": Value("string")})
     (folder / "data").mkdir(parents=True)
-    for seed, (split, count) in enumerate({"train": 800, "validation": 100, "test": 100}.items()):
+    for seed, (split, count) in enumerate(counts.items()):
         targets = Rows(count, 0, seed).targets
         with ProcessPoolExecutor() as pool:
             pictures = list(pool.map(partial(_picture, split, count), range(count), chunksize=8))

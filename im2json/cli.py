@@ -142,13 +142,16 @@ def user_errors(interrupted: str = "nothing was lost") -> Iterator[None]:
 @contextlib.contextmanager
 def resumable(path: Path) -> Iterator[None]:
     """Have what stops a run, other than the user's mistake, say how to go on with it."""
-    advice = f"go on with train.py --resume {path}"
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(advice) from None
+        raise KeyboardInterrupt(resume_advice(path)) from None
     except OSError as error:
-        raise OSError(f"{error}; what was saved is kept: {advice}") from error
+        raise OSError(f"{error}; what was saved is kept: {resume_advice(path)}") from error
+
+
+def resume_advice(path: Path) -> str:
+    return f"go on with train.py --resume {path}"
 
 
 LESS_MEMORY = (

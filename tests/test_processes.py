@@ -41,12 +41,13 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD", "LOCAL_"))}
 
 
-def launch(script: str, *flags: object, processes: int = 2) -> str:
-    """What a script prints on both streams in so many processes; fails where the script does.
+def launch(script: str, *flags: object, processes: int = 2, before: str = "") -> str:
+    """What a script prints on both streams in so many processes, each of which runs `before` first; fails where the
+    script does.
 
     By torchrun, which is what `accelerate launch` calls for GPUs; with --cpu that starts a single process.
     """
-    command = launcher(processes, PROGRAM, str(ROOT / script), *map(str, flags))
+    command = launcher(processes, before + PROGRAM, str(ROOT / script), *map(str, flags))
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=240, env=environment() | {"PYTHONPATH": str(ROOT)}
     )
@@ -113,6 +114,38 @@ def test_two_processes_evaluate_each_example_once_and_in_order(one, two):
     assert [row["id"] for row in rows if row["stage"] == "before"] == [f"test/{i}.png" for i in range(3)]
     during = [row["id"] for row in rows if row["stage"] == "during" and row["step"] == 2]
     assert during == [f"validation/{i}.png" for i in range(5)]
+
+
+# Has each process say how long the targets are that it writes answers to.
+COUNTING = """
+import sys
+import im2json.inference.evaluate as evaluate
+score = evaluate._score
+
+def told(evaluator, batch, examples, *more):
+    sys.stdout.write("wrote " + " ".join(str(len(example.target["a"])) for example in examples) + "\\n")
+    return score(evaluator, batch, examples, *more)
+
+evaluate._score = told
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_long_and_short_answers_alike(small_model, base_args, nine, tmp_path):
+    """Where the first half of a split is long and the second short, neither process has the long ones."""
+    lengths = [40, 38, 36, 34, 5, 4, 3, 2]
+    data = Path(shutil.copytree(nine, tmp_path / "data"))
+    rows = [
+        json.dumps({"file_name": f"{i % 5}.png", "ground_truth": json.dumps({"gt_parse": {"a": "x" * length}})})
+        for i, length in enumerate(lengths)
+    ]
+    (data / "validation" / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    flags = ["--dataset", data, "--steps", 1, "--eval-every", 1, "--eval-batch-size", 2, "--no-test"]
+    printed = launch("train.py", "--output", tmp_path / "run", *base_args, *flags, before=COUNTING)
+    written = [list(map(int, line[6:].split())) for line in printed.splitlines() if line.startswith("wrote ")]
+    assert sorted(written) == [[4, 2], [5, 3], [38, 34], [40, 36]]
+    rows = list(read_lines(RunFolder(tmp_path / "run").predictions))
+    assert [len(row["target"]["a"]) for row in rows] == lengths
 
 
 def test_two_processes_leave_one_result(one, two):

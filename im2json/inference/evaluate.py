@@ -75,8 +75,7 @@ def evaluate_split(
             progress.update(min(len(batch) * accelerator.num_processes, total - progress.n))
             if ends_window:
                 rows.update(scored.result())
-                # Process by process, which is the split's order.
-                gathered = gather_object([row for _, row in sorted(rows.items())])
+                gathered = [row for _, row in sorted(gather_object(list(rows.items())))]
                 if on_rows is not None and accelerator.is_main_process:
                     on_rows(done, gathered)
                 done, scored, rows = done + len(gathered), None, {}
@@ -225,19 +224,17 @@ class _Share:
 
         A window is what is held in memory until it is put into the split's order again. Within it, examples whose
         targets are equally long are written together, the longest first: a batch takes as long as its longest text,
-        and what fits is known from the first batch on.
+        and what fits is known from the first batch on. They are dealt out in turn, so that all processes get some of
+        each length and come to the window's end together.
         """
         window = WINDOW * self.batch_size * self.processes
         for start in range(0, self.total, window):
-            mine = self._part(start, min(start + window, self.total))
-            order = sorted(mine, key=lambda i: len(canonical(targets[i])), reverse=True)
-            for first in range(0, max(1, len(order)), self.batch_size):
+            end = min(start + window, self.total)
+            order = sorted(range(start, end), key=lambda i: len(canonical(targets[i])), reverse=True)
+            mine = order[self.rank :: self.processes]
+            for first in range(0, max(1, len(mine)), self.batch_size):
                 last = first + self.batch_size
-                yield order[first:last], last >= len(order)
-
-    def _part(self, start: int, end: int) -> range:
-        share = -(-(end - start) // self.processes)
-        return range(min(start + self.rank * share, end), min(start + (self.rank + 1) * share, end))
+                yield mine[first:last], last >= len(mine)
 
 
 def _loaded(

@@ -137,10 +137,11 @@ def fit(
             if (stopping or leaving or save_due(state.step, last, options)) and accelerator.is_main_process:
                 tracker.flush()
                 save_checkpoint(run, model, optimizer, accelerator.scaler, state, options.keep)
+            if stopping or leaving:
+                accelerator.wait_for_everyone()  # a launcher that sees a process end, ends the one that still writes
             if stopping:
                 raise KeyboardInterrupt
             if leaving:
-                accelerator.wait_for_everyone()
                 return None
             if last:
                 break

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from im2json.model.lora import count_parameters
 from im2json.runs import RunFolder, read_lines, write_json
 from im2json.training.loop import peak_memory_bytes
@@ -39,7 +41,7 @@ def finish(
         "skipped_updates": state.skipped,
         "seconds": round(state.seconds, 3),
         "examples_per_second": round(state.examples / state.seconds, 3) if state.seconds else None,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": max(gather_object([peak_memory_bytes()])),  # of the process that took the most
     }
     tracker.hyperparameters(state.validation, state.kept_step, after or ())
     tracker.close()

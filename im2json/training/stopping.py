@@ -1,13 +1,22 @@
-"""Asking a run to stop: Ctrl-C, or SIGTERM as schedulers send it."""
+"""What ends a run early: being asked to (Ctrl-C, or SIGTERM as schedulers send it), and the loss of a process."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+GRACE_SECONDS = 5.0  # for a process to end by itself after another one has
+NEVER = datetime.timedelta(days=3650)
 NOTICE = b"\nstopping after this step, with a checkpoint; once more stops at once\n"
 
 
@@ -32,3 +41,68 @@ class StopRequest:
             raise KeyboardInterrupt
         self.made = True
         os.write(2, NOTICE)  # print may have been what was interrupted
+
+
+@contextlib.contextmanager
+def watched_peers(accelerator: Accelerator, advice: str) -> Iterator[None]:
+    """Have the end of one process of a run end the others within seconds, whatever they are doing.
+
+    With NCCL they would wait for it in the next collective, where no exception and no signal's handler gets through.
+    So a thread for each peer waits for a word, sent where the peer leaves this context; the system closes the
+    connection however else it ends, on this machine or another. A process that has not left GRACE_SECONDS after a peer
+    has failed is ended, with a line that holds `advice`.
+
+    Raises:
+        ConnectionError: saying which process has ended, in place of a RuntimeError, as gloo's collectives raise, or of
+            the launcher's request to stop.
+    """
+    own, count = accelerator.process_index, accelerator.num_processes
+    peers = [rank for rank in range(count) if rank != own]
+    group = dist.new_group(backend="gloo", timeout=NEVER) if peers else None
+    failures: list[str] = []
+    failed, lost, left = threading.Event(), threading.Event(), threading.Event()
+    untold, telling = set(peers), threading.Lock()
+
+    def tell(peer: int, failure: bool) -> None:
+        with telling, contextlib.suppress(RuntimeError):  # it may be gone
+            if peer in untold:
+                untold.remove(peer)
+                dist.send(torch.tensor([failure]), dst=peer, group=group)
+
+    def watch(peer: int) -> None:
+        word, closed = torch.tensor([True]), False
+        try:
+            dist.recv(word, src=peer, group=group)
+        except RuntimeError:
+            closed = True
+        tell(peer, False)  # which lets it go
+        if word:
+            failures.append(f"process {peer} of {count} {'was lost' if closed else 'stopped with an error'}")
+            failed.set()
+            if closed:
+                lost.set()
+            if not left.wait(GRACE_SECONDS):
+                os.write(2, f"\nError: {failures[0]}; {advice}\n".encode())
+                os._exit(1)
+
+    threads = [threading.Thread(target=watch, args=[peer], daemon=True) for peer in peers]
+    for thread in threads:
+        thread.start()
+    failure = True
+    try:
+        yield
+        failure = False
+    except RuntimeError as error:
+        if peers and failed.wait(1.0):  # a collective may fail before the thread hears of it
+            raise ConnectionError(failures[0]) from error
+        raise
+    except KeyboardInterrupt as error:
+        if lost.is_set():
+            raise ConnectionError(failures[0]) from error
+        raise
+    finally:
+        left.set()
+        for peer in peers:
+            tell(peer, failure)
+        for thread in threads:  # or the interpreter would abort in the middle of what they wait for
+            thread.join(GRACE_SECONDS)
