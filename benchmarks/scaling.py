@@ -63,7 +63,8 @@ class Bench:
 
     def environment(self, count: int) -> dict[str, str]:
         """In which there are so many GPUs."""
-        return os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus[:count]), "PYTHONPATH": str(REPOSITORY)}
+        path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus[:count]), "PYTHONPATH": path}
 
     def launch(self, count: int, *program: object) -> str:
         """What a program prints, as `accelerate launch` starts it on so many GPUs."""
