@@ -217,7 +217,7 @@ def sweep(bench: Bench) -> None:
     """The point that fails is the second to start, so that another one has to take its GPU."""
     grid = bench.work / "grid.json"
     rates = [round(1e-3 * (1 + place), 6) for place in range(bench.points - 2)]
-    base = {"steps": 20, "eval_every": 20, "eval_examples": 8, "max_new_tokens": 64}
+    base = {"steps": 10, "eval_every": 10, "eval_examples": 4, "max_new_tokens": 16}
     grid.write_text(json.dumps({"base": base, "ablate": {"target_modules": ["nothing"], "lr": rates}}))
     for count in bench.counts:
         folder = bench.work / f"sweep-{count}"
@@ -235,7 +235,7 @@ def sweep(bench: Bench) -> None:
                     ran.setdefault(note.stem, ["", now, now])[2] = now
                     ran[note.stem][0] = lines[2] or ran[note.stem][0]
                 time.sleep(0.1)
-        seconds = time.perf_counter() - clock
+        seconds = max(end for _, _, end in ran.values())  # what follows is the winner's score
         done = {point: RunFolder(folder / "points" / point).done for point in ran}
         for point, (gpu, start, end) in ran.items():
             print(
