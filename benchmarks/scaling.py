@@ -255,7 +255,7 @@ PARTS = {"train": training, "collective": collective, "evaluation": evaluation, 
 @click.option("--size", type=click.Choice(["3b", "toy"]), default="3b", help="toy: try this script on a CPU")
 @click.option("--resolution", default=224, help="px")
 @click.option("--examples", default=16, help="per GPU and step")
-@click.option("--steps", default=40)
+@click.option("--steps", type=click.IntRange(4), default=40)
 @click.option("--receipts", default=512, help="examples of an evaluation")
 @click.option("--points", type=click.IntRange(3), help="of the sweep; twice the GPUs unless given")
 @click.option("--out", type=click.Path(path_type=Path), help="add the results to this file too, as JSON lines")
