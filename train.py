@@ -140,7 +140,9 @@ def train(
     advice = f"what was saved is kept: {resume_advice(run.path)}"
     with resumable(run.path), watched_peers(accelerator, advice), locked(run, accelerator.is_main_process):
         if accelerator.is_main_process:
-            claim(run, config, fresh=stopped is None, data=bench.fingerprints())
+            fresh, processes = stopped is None, accelerator.num_processes
+            if note := claim(run, config, fresh, data=bench.fingerprints(), processes=processes):
+                accelerator.print(note)
         accelerator.print(f"run folder: {run.path}   watch it: tensorboard --logdir {run.path.parent}")
         checkpoint = begin(run, model, bench.collator.processor, bench.asked, bench.schema, accelerator)
         tracker = Tracker(run, config, accelerator, checkpoint)

@@ -134,12 +134,17 @@ class RunFolder:
             raise ValueError(f"{self.config} does not hold a run's options: {error}") from error
 
     def write_config(
-        self, config: TrainConfig, changes: Sequence[dict[str, Any]] = (), data: dict[str, str] | None = None
+        self,
+        config: TrainConfig,
+        changes: Sequence[dict[str, Any]] = (),
+        data: dict[str, str] | None = None,
+        processes: int | None = None,
     ) -> None:
-        """`changes`: what each --resume made different, {"step", "options": {name: {"from", "to"}}}."""
+        """`changes`: what each --resume made different, {"step", "options": {name: {"from", "to"}}}. `processes`: on
+        how many the run was begun."""
         versions = {name: _version(name) for name in VERSIONED} | {"python": sys.version.split()[0]}
-        more = {"versions": versions, "git": _git_revision(), "data": data or {}, "changes": list(changes)}
-        write_json(self.config, {"options": config.flat(), **more})
+        more = {"versions": versions, "git": _git_revision(), "data": data or {}, "processes": processes}
+        write_json(self.config, {"options": config.flat(), **more, "changes": list(changes)})
 
     def latest_checkpoint(self) -> Path | None:
         """The whole checkpoint with the most steps."""
@@ -217,19 +222,21 @@ def new_run(config: TrainConfig) -> RunFolder:
     return RunFolder(path)
 
 
-def claim(run: RunFolder, config: TrainConfig, fresh: bool, data: dict[str, str] | None = None) -> None:
+def claim(
+    run: RunFolder, config: TrainConfig, fresh: bool, data: dict[str, str] | None = None, processes: int = 1
+) -> str | None:
     """Look again, with the folder locked, whether it is free for a fresh run or still has one to go on with.
 
     A fresh run's config.json is written here, and what a resumed run changes is added to it. `data` tells by split
-    which examples there are.
+    which examples there are. Returns a line to say where the run was begun on another number of processes.
 
     Raises:
         ValueError: if another process was faster, or the data are not those that the run began with.
     """
     if fresh:
         check_output(str(run.path))
-        run.write_config(config, data=data)
-        return
+        run.write_config(config, data=data, processes=processes)
+        return None
     stored = json.loads(run.config.read_text("utf-8"))
     other = [name for name, digest in (data or {}).items() if stored.get("data", {}).get(name, digest) != digest]
     if other:
@@ -245,7 +252,14 @@ def claim(run: RunFolder, config: TrainConfig, fresh: bool, data: dict[str, str]
     if changed:
         checkpoint = run.latest_checkpoint()
         change = {"step": step_of(checkpoint) if checkpoint else 0, "options": changed}
-        run.write_config(config, [*stored.get("changes", []), change], stored.get("data"))
+        run.write_config(config, [*stored.get("changes", []), change], stored.get("data"), stored.get("processes"))
+    begun = stored.get("processes") or processes
+    if begun == processes:
+        return None
+    return (
+        f"begun on {begun} process{'es' * (begun > 1)}, goes on with {processes}: {config.train.batch_size} examples a "
+        "step, all processes together, as before"
+    )
 
 
 @contextlib.contextmanager

@@ -159,19 +159,37 @@ def test_two_processes_leave_one_result(one, two):
     assert list(two.path.rglob("*.tmp*")) == []
 
 
+def stopped_after_two(run: RunFolder, folder: Path) -> RunFolder:
+    """A copy of a finished run as it was after its second step."""
+    copy = RunFolder(Path(shutil.copytree(run.path, folder)))
+    copy.result.unlink()
+    for step in (3, 4):
+        shutil.rmtree(copy.checkpoints / f"step-{step}")
+    return copy
+
+
+def assert_like(run: RunFolder, whole: RunFolder) -> None:
+    for got, wanted in zip(metrics(run), metrics(whole), strict=True):
+        assert got["values"] == pytest.approx(wanted["values"], rel=1e-4, abs=1e-9)
+    for name, value in load_file(run.checkpoints / "step-4" / "adapter_model.safetensors").items():
+        wanted = load_file(whole.checkpoints / "step-4" / "adapter_model.safetensors")[name]
+        torch.testing.assert_close(value, wanted, rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_two_processes_resume_a_run_of_one(one, tmp_path):
     """As if the machine had grown: the number of processes changes nothing."""
-    run = RunFolder(Path(shutil.copytree(one.path, tmp_path / "run")))
-    run.result.unlink()
-    for step in (3, 4):
-        shutil.rmtree(run.checkpoints / f"step-{step}")
-    launch("train.py", "--resume", run.path)
-    for got, wanted in zip(metrics(run), metrics(one), strict=True):
-        assert got["values"] == pytest.approx(wanted["values"], rel=1e-4, abs=1e-9)
-    for name, value in load_file(run.checkpoints / "step-4" / "adapter_model.safetensors").items():
-        wanted = load_file(one.checkpoints / "step-4" / "adapter_model.safetensors")[name]
-        torch.testing.assert_close(value, wanted, rtol=0, atol=1e-5)
+    run = stopped_after_two(one, tmp_path / "run")
+    printed = launch("train.py", "--resume", run.path)
+    assert printed.count("begun on 1 process, goes on with 2: 4 examples a step, all processes together, as") == 1
+    assert_like(run, one)
+
+
+def test_one_process_resumes_a_run_of_two(one, two, resume, tmp_path, capsys):
+    run = stopped_after_two(two, tmp_path / "run")
+    resume(run)
+    assert "begun on 2 processes, goes on with 1: 4 examples a step, all processes" in capsys.readouterr().out
+    assert_like(run, one)
 
 
 @pytest.mark.slow

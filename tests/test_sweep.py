@@ -383,6 +383,26 @@ def test_a_guard_asks_once_when_its_process_ends(end, tmp_path):
     process.wait(10)
 
 
+def test_each_gpu_has_one_point_and_a_failed_one_leaves_its_gpu_to_the_next(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    slots, processes, _ = make_slots(None, None)
+    jobs = make_jobs(plan(grid={"r": [1, 2, 3, 4, 5]}).points, tmp_path)
+    running, most = tmp_path / "running", []
+    running.mkdir()
+
+    def program(job: Job) -> list[str]:
+        end = "exit 1" if job is jobs[1] else f"mkdir {job.run.path} && echo '{{}}' > {job.run.result}"
+        mine = f'"{running}/$CUDA_VISIBLE_DEVICES"'
+        return ["sh", "-c", f"mkdir {mine} && sleep 0.6; rmdir {mine}; echo on $CUDA_VISIBLE_DEVICES; {end}"]
+
+    run_jobs(jobs, Here(slots, program), lambda: most.append(len(list(running.iterdir()))))
+    assert processes == 1 and [job.state for job in jobs] == ["done", "failed", "done", "done", "done"]
+    said = [job.log.read_text().split() for job in jobs]  # two at a time on a GPU would say that mkdir failed
+    assert [words[:1] for words in said] == [["on"]] * 5
+    assert [words[1] for words in said[:2]] == ["0", "1"] and {words[1] for words in said[2:]} == {"0", "1"}
+    assert max(most) == 2
+
+
 def test_a_point_left_running_keeps_its_gpus(tmp_path):
     jobs = make_jobs(plan(grid={"r": [1, 2, 3]}).points, tmp_path)
     process = hold(jobs[0], "1")
