@@ -165,7 +165,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(base_args, tall
     was left alone."""
     flags = (*base_args, *FLAGS)
     whole, run = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "run")
-    launch("train.py", "--output", whole.path, *flags)
+    launch("train", "--output", whole.path, *flags)
     program = (
         f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import im2json.training.loop as loop\n"
         "report = loop.report\n"
@@ -188,5 +188,5 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(base_args, tall
     assert time.monotonic() - noticed < 45
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in printed
     assert not run.done
-    launch("train.py", "--resume", run.path)
+    launch("train", "--resume", run.path)
     outcomes[-1] = survives(run, whole)
