@@ -246,7 +246,7 @@ def test_a_merged_copy_is_what_bf16_says(small_model):
     merged = merged_copy(lora_model(small_model, precision="bf16"), torch.bfloat16)
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
     assert not merged.training
-    assert merged.config.use_cache
+    assert merged.config.use_cache and merged.generation_config.use_cache
 
 
 def snapshot(model: PeftModel) -> dict[str, torch.Tensor]:

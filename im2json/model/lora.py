@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -160,7 +161,6 @@ def merged_copy(model: PeftModel, dtype: torch.dtype, *, adapter: bool = True) -
         setattr(copy.get_submodule(owner), leaf, buffer)
     copy.requires_grad_(False).eval()
     copy.name_or_path = base.name_or_path
-    copy.config.use_cache = True
     return copy
 
 
@@ -174,10 +174,11 @@ def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _plain_config(base: PaliGemmaForConditionalGeneration) -> Any:
-    config = type(base.config).from_dict(base.config.to_dict())
+    config = deepcopy(base.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config._attn_implementation = "sdpa"
+    config.use_cache = True
     return config
 
 
