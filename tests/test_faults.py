@@ -79,7 +79,7 @@ def whole(train, tmp_path_factory) -> RunFolder:
 @pytest.fixture(scope="module")
 def whole_of_two(base_args, tmp_path_factory) -> RunFolder:
     run = RunFolder(tmp_path_factory.mktemp("whole") / "two")
-    launch("train.py", "--output", run.path, *base_args, *FLAGS)
+    launch("train", "--output", run.path, *base_args, *FLAGS)
     return run
 
 
@@ -208,7 +208,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(base_args, whol
     (said,) = (line for line in printed.splitlines() if line.startswith("Error: "))
     assert said == (f"Error: process 1 of 2 was lost; what was saved is kept: go on with train.py --resume {run.path}")
     assert not run.done
-    launch("train.py", "--resume", run.path)
+    launch("train", "--resume", run.path)
     outcomes[-1] = survives(run, whole_of_two)
 
 
@@ -234,5 +234,5 @@ def test_a_request_to_stop_is_heeded_by_all_processes(base_args, whole_of_two, t
     assert printed.count(f"Error: interrupted: go on with train.py --resume {run.path}\n") == 2, printed
     assert "terminate called" not in printed  # as where a thread is left in a collective
     assert not run.done
-    launch("train.py", "--resume", run.path)
+    launch("train", "--resume", run.path)
     outcomes[-1] = survives(run, whole_of_two)

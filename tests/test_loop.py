@@ -779,8 +779,16 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(cli, resume, base_args
     assert_same_runs(resume(run), uninterrupted)
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-@pytest.mark.parametrize("call", ["rename", "replace", "fsync"])
+REFUSALS = [("rename", errno.ENOSPC), ("replace", errno.EROFS), ("fsync", errno.EACCES)]  # by call, and why
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        pytest.param(call, code, marks=() if (call, code) in REFUSALS else pytest.mark.slow)
+        for call, (_, code) in itertools.product(("rename", "replace", "fsync"), REFUSALS)
+    ],
+)
 def test_what_the_system_refuses_is_one_line(cli, resume, base_args, uninterrupted, tmp_path, code, call):
     """No space left, a file system turned read-only, a folder that may not be written to any more."""
     run, original, calls = RunFolder(tmp_path / "run"), getattr(os, call), itertools.count()

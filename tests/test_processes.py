@@ -18,20 +18,33 @@ from safetensors.torch import load_file
 
 from im2json.runs import RunFolder, read_lines
 
-# Runs a script, and says of how many processes it was one.
+# Runs a script in so many processes as torchrun does, by its Python API: they are forked, and share what was imported.
 PROGRAM = """
-import runpy, sys
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    from accelerate import PartialState
+import importlib, sys
+from im2json.cli import quiet_libraries
+quiet_libraries()
+from accelerate import PartialState
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+import im2json.inference.workbench, im2json.training.loop
+
+def main(script, *flags):
+    importlib.import_module(script).main(flags, standalone_mode=False)
     sys.stdout.write(f"one of {PartialState().num_processes}\\n")  # at once, as the others write there too
+
+processes, *arguments = sys.argv[1:]
+config = LaunchConfig(
+    min_nodes=1, max_nodes=1, nproc_per_node=int(processes), rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+    run_id="test", max_restarts=0, start_method="fork",
+)
+elastic_launch(config, main)(*arguments)
 """
 
 
 def launcher(processes: int, program: str, *flags: str) -> list[str]:
-    """What starts a program in so many processes."""
+    """What starts a program in so many processes: torchrun, which is what `accelerate launch` calls for GPUs.
+
+    With --cpu that starts a single process.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [*command, "--no-python", "--", sys.executable, "-c", program, *flags]
 
@@ -42,15 +55,11 @@ def environment() -> dict[str, str]:
 
 
 def launch(script: str, *flags: object, processes: int = 2, before: str = "") -> str:
-    """What a script prints on both streams in so many processes, each of which runs `before` first; fails where the
-    script does.
-
-    By torchrun, which is what `accelerate launch` calls for GPUs; with --cpu that starts a single process.
-    """
-    command = launcher(processes, before + PROGRAM, str(ROOT / script), *map(str, flags))
+    """What a script prints on both streams in so many processes, after `before`; fails where the script does."""
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=environment() | {"PYTHONPATH": str(ROOT)}
-    )
+        [sys.executable, "-c", before + PROGRAM, str(processes), script, *map(str, flags)],
+        capture_output=True, text=True, timeout=240, env=environment() | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
     assert printed.count(f"one of {processes}") == processes
@@ -76,7 +85,7 @@ def one(train: Callable[..., RunFolder], flags, tmp_path_factory) -> RunFolder:
 @pytest.fixture(scope="module")
 def two(base_args, flags, tmp_path_factory) -> RunFolder:
     run = RunFolder(tmp_path_factory.mktemp("two") / "run")
-    printed = launch("train.py", "--output", run.path, *base_args, *flags)
+    printed = launch("train", "--output", run.path, *base_args, *flags)
     assert printed.count("run folder: ") == 1
     return run
 
@@ -141,7 +150,7 @@ def test_processes_share_long_and_short_answers_alike(small_model, base_args, ni
     ]
     (data / "validation" / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     flags = ["--dataset", data, "--steps", 1, "--eval-every", 1, "--eval-batch-size", 2, "--no-test"]
-    printed = launch("train.py", "--output", tmp_path / "run", *base_args, *flags, before=COUNTING)
+    printed = launch("train", "--output", tmp_path / "run", *base_args, *flags, before=COUNTING)
     written = [list(map(int, line[6:].split())) for line in printed.splitlines() if line.startswith("wrote ")]
     assert sorted(written) == [[4, 2], [5, 3], [38, 34], [40, 36]]
     rows = list(read_lines(RunFolder(tmp_path / "run").predictions))
@@ -180,7 +189,7 @@ def assert_like(run: RunFolder, whole: RunFolder) -> None:
 def test_two_processes_resume_a_run_of_one(one, tmp_path):
     """As if the machine had grown: the number of processes changes nothing."""
     run = stopped_after_two(one, tmp_path / "run")
-    printed = launch("train.py", "--resume", run.path)
+    printed = launch("train", "--resume", run.path)
     assert printed.count("begun on 1 process, goes on with 2: 4 examples a step, all processes together, as") == 1
     assert_like(run, one)
 
@@ -196,7 +205,7 @@ def test_one_process_resumes_a_run_of_two(one, two, resume, tmp_path, capsys):
 def test_two_processes_evaluate_a_finished_run(one, tmp_path):
     run = RunFolder(Path(shutil.copytree(one.path, tmp_path / "run")))
     before = list(read_lines(run.predictions))
-    printed = launch("evaluate.py", run.path)
+    printed = launch("evaluate", run.path)
     assert printed.count("test split, generated text") == 1
     assert sorted(map(str, read_lines(run.predictions))) == sorted(map(str, before))
 
@@ -205,7 +214,7 @@ def test_two_processes_evaluate_a_finished_run(one, tmp_path):
 def test_a_step_smaller_than_the_processes_works(base_args, nine, train, tmp_path):
     """Three processes and two examples a step."""
     flags = ["--dataset", nine, "--batch-size", 2, "--microbatch", 1, "--steps", 2, "--eval-every", 0, "--no-test"]
-    launch("train.py", "--output", tmp_path / "three", *base_args, *flags, processes=3)
+    launch("train", "--output", tmp_path / "three", *base_args, *flags, processes=3)
     runs = RunFolder(tmp_path / "three"), train(tmp_path / "one", *flags)
     got, wanted = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
     for name in wanted:
