@@ -62,6 +62,7 @@ class Decoder:
         self.seconds_capturing = 0.0
         self.most_rows: int | None = None  # what fits into the GPU's memory, once it was exceeded
         self._batch: _Batch | None = None  # the captured one
+        self._pieces: dict[int, str] = {}  # what each token is by itself
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor, limits: Sequence[int]) -> list[Answer]:
@@ -95,7 +96,9 @@ class Decoder:
         rest = [] if self.grammar is None else self.grammar.rest(tokens)
         logprobs = logprobs[: len(tokens)] + [-math.inf] * len(rest)
         tokens = tokens + rest
-        text, *pieces = decode([tokens, *([token] for token in tokens)])
+        (text,), new = decode([tokens]), sorted(set(tokens) - self._pieces.keys())
+        self._pieces.update(zip(new, decode([[token] for token in new])))
+        pieces = [self._pieces[token] for token in tokens]
         if "".join(pieces) == text:
             starts = [0, *itertools.accumulate(map(len, pieces[:-1]))]
         else:  # some characters take several tokens, each of which is none by itself
