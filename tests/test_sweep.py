@@ -15,6 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import ROOT, clear_error
 
@@ -342,10 +343,10 @@ def test_many_requests_in_one_look_ask_once_and_gently(tmp_path, capsys):
     assert place.stops == [False, True] and capsys.readouterr().err.count("stopping: ") == 1
 
 
-def hold(job: Job, gpus: str = "") -> subprocess.Popen:
-    """A process that holds a job, and notes the signals that it gets at the end of its log."""
+def hold(job: Job, gpus: str = "", before: str = "") -> subprocess.Popen:
+    """A process that holds a job, and notes the signals that it gets at the end of its log; it does `before` first."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    program = "trap 'echo got it' TERM; echo ready; while :; do sleep 0.05; done"
+    program = f"{before} trap 'echo got it' TERM; echo ready; while :; do sleep 0.05; done"
     with job.log.open("ab") as log:
         assert lock(log)
         process = launch(job, ["sh", "-c", program], log, {"CUDA_VISIBLE_DEVICES": gpus})
@@ -363,6 +364,16 @@ def test_a_point_is_asked_once_to_stop_whoever_asks(tmp_path):
     assert job.log.read_text().count("got it") == 1
     signal_group(job, signal.SIGKILL)
     assert process.wait(10) == -signal.SIGKILL
+
+
+def test_a_point_that_is_ended_takes_along_what_its_launcher_started_in_sessions_of_their_own(tmp_path):
+    (job,) = make_jobs(plan().points, tmp_path)
+    process = hold(job, before="setsid sleep 100 & echo $!;")
+    child = psutil.Process(int(job.log.read_text().split()[0]))
+    wait_for(lambda: os.getpgid(child.pid) == child.pid)
+    signal_group(job, signal.SIGKILL)
+    process.wait(10)
+    wait_for(lambda: not psutil.pid_exists(child.pid) or child.status() == psutil.STATUS_ZOMBIE)
 
 
 @pytest.mark.parametrize("end", ["of the process", "of the task", "after it was asked"])

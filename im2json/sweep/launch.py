@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import click
+import psutil
 
 from im2json.runs import RunFolder, read_lines
 from im2json.sweep.grid import Point
@@ -234,15 +235,20 @@ def launch(job: Job, arguments: list[str], log: BinaryIO, environment: dict[str,
 def signal_group(job: Job, number: int) -> None:
     """Send a signal to all processes of a job that runs on this machine.
 
-    SIGTERM is sent once, whoever sends it: a second one has train.py end at once, without a checkpoint.
+    SIGTERM is sent once, whoever sends it: a second one has train.py end at once, without a checkpoint. SIGKILL is for
+    what they started as well: the processes of a run on several GPUs are no part of their launcher's group.
     """
     if (holder := job.holder()) is None:
         return
     group, _, asked = holder
     if number == signal.SIGTERM and asked:
         return
-    with contextlib.suppress(OSError):  # it has just ended
+    with contextlib.suppress(OSError, psutil.Error):  # it has just ended
+        started = psutil.Process(group).children(recursive=True) if number == signal.SIGKILL else []
         os.killpg(group, number)
+        for process in started:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         if number == signal.SIGTERM:
             with job.group.open("a") as file:
                 file.write(f"{ASKED}\n")
