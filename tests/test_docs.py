@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from codeop import compile_command
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,33 @@ def test_every_block_that_is_run_has_its_output(path: Path):
     blocks = parse_blocks(path.read_text("utf-8").splitlines(), path.name)
     assert blocks
     assert [block.line for block in blocks if block.output is None or not len(block.output)] == []
+
+
+def refused(code: str) -> Iterator[str]:
+    """The lines that Python's prompt refuses when the code is pasted line by line."""
+    pasted: list[str] = []
+    for line in [*code.splitlines(), ""]:
+        pasted.append(line)
+        try:
+            unfinished = compile_command("\n".join(pasted), symbol="single") is None
+        except SyntaxError:
+            yield line
+            unfinished = False
+        if not unfinished:
+            pasted = []
+
+
+@pytest.mark.parametrize("path", WALKTHROUGHS, ids=names)
+def test_every_python_block_can_be_pasted_at_the_prompt(path: Path):
+    from docs.build import parse_blocks
+
+    blocks = parse_blocks(path.read_text("utf-8").splitlines(), path.name)
+    assert [line for block in blocks if block.kind == "python" for line in refused(block.code)] == []
+
+
+def test_the_prompt_refuses_what_follows_an_indented_block_at_once():
+    assert list(refused("for i in [1]:\n    a = i\nprint(a)\n")) == ["print(a)"]
+    assert list(refused("for i in [1]:\n    a = i\n\nprint(a)\n")) == []
 
 
 @pytest.mark.parametrize("path", WALKTHROUGHS, ids=names)
