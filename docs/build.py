@@ -132,7 +132,8 @@ class Bench:
 
     Args:
         folder: is made to look like the repository's root. What a command printed is kept there, so that in a folder
-            that is used again it is not run again, as long as it and all commands before it are the same.
+            that is used again it is not run again, as long as it and all commands before it are the same. One that is
+            not the same finds what the old one left there: what is committed begins in an empty folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -275,7 +276,11 @@ def build(path: Path, bench: Bench, check: bool) -> list[str]:
 @click.command()
 @click.argument("walkthroughs", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--check", is_flag=True, help="change nothing; say where what is printed is not what stands there")
-@click.option("--work", type=click.Path(file_okay=False, path_type=Path), help="run in this folder and keep it")
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="run in this folder and keep it, to build again sooner",
+)
 def main(walkthroughs: tuple[Path, ...], check: bool, work: Path | None) -> None:
     """Run the blocks of WALKTHROUGHS in order and write what they print into them."""
     wrong: list[str] = []
