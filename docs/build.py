@@ -5,8 +5,13 @@ python docs/build.py --check docs/first-fine-tune.md   runs them and says where 
 
 A ```sh or ```python block is run, and the ```text block that follows holds what it printed on stdout. Commands see a
 folder that looks like the repository's root, with a runs/ of its own; the Python blocks of a walkthrough share one
-namespace, and their asserts hold what the prose claims. ```sh gpu is not run. Below ```text varies, only that something
-was printed is checked: words that a model wrote, or an order that noise decides.
+namespace, and their asserts hold what the prose claims. ```sh gpu is not run. The output's fence says how much of it is
+the same on any machine:
+
+    ```text            all of it
+    ```text measured   all but the numbers: scores, losses, times
+    ```text varies     the first word of each paragraph: the rest are words that a model wrote, or an order that noise
+                       decides
 
 A comment above a picture says what it is made of: from what runs left for TensorBoard, or the n-th plot of a page.
 
@@ -38,6 +43,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "pictures"
 FENCE = "```"
+SAMENESS = ("", "measured", "varies")
 NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(e[-+]?\d+)?")
 VERDICT = re.compile(r"\b(better|worse|same)$")  # it follows from the numbers
 PAPER = '<svg xmlns="http://www.w3.org/2000/svg" style="background: #fff; color: #1d232b; font-family: sans-serif" '
@@ -53,7 +59,7 @@ class Block:
     line: int  # of its first line of code
     end: int  # of the line behind its closing fence
     output: range | None  # the lines of the output, between its fences; None where no ```text follows
-    varies: bool = False
+    sameness: str = ""  # how much of the output is the same on any machine: one of SAMENESS
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def parse_blocks(lines: Sequence[str], name: str) -> list[Block]:
     """The blocks to run.
 
     Raises:
-        ValueError: naming the line of a fence that is never closed.
+        ValueError: naming the line of a fence that is never closed, or of an output's that says what it cannot say.
     """
     fences, opened = [], None
     for number, line in enumerate(lines):
@@ -88,11 +94,16 @@ def parse_blocks(lines: Sequence[str], name: str) -> list[Block]:
     for (info, start, end), (following, first, last) in zip(fences, [*fences[1:], ([], -1, -1)]):
         if info not in (["sh"], ["python"]):
             continue
+        sameness = " ".join(following[1:])
         has_output = following[:1] == ["text"] and not any(line.strip() for line in lines[end + 1 : first])
+        if has_output and sameness not in SAMENESS:
+            raise ValueError(
+                f"{name}:{first + 1}: an output is {FENCE}text, or that and one of {', '.join(SAMENESS[1:])}"
+            )
         blocks.append(
             Block(
                 info[0], "\n".join(lines[start + 1 : end]), start + 1, end + 1,
-                range(first + 1, last) if has_output else None, has_output and following[1:] == ["varies"],
+                range(first + 1, last) if has_output else None, sameness if has_output else "",
             )
         )  # fmt: skip
     return blocks
@@ -104,9 +115,16 @@ def parse_pictures(text: str) -> list[Picture]:
 
 
 def masked(line: str) -> str:
-    """A line without what differs from machine to machine: numbers and their signs, what a table concludes from them,
-    and so the width of columns."""
+    """A line without numbers and their signs, what a table concludes from them, and so the width of columns."""
     return VERDICT.sub("?", re.sub(r"-{2,}", "--", " ".join(NUMBER.sub("#", line).split())))
+
+
+def compared(lines: Sequence[str], sameness: str) -> dict[int, str]:
+    """What is the same on any machine, by the place of its line."""
+    if sameness == "varies":
+        pairs = enumerate(zip(["", *lines], lines))
+        return {i: masked(line.split()[0]) for i, (above, line) in pairs if line.strip() and not above.strip()}
+    return {i: masked(line) if sameness == "measured" else line for i, line in enumerate(lines)}
 
 
 class Bench:
@@ -114,7 +132,8 @@ class Bench:
 
     Args:
         folder: is made to look like the repository's root. What a command printed is kept there, so that in a folder
-            that is used again it is not run again, as long as it and all commands before it are the same.
+            that is used again it is not run again, as long as it and all commands before it are the same. One that is
+            not the same finds what the old one left there: what is committed begins in an empty folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -204,15 +223,13 @@ def differences(path: Path, lines: Sequence[str], block: Block, printed: str) ->
         yield f"{path}:{block.line}: no ```text block below"
         return
     here, now = [lines[i] for i in block.output], printed.splitlines()
-    if block.varies:
-        if not printed.strip():
-            yield f"{path}:{block.output.start + 1}: nothing is printed any more"
-        return
-    matcher = difflib.SequenceMatcher(None, list(map(masked, here)), list(map(masked, now)), autojunk=False)
+    old, new = compared(here, block.sameness), compared(now, block.sameness)
+    places = [*old, len(here)]
+    matcher = difflib.SequenceMatcher(None, list(old.values()), list(new.values()), autojunk=False)
     for change, first, last, low, high in matcher.get_opcodes():
         if change != "equal":
-            told = [f"    - {line}" for line in here[first:last]] + [f"    + {line}" for line in now[low:high]]
-            yield "\n".join([f"{path}:{block.output.start + first + 1}: printed now is", *told])
+            told = [f"    - {here[i]}" for i in places[first:last]] + [f"    + {now[i]}" for i in list(new)[low:high]]
+            yield "\n".join([f"{path}:{block.output.start + places[first] + 1}: printed now is", *told])
 
 
 def written(lines: Sequence[str], printed: Sequence[tuple[Block, str]]) -> str:
@@ -259,7 +276,11 @@ def build(path: Path, bench: Bench, check: bool) -> list[str]:
 @click.command()
 @click.argument("walkthroughs", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--check", is_flag=True, help="change nothing; say where what is printed is not what stands there")
-@click.option("--work", type=click.Path(file_okay=False, path_type=Path), help="run in this folder and keep it")
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="run in this folder and keep it, to build again sooner",
+)
 def main(walkthroughs: tuple[Path, ...], check: bool, work: Path | None) -> None:
     """Run the blocks of WALKTHROUGHS in order and write what they print into them."""
     wrong: list[str] = []
