@@ -10,14 +10,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
-from PIL import Image
 
 from im2json.cli import FloatRange, option_flags, quiet_libraries, user_errors
 from im2json.options import flag_name
-from im2json.runs import RunFolder, adapter_folder, locked
+from im2json.runs import RunFolder
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -70,58 +68,17 @@ def main(
         if against is not None:
             click.echo(comparison.comparison_report(RunFolder(run), RunFolder(against), split, as_json))
         else:
+            folder, given = RunFolder(run), context.obj or {}
+            config = folder.read_config().replace(**given)
+            if "schema" in given and not config.decode.constrain:
+                raise ValueError("--schema goes with --constrain")
+            quiet_libraries()
+            from im2json.programs import evaluate  # torch with it, which takes seconds
+
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
-                metrics = evaluate(RunFolder(run), split, context.obj or {})
+                metrics = evaluate(folder, config, split, None if "schema" in given else folder.schema)
             if metrics:
-                click.echo(comparison.run_report(RunFolder(run), split, metrics, target_precision, as_json))
-
-
-def evaluate(run: RunFolder, split: str, given: dict[str, Any]) -> dict[str, dict[str, float]] | None:
-    """The metrics before and after, with some of the run's options replaced; None on all processes but the main one."""
-    quiet_libraries()
-    config = run.read_config().replace(**given)
-    if "schema" in given and not config.decode.constrain:
-        raise ValueError("--schema goes with --constrain")
-    adapter = adapter_folder(run.path)
-    from accelerate.utils import broadcast_object_list
-
-    from im2json.inference.workbench import set_up, start_accelerator
-    from im2json.report.run import write_report
-    from im2json.scoring.examples import calibrate, calibration_rows
-
-    accelerator, precision = start_accelerator(config)
-    own_schema = None if "schema" in given else run.schema
-    bench = set_up(config, accelerator, precision, adapter=adapter, schema=own_schema)
-    with locked(run, accelerator.is_main_process):
-        evaluation = bench.evaluation(run, FirstPicture(run.path / f"{split}.png"))
-        step = run.kept_step
-        metrics = {
-            "before": evaluation(split, 0, "before", adapter=False),
-            "after": evaluation(split, step, "after"),
-        }
-        alike = [("constrained" in row) == (bench.grammar is not None) for row in calibration_rows(run, step)]
-        (known,) = broadcast_object_list([run.done and bool(alike) and all(alike)])
-        if not known:  # the run never validated this adapter in this way, or kept no confidence
-            evaluation("validation", step, "after")
-        if accelerator.is_main_process:
-            calibrate(run, step)
-            write_report(run, split, bench.pictures(split), metrics["before"])
-    accelerator.end_training()
-    return metrics if accelerator.is_main_process else None
-
-
-class FirstPicture:
-    """An evaluation's sink that keeps the first example with its text before and after."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def scalars(self, split: str, step: int, values: dict[str, float], **more: Any) -> None:
-        """They are in the table."""
-
-    def picture(self, tag: str, picture: Image.Image, step: int) -> None:
-        if tag.endswith("_after/0"):
-            picture.save(self.path)
+                click.echo(comparison.run_report(folder, split, metrics, target_precision, as_json))
 
 
 if __name__ == "__main__":

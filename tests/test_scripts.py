@@ -589,7 +589,7 @@ def test_ctrl_c_before_the_first_step(cli, monkeypatch, tmp_path):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("im2json.inference.workbench.set_up", interrupted)
+    monkeypatch.setattr("im2json.programs.set_up", interrupted)
     result = cli("train", "--output", tmp_path / "run")
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "Error: interrupted: no step was taken yet"

@@ -126,7 +126,7 @@ def test_the_flags_of_a_point_make_its_config(preset, microbatch, monkeypatch):
     base["microbatch"] = microbatch
     (point,) = plan(preset=preset, base={**base, "r": 32, "lr": 1.23456789e-4}).points
     configs: list[TrainConfig] = []
-    monkeypatch.setattr(train, "train", lambda config, **more: configs.append(config))
+    monkeypatch.setattr("im2json.programs.train", lambda config, *more: configs.append(config))
     train.main(point.flags, standalone_mode=False)
     assert configs == [point.config]
     assert configs[0].train.test is False
