@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -366,7 +367,7 @@ def test_processes_share_every_window_out(many, total, processes, monkeypatch):
     targets = many.targets
     shares = [list(_Share(total, 3, rank, processes).batches(targets)) for rank in range(processes)]
     assert len({sum(ends for _, ends in share) for share in shares}) == 1
-    windows: list[list[int]] = []
+    windows: list[list[list[int]]] = []  # of each window, the examples of each process
     for share in shares:
         found: list[list[int]] = [[]]
         for batch, ends in share:
@@ -374,8 +375,14 @@ def test_processes_share_every_window_out(many, total, processes, monkeypatch):
             assert lengths == sorted(lengths, reverse=True) and len(batch) <= 3
             found[-1] += batch
             found += [[]] if ends else []
-        windows = [a + sorted(b) for a, b in zip(windows, found)] if windows else [sorted(some) for some in found]
-    assert [i for window in windows for i in window] == list(range(total))
+        windows = [[*a, b] for a, b in zip(windows or [[]] * len(found), found)]
+    assert [i for window in windows for i in sorted(chain.from_iterable(window))] == list(range(total))
+    for window in windows:  # the n-th longest of any process is no longer than the one before of another
+        for place in range(1, max(map(len, window))):
+            before, now = (
+                [len(canonical(targets[part[i]])) for part in window if i < len(part)] for i in (place - 1, place)
+            )
+            assert max(now) <= min(before)
 
 
 def test_a_picture_that_cannot_be_read_stops_the_evaluation(small_model, collator, tmp_path, accelerator):
