@@ -484,14 +484,16 @@ def test_a_bad_row(cli, base_args, tmp_path, damage, said):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_bad_picture_that_a_worker_finds(cli, base_args, tmp_path):
+@pytest.mark.parametrize("modules", ["q_proj", "language"])  # while it trains, and while it works out features
+def test_a_bad_picture_that_a_worker_finds(cli, base_args, tmp_path, modules):
     """It was whole when the rows were checked."""
     folder = write_dataset(tmp_path / "data")
 
     def spoil(*_: object) -> None:
         (folder / "train" / "3.png").write_bytes(b"no picture any more")
 
-    flags = ["--dataset", folder, "--no-test", "--epochs", 1, "--eval-every", 0, "--workers", 1]
+    flags = ["--dataset", folder, "--no-test", "--steps", 8, "--eval-every", 0, "--workers", 1]
+    flags += ["--target-modules", modules]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("im2json.training.tracking.Tracker.describe", spoil)
         error = clear_error(cli("train", *base_args, *flags, "--output", tmp_path / "run"))

@@ -63,23 +63,35 @@ class StepLoader:
     def _steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         plan = [self.order.microbatches(step, **self.shares) for step in range(start, stop)]  # type: ignore[arg-type]
         indices: Any = range(len(self.split))
-        batches = iter(
-            DataLoader(
-                self.split if self.known is None else indices,
-                batch_sampler=[indices for step in plan for indices in step],
-                collate_fn=self.known or self.collator,
-                num_workers=self.workers if self.known is None else 0,
-                pin_memory=self.pin_memory,
-                generator=torch.Generator(),  # or the loader would draw from the one that dropout uses
-                worker_init_fn=leave_the_group,
-            )
+        batches = loaded(
+            self.split if self.known is None else indices,
+            self.known or self.collator,
+            self.workers if self.known is None else 0,
+            batch_sampler=[indices for step in plan for indices in step],
+            pin_memory=self.pin_memory,
         )
         for step in plan:
-            try:
-                microbatches = [next(batches) for _ in step]
-            except ValueError as error:  # from a worker it comes with that process's traceback
-                raise ValueError(re.split(r"\n[\w.]*Error: ", str(error))[-1].rstrip()) from error
-            yield microbatches
+            yield [next(batches) for _ in step]
+
+
+def loaded(items: Any, collate: Callable[..., T], workers: int, **settings: Any) -> Iterator[T]:
+    """The batches of torch's DataLoader with these settings.
+
+    Raises:
+        ValueError: as an item raises it, naming the row, in a worker too.
+    """
+    batches = DataLoader(
+        items,
+        collate_fn=collate,
+        num_workers=workers,
+        generator=torch.Generator(),  # or the loader would draw from the one that dropout uses
+        worker_init_fn=_leave_the_group,
+        **settings,
+    )
+    try:
+        yield from batches
+    except ValueError as error:  # from a worker it comes with that process's traceback
+        raise ValueError(re.split(r"\n[\w.]*Error: ", str(error))[-1].rstrip()) from error
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
@@ -91,5 +103,5 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def leave_the_group(worker: int) -> None:
+def _leave_the_group(worker: int) -> None:
     os.setpgrp()  # a terminal's Ctrl-C and a scheduler's SIGTERM to the process group are for the run to heed

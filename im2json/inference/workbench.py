@@ -228,7 +228,7 @@ class Workbench:
         size, pictures = len(split) * feature_bytes(paligemma, dtype) / GIB, f"{len(split):,} pictures"
         if size > limit:
             self.accelerator.print(
-                f"the vision tower is frozen, but the image features of {pictures} take {size:.1f} GiB, more than "
+                f"the vision tower is frozen, but the image features of {pictures} take {size:,.2f} GiB, more than "
                 f"--cache-features {limit:g}: they are worked out in every step"
             )
             return None
@@ -236,12 +236,12 @@ class Workbench:
             features = Features(split, self.collator, paligemma, dtype, self._workers)
         except OSError as error:
             raise ValueError(
-                f"--cache-features: no room for {size:.1f} GiB in {tempfile.gettempdir()} ({error.strerror}): set "
+                f"--cache-features: no room for {size:,.2f} GiB in {tempfile.gettempdir()} ({error.strerror}): set "
                 "TMPDIR to another folder, or --cache-features 0"
             ) from error
         self.accelerator.print(
             f"the vision tower is frozen: image features of {pictures} worked out once, in {features.seconds:.1f} s; "
-            f"{size:.2g} GiB"
+            f"{size:,.2f} GiB"
         )
         return features
 

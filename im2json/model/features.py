@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from im2json.data.collate import Batch, Collator
 from im2json.data.example import Split
-from im2json.data.loader import leave_the_group
+from im2json.data.loader import loaded
 
 # N pictures, I image tokens, D hidden size of the language model.
 CHUNK = 16  # pictures at a time: always the same, so that a resumed run finds the same numbers
@@ -51,16 +50,9 @@ class Features:
         self.ids, self.targets = split.ids, split.targets
         self.collator = collator
         start = time.perf_counter()
-        pictures: Any = DataLoader(
-            split,  # type: ignore[arg-type]
-            CHUNK,
-            collate_fn=collator.pictures,
-            num_workers=workers,
-            generator=torch.Generator(),
-            worker_init_fn=leave_the_group,
-        )
+        chunks = loaded(split, collator.pictures, workers, batch_size=CHUNK)
         with tempfile.TemporaryFile() as file:
-            for pixels in tqdm(pictures, desc="image features", leave=False):
+            for pixels in tqdm(chunks, "image features", -(-len(split) // CHUNK), leave=False):
                 # Not under no_grad: bitsandbytes on a CPU would repack the 4-bit layers for good.
                 found = paligemma.model.get_image_features(pixels.to(paligemma.device)).pooler_output
                 file.write(found.to(dtype).cpu().view(torch.uint8).numpy())
