@@ -12,7 +12,8 @@ from PIL import Image
 
 from im2json.cli import resumable, resume_advice
 from im2json.data.doctor import diagnose
-from im2json.inference.workbench import set_up, start_accelerator
+from im2json.inference.evaluate import Evaluation
+from im2json.inference.workbench import Workbench, set_up, start_accelerator
 from im2json.model.base import load_processor
 from im2json.model.lora import read_adapter_weights
 from im2json.options import TrainConfig
@@ -24,6 +25,7 @@ from im2json.training.checkpoint import begin
 from im2json.training.loop import fit
 from im2json.training.plan import memory_report, size_report, time_report, time_steps
 from im2json.training.result import finish, known_before
+from im2json.training.state import TrainState
 from im2json.training.stopping import watched_peers
 from im2json.training.tracking import Tracker
 
@@ -36,47 +38,60 @@ def train(
     Returns what result.json holds; None where the run was left after `stop_after`.
     """
     accelerator, precision = start_accelerator(config)
-    # a run that began with --adapter goes on with its own, wherever that one is by now
-    own_adapter = stopped.latest_checkpoint() if stopped and config.model.adapter else None
-    own_schema = stopped.schema if stopped else None
-    bench = set_up(config, accelerator, precision, adapter=own_adapter, schema=own_schema)
-    model = bench.model
-    (run,) = broadcast_object_list([stopped or (new_run(config) if accelerator.is_main_process else None)])
-    advice = f"what was saved is kept: {resume_advice(run.path)}"
-    with resumable(run.path), watched_peers(accelerator, advice), locked(run, accelerator.is_main_process):
-        if accelerator.is_main_process:
-            fresh, processes = stopped is None, accelerator.num_processes
-            if note := claim(run, config, fresh, data=bench.fingerprints(), processes=processes):
-                accelerator.print(note)
-        accelerator.print(f"run folder: {run.path}   watch it: tensorboard --logdir {run.path.parent}")
-        checkpoint = begin(run, model, bench.collator.processor, bench.asked, bench.schema, accelerator)
-        tracker = Tracker(run, config, accelerator, checkpoint)
-        tracker.describe(bench.lengths)
-        evaluation = bench.evaluation(run, tracker)
+    with watched_peers(accelerator, "no step was taken yet") as watched:
+        # a run that began with --adapter goes on with its own, wherever that one is by now
+        own_adapter = stopped.latest_checkpoint() if stopped and config.model.adapter else None
+        own_schema = stopped.schema if stopped else None
+        bench = set_up(config, accelerator, precision, adapter=own_adapter, schema=own_schema)
+        (run,) = broadcast_object_list([stopped or (new_run(config) if accelerator.is_main_process else None)])
+        watched.advice = f"what was saved is kept: {resume_advice(run.path)}"
+        with resumable(run.path), locked(run, accelerator.is_main_process):
+            if accelerator.is_main_process:
+                fresh, processes = stopped is None, accelerator.num_processes
+                if note := claim(run, config, fresh, data=bench.fingerprints(), processes=processes):
+                    accelerator.print(note)
+            accelerator.print(f"run folder: {run.path}   watch it: tensorboard --logdir {run.path.parent}")
+            checkpoint = begin(run, bench.model, bench.collator.processor, bench.asked, bench.schema, accelerator)
+            tracker = Tracker(run, config, accelerator, checkpoint)
+            tracker.describe(bench.lengths)
+            evaluation = bench.evaluation(run, tracker)
 
-        before = known_before(run)
-        if before is None and config.train.test:
-            before = evaluation("test", 0, "before", adapter=False)
-        state = fit(
-            bench.forward(), bench.step_loader(), bench.lengths.by_split["train"], evaluation.validate,
-            config=config, accelerator=accelerator, run=run, tracker=tracker, checkpoint=checkpoint,
-            stop_after=stop_after,
-        )  # fmt: skip
-        if state is None:
-            tracker.close()
-            accelerator.print(f"left after step {stop_after}: {resume_advice(run.path)}")
-            accelerator.end_training()
-            return None
-        read_adapter_weights(model, run.adapter / WEIGHTS)
-        after = evaluation("test", state.kept_step, "after") if config.train.test else None
-        if accelerator.is_main_process:
-            calibrate(run, state.kept_step)
-            if after is not None:
-                write_report(run, "test", bench.pictures("test"), before)
-        result = finish(run, model, state, before, after, tracker)
-    accelerator.print(summary(run, result))
+            before = known_before(run)
+            if before is None and config.train.test:
+                before = evaluation("test", 0, "before", adapter=False)
+            state = fit(
+                bench.forward(), bench.step_loader(), bench.lengths.by_split["train"], evaluation.validate,
+                config=config, accelerator=accelerator, run=run, tracker=tracker, checkpoint=checkpoint,
+                stop_after=stop_after,
+            )  # fmt: skip
+            if state is None:
+                tracker.close()
+                accelerator.print(f"left after step {stop_after}: {resume_advice(run.path)}")
+                result = None
+            else:
+                result = conclude(run, bench, evaluation, state, before, tracker)
+    if result is not None:
+        accelerator.print(summary(run, result))
     accelerator.end_training()
     return result
+
+
+def conclude(
+    run: RunFolder,
+    bench: Workbench,
+    evaluation: Evaluation,
+    state: TrainState,
+    before: dict[str, float] | None,
+    tracker: Tracker,
+) -> dict[str, Any]:
+    """After the last step: the adapter that is kept, tested; what result.json holds."""
+    read_adapter_weights(bench.model, run.adapter / WEIGHTS)
+    after = evaluation("test", state.kept_step, "after") if bench.config.train.test else None
+    if bench.accelerator.is_main_process:
+        calibrate(run, state.kept_step)
+        if after is not None:
+            write_report(run, "test", bench.pictures("test"), before)
+    return finish(run, bench.model, state, before, after, tracker)
 
 
 def summary(run: RunFolder, result: dict[str, Any]) -> str:
@@ -102,21 +117,22 @@ def evaluate(
     replaced, `schema` the file in place of --schema."""
     adapter = adapter_folder(run.path)
     accelerator, precision = start_accelerator(config)
-    bench = set_up(config, accelerator, precision, adapter=adapter, schema=schema)
-    with locked(run, accelerator.is_main_process):
-        evaluation = bench.evaluation(run, FirstPicture(run.path / f"{split}.png"))
-        step = run.kept_step
-        metrics = {
-            "before": evaluation(split, 0, "before", adapter=False),
-            "after": evaluation(split, step, "after"),
-        }
-        alike = [("constrained" in row) == (bench.grammar is not None) for row in calibration_rows(run, step)]
-        (known,) = broadcast_object_list([run.done and bool(alike) and all(alike)])
-        if not known:  # the run never validated this adapter in this way, or kept no confidence
-            evaluation("validation", step, "after")
-        if accelerator.is_main_process:
-            calibrate(run, step)
-            write_report(run, split, bench.pictures(split), metrics["before"])
+    with watched_peers(accelerator, "evaluate once more"):
+        bench = set_up(config, accelerator, precision, adapter=adapter, schema=schema)
+        with locked(run, accelerator.is_main_process):
+            evaluation = bench.evaluation(run, FirstPicture(run.path / f"{split}.png"))
+            step = run.kept_step
+            metrics = {
+                "before": evaluation(split, 0, "before", adapter=False),
+                "after": evaluation(split, step, "after"),
+            }
+            alike = [("constrained" in row) == (bench.grammar is not None) for row in calibration_rows(run, step)]
+            (known,) = broadcast_object_list([run.done and bool(alike) and all(alike)])
+            if not known:  # the run never validated this adapter in this way, or kept no confidence
+                evaluation("validation", step, "after")
+            if accelerator.is_main_process:
+                calibrate(run, step)
+                write_report(run, split, bench.pictures(split), metrics["before"])
     accelerator.end_training()
     return metrics if accelerator.is_main_process else None
 

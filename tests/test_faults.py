@@ -212,6 +212,25 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(base_args, whol
     outcomes[-1] = survives(run, whole_of_two)
 
 
+def test_an_evaluation_that_loses_a_process_ends_with_one_line(whole_of_two):
+    program = (
+        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import im2json.inference.evaluate as room\n"
+        "row = room.prediction_row\n"
+        "def dying(*given):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return row(*given)\n"
+        "room.prediction_row = dying\n"
+        "import evaluate; evaluate.main()"
+    )
+    done = subprocess.run(
+        launcher(2, program, str(whole_of_two.path)), capture_output=True, text=True, env=environment(), timeout=60
+    )
+    said = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert said == ["Error: process 1 of 2 was lost; evaluate once more"], done.stderr
+    assert done.returncode != 0
+
+
 def test_a_request_to_stop_is_heeded_by_all_processes(base_args, whole_of_two, tally, tmp_path):
     """SIGTERM to the launcher, which hands it on: both finish the step, and wait for its checkpoint."""
     program = (

@@ -7,7 +7,9 @@ import datetime
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -43,25 +45,38 @@ class StopRequest:
         os.write(2, NOTICE)  # print may have been what was interrupted
 
 
+@dataclass
+class Watch:
+    advice: str  # to whom a process of the run was lost
+
+
 @contextlib.contextmanager
-def watched_peers(accelerator: Accelerator, advice: str) -> Iterator[None]:
+def watched_peers(accelerator: Accelerator, advice: str) -> Iterator[Watch]:
     """Have the end of one process of a run end the others within seconds, whatever they are doing.
 
     With NCCL they would wait for it in the next collective, where no exception and no signal's handler gets through.
-    So a thread for each peer waits for a word, sent where the peer leaves this context; the system closes the
-    connection however else it ends, on this machine or another. A process that has not left GRACE_SECONDS after a peer
-    has failed is ended, with a line that holds `advice`.
+    So a thread for each peer waits for a word, sent where the peer leaves this context; however else it ends, the
+    system closes the connection, on this machine or another, once the workers that it forked have ended as well. A
+    process that has not left GRACE_SECONDS after a peer has failed is ended, with a line that says which one.
 
     Raises:
-        ConnectionError: saying which process has ended, in place of a RuntimeError, as gloo's collectives raise, or of
-            the launcher's request to stop.
+        ConnectionError: a process was lost, in place of a RuntimeError, as gloo's collectives raise, or of the
+            launcher's request to stop.
+        ValueError: a process stopped with an error, which it tells itself, in place of a RuntimeError.
     """
     own, count = accelerator.process_index, accelerator.num_processes
     peers = [rank for rank in range(count) if rank != own]
     group = dist.new_group(backend="gloo", timeout=NEVER) if peers else None
-    failures: list[str] = []
-    failed, lost, left = threading.Event(), threading.Event(), threading.Event()
+    watched = Watch(advice)
+    failures: list[tuple[int, bool]] = []  # the peer, and whether it was lost
+    failed, left = threading.Event(), threading.Event()
     untold, telling = set(peers), threading.Lock()
+
+    def reason() -> Exception:
+        peer, lost = failures[0]
+        if lost:
+            return ConnectionError(f"process {peer} of {count} was lost; {watched.advice}")
+        return ValueError(f"process {peer} of {count} stopped with an error")
 
     def tell(peer: int, failure: bool) -> None:
         with telling, contextlib.suppress(RuntimeError):  # it may be gone
@@ -77,12 +92,10 @@ def watched_peers(accelerator: Accelerator, advice: str) -> Iterator[None]:
             closed = True
         tell(peer, False)  # which lets it go
         if word:
-            failures.append(f"process {peer} of {count} {'was lost' if closed else 'stopped with an error'}")
+            failures.append((peer, closed))
             failed.set()
-            if closed:
-                lost.set()
             if not left.wait(GRACE_SECONDS):
-                os.write(2, f"\nError: {failures[0]}; {advice}\n".encode())
+                os.write(2, f"\nError: {reason()}\n".encode())
                 os._exit(1)
 
     threads = [threading.Thread(target=watch, args=[peer], daemon=True) for peer in peers]
@@ -90,19 +103,20 @@ def watched_peers(accelerator: Accelerator, advice: str) -> Iterator[None]:
         thread.start()
     failure = True
     try:
-        yield
+        yield watched
         failure = False
     except RuntimeError as error:
         if peers and failed.wait(1.0):  # a collective may fail before the thread hears of it
-            raise ConnectionError(failures[0]) from error
+            raise reason() from error
         raise
     except KeyboardInterrupt as error:
-        if lost.is_set():
-            raise ConnectionError(failures[0]) from error
+        if any(lost for _, lost in failures):
+            raise reason() from error
         raise
     finally:
         left.set()
         for peer in peers:
             tell(peer, failure)
+        until = time.monotonic() + GRACE_SECONDS
         for thread in threads:  # or the interpreter would abort in the middle of what they wait for
-            thread.join(GRACE_SECONDS)
+            thread.join(max(0.0, until - time.monotonic()))
