@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,29 +219,22 @@ class Workbench:
 
     def _features(self) -> Features | None:
         """Those of the training pictures, where they stay the same, are used again, and have room."""
-        limit, split = self.config.model.cache_features, self.splits["train"]
+        limit, split, order = self.config.model.cache_features, self.splits["train"], self._order()
         paligemma, dtype = self.model.get_base_model(), DTYPES[self.precision]
-        uses = self._order().total(self.config.train) * self.config.train.batch_size / len(split)
-        if limit == 0 or uses < 2 or not is_frozen(paligemma):
+        epochs = order.total(self.config.train) / order.steps_per_epoch
+        if limit == 0 or epochs < 2 or not is_frozen(paligemma):
             return None
-        size, pictures = len(split) * feature_bytes(paligemma, dtype) / GIB, f"{len(split):,} pictures"
-        if size > limit:
-            self.accelerator.print(
-                f"the vision tower is frozen, but the image features of {pictures} take {size:,.2f} GiB, more than "
-                f"--cache-features {limit:g}: they are worked out in every step"
-            )
-            return None
+        size = len(split) * feature_bytes(paligemma, dtype) / GIB
+        told = f"the vision tower is frozen: image features of {len(split):,} pictures ({size:.2f} GiB)"
         try:
-            features = Features(split, self.collator, paligemma, dtype, self._workers)
+            if size > limit:
+                raise OSError(f"--cache-features is {limit:g}")
+            shown = self.accelerator.is_local_main_process
+            features = Features(split, self.collator, paligemma, dtype, self._workers, shown)
         except OSError as error:
-            raise ValueError(
-                f"--cache-features: no room for {size:,.2f} GiB in {tempfile.gettempdir()} ({error.strerror}): set "
-                "TMPDIR to another folder, or --cache-features 0"
-            ) from error
-        self.accelerator.print(
-            f"the vision tower is frozen: image features of {pictures} worked out once, in {features.seconds:.1f} s; "
-            f"{size:,.2f} GiB"
-        )
+            self.accelerator.print(f"{told} are worked out in every step, as they cannot be kept: {error}")
+            return None
+        self.accelerator.print(f"{told} worked out once, in {features.seconds:.1f} s")
         return features
 
 

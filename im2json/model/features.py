@@ -40,19 +40,22 @@ class Features:
 
     Args:
         workers: processes that decode pictures meanwhile.
+        shown: whether to show how far it is.
 
     Raises:
         ValueError: naming the row whose picture is bad.
-        OSError: the disk is full.
+        OSError: there is no folder for it, or no room.
     """
 
-    def __init__(self, split: Split, collator: Collator, paligemma: Any, dtype: torch.dtype, workers: int) -> None:
+    def __init__(
+        self, split: Split, collator: Collator, paligemma: Any, dtype: torch.dtype, workers: int, shown: bool
+    ) -> None:
         self.ids, self.targets = split.ids, split.targets
         self.collator = collator
         start = time.perf_counter()
         chunks = loaded(split, collator.pictures, workers, batch_size=CHUNK)
         with tempfile.TemporaryFile() as file:
-            for pixels in tqdm(chunks, "image features", -(-len(split) // CHUNK), leave=False):
+            for pixels in tqdm(chunks, "image features", -(-len(split) // CHUNK), leave=False, disable=not shown):
                 # Not under no_grad: bitsandbytes on a CPU would repack the 4-bit layers for good.
                 found = paligemma.model.get_image_features(pixels.to(paligemma.device)).pooler_output
                 file.write(found.to(dtype).cpu().view(torch.uint8).numpy())

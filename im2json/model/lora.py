@@ -73,8 +73,10 @@ def target_modules(base: torch.nn.Module, wanted: str) -> list[str] | str:
     Raises:
         ValueError: if nothing matches, with names that would.
     """
-    linear = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
-    endings = sorted({name.rsplit(".", 1)[-1] for name in linear} - {"lm_head"})
+    # not the output layer: it is tied to the embedding
+    modules = ((name, module) for name, module in base.named_modules() if name != "lm_head")
+    linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
+    endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
     if wanted == "language":
         return LANGUAGE_MODULES
     if re.fullmatch(r"[\w.]+(,\s*[\w.]+)*", wanted):
