@@ -114,7 +114,7 @@ def training(bench: Bench) -> None:
 
 
 def collective(bench: Bench) -> None:
-    for count in bench.counts[bench.counts[0] == 1 :]:
+    for count in (count for count in bench.counts if count > 1):
         run = RunFolder(bench.work / f"train-{count}")
         if not run.done:
             raise click.UsageError(f"--part collective needs what --part train leaves for {count} in --work")

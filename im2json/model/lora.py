@@ -23,6 +23,8 @@ from peft.utils.integrations import dequantize_bnb_weight
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from im2json.cli import first_line
 from im2json.options import LANGUAGE_MODULES, ModelOptions
@@ -179,10 +181,10 @@ def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
 def fuse_norms(model: torch.nn.Module) -> None:
     """Have Gemma's norms computed by PyTorch's own kernel, where transformers launches nine; their weights are not to
     change any more."""
-    norms: Any = (module for module in model.modules() if type(module).__name__ in ("GemmaRMSNorm", "Gemma2RMSNorm"))
-    for norm in norms:
-        norm.register_buffer("scale", 1.0 + norm.weight.float(), persistent=False)
-        norm.forward = MethodType(_fused_norm, norm)
+    for norm in model.modules():
+        if isinstance(norm, GemmaRMSNorm | Gemma2RMSNorm):
+            norm.register_buffer("scale", 1.0 + norm.weight.float(), persistent=False)
+            norm.forward = MethodType(_fused_norm, norm)  # type: ignore[method-assign]
 
 
 def _fused_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
