@@ -36,6 +36,7 @@ OURS: dict[str, dict[str, Any]] = {
     "single launches, 16 at a time": dict(launch="single", microbatch=16, gradient_checkpointing="off"),
     "checkpointing, NF4": dict(gradient_checkpointing="on", dequantize="off"),
     "checkpointing, NF4, 4 at a time": dict(gradient_checkpointing="on", dequantize="off", microbatch=4),
+    "checkpointing, NF4, 2 at a time": dict(gradient_checkpointing="on", dequantize="off", microbatch=2),
 }
 TRL: dict[str, dict[str, Any]] = {
     "TRL 16 x 1": dict(microbatch=16, checkpointing=False),
