@@ -214,10 +214,12 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(base_args, whol
 
 def test_an_evaluation_that_loses_a_process_ends_with_one_line(whole_of_two):
     program = (
-        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import im2json.inference.evaluate as room\n"
+        f"import os, signal, sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import im2json.inference.evaluate as room\n"
         "row = room.prediction_row\n"
         "def dying(*given):\n"
         "    if os.environ['RANK'] == '1':\n"
+        "        time.sleep(5)\n"  # until the other one waits for it
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return row(*given)\n"
         "room.prediction_row = dying\n"

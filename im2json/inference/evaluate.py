@@ -60,11 +60,11 @@ def evaluate_split(
     """
     evaluator, decoder = StreamingEvaluator(), decoder or Decoder(model, collator)
     total = len(split) if count is None else min(count, len(split))
-    progress = tqdm(total=total, desc=description, unit="ex", leave=False, disable=not accelerator.is_main_process)
+    bar = tqdm(total=total, desc=description, unit="ex", leave=False, disable=not accelerator.is_main_process)
     done, share = 0, _Share(total, batch_size, accelerator.process_index, accelerator.num_processes)
     rows: dict[int, Row] = {}  # of the present window
     # While the model writes a batch, the next one's pictures are loaded and the one before is scored.
-    with loading_threads(model.device) as loading, ThreadPoolExecutor(1) as scoring:
+    with bar as progress, loading_threads(model.device) as loading, ThreadPoolExecutor(1) as scoring:
         scored: Future[dict[int, Row]] | None = None
         for batch, examples, pixels, ends_window in _loaded(loading, split, collator, share.batches(split.targets)):
             each = max_new_tokens if isinstance(max_new_tokens, int) else [max_new_tokens[i] for i in batch]
@@ -79,7 +79,6 @@ def evaluate_split(
                 if on_rows is not None and accelerator.is_main_process:
                     on_rows(done, gathered)
                 done, scored, rows = done + len(gathered), None, {}
-    progress.close()
     merged = StreamingEvaluator()
     for other in gather_object([evaluator]):
         merged.merge(other)

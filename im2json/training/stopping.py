@@ -109,8 +109,8 @@ def watched_peers(accelerator: Accelerator, advice: str) -> Iterator[Watch]:
         if peers and failed.wait(1.0):  # a collective may fail before the thread hears of it
             raise reason() from error
         raise
-    except KeyboardInterrupt as error:
-        if any(lost for _, lost in failures):
+    except KeyboardInterrupt as error:  # the launcher's, who may have seen it first
+        if peers and failed.wait(1.0) and any(lost for _, lost in failures):
             raise reason() from error
         raise
     finally:
