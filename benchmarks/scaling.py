@@ -100,8 +100,7 @@ def training(bench: Bench) -> None:
         memory = MemoryWatch(bench.gpus[:count])
         run = bench.train("train", count, bench.examples * count, bench.steps, "--eval-every", 0)
         used = memory.stop() * GIB
-        times = [row["time"] for row in read_lines(run.metrics)]
-        seconds = statistics.median(b - a for a, b in itertools.pairwise(times[len(times) // 2 - 1 :]))
+        seconds = seconds_a_step(run)
         speed, allocated = bench.examples * count / seconds, json.loads(run.result.read_text())["peak_memory_bytes"]
         first = first or speed / count  # where one GPU is left out, the fewest stand for it
         bench.tell(
@@ -113,6 +112,12 @@ def training(bench: Bench) -> None:
         )  # fmt: skip
 
 
+def seconds_a_step(run: RunFolder) -> float:
+    """The median of the later half of the steps."""
+    times = [row["time"] for row in read_lines(run.metrics)]
+    return statistics.median(b - a for a, b in itertools.pairwise(times[len(times) // 2 - 1 :]))
+
+
 def collective(bench: Bench) -> None:
     for count in (count for count in bench.counts if count > 1):
         run = RunFolder(bench.work / f"train-{count}")
@@ -121,8 +126,7 @@ def collective(bench: Bench) -> None:
         printed = bench.launch(count, Path(__file__).resolve(), "--work", bench.work, "--values",
                                json.loads(run.result.read_text())["trainable"])  # fmt: skip
         found = json.loads(printed.split("RESULT", 1)[1])
-        times = [row["time"] for row in read_lines(run.metrics)]
-        step = statistics.median(b - a for a, b in itertools.pairwise(times[len(times) // 2 - 1 :]))
+        step = seconds_a_step(run)
         sent = 2 * (count - 1) / count * found["payload_bytes"]  # a ring's
         bench.tell(
             "collective", count,

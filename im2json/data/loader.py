@@ -62,14 +62,14 @@ class StepLoader:
 
     def _steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         plan = [self.order.microbatches(step, **self.shares) for step in range(start, stop)]  # type: ignore[arg-type]
-        indices: Any = range(len(self.split))
-        batches = loaded(
-            self.split if self.known is None else indices,
-            self.known or self.collator,
-            self.workers if self.known is None else 0,
-            batch_sampler=[indices for step in plan for indices in step],
-            pin_memory=self.pin_memory,
-        )
+        drawn: dict[str, Any] = {
+            "batch_sampler": [indices for step in plan for indices in step],
+            "pin_memory": self.pin_memory,
+        }
+        if self.known is None:
+            batches = loaded(self.split, self.collator, self.workers, **drawn)
+        else:
+            batches = loaded(range(len(self.split)), self.known, 0, **drawn)
         for step in plan:
             yield [next(batches) for _ in step]
 

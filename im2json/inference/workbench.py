@@ -29,7 +29,7 @@ from im2json.inference.constrain import Grammar
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.model.base import DTYPES, load_base, load_processor, positions, resolve_precision
 from im2json.model.card import check_card, precision_note
-from im2json.model.features import GIB, Features, feature_bytes, is_frozen
+from im2json.model.features import Features, feature_bytes, is_frozen
 from im2json.model.lora import add_lora
 from im2json.model.memory import MARGIN, Forecast, Load, Setting, Sizes, forecast, free_bytes, largest_microbatch
 from im2json.model.replay import Forward, make_forward
@@ -224,7 +224,7 @@ class Workbench:
         epochs = order.total(self.config.train) / order.steps_per_epoch
         if limit == 0 or epochs < 2 or not is_frozen(paligemma):
             return None
-        size = len(split) * feature_bytes(paligemma, dtype) / GIB
+        size = len(split) * feature_bytes(paligemma, dtype) / 2**30
         told = f"the vision tower is frozen: image features of {len(split):,} pictures ({size:.2f} GiB)"
         try:
             if size > limit:

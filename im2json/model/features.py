@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from im2json.data.collate import Batch, Collator
 from im2json.data.example import Split
 from im2json.data.loader import loaded
+from im2json.model.memory import Sizes
 
 # N pictures, I image tokens, D hidden size of the language model.
 CHUNK = 16  # pictures at a time: always the same, so that a resumed run finds the same numbers
-GIB = 2**30
 
 
 def is_frozen(paligemma: Any) -> bool:
@@ -28,9 +28,8 @@ def is_frozen(paligemma: Any) -> bool:
 
 def feature_bytes(paligemma: Any, dtype: torch.dtype) -> int:
     """Of one picture."""
-    vision = paligemma.config.vision_config
-    tokens = (vision.image_size // vision.patch_size) ** 2
-    return tokens * paligemma.config.get_text_config().hidden_size * dtype.itemsize
+    sizes = Sizes.of(paligemma.config)
+    return sizes.image_tokens * sizes.text.hidden * dtype.itemsize
 
 
 class Features:
