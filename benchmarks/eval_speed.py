@@ -48,22 +48,25 @@ def main(work: Path, resolution: int, size: str, count: int) -> None:
         torch.nn.init.normal_(parameter, std=0.01)
     collator = Collator(load_processor(str(model)), config.data.prompt)
 
-    start = clock()
-    plain = merged_copy(lora, DTYPES[precision])
-    print(f"merging {clock() - start:.1f} s", flush=True)
-    decoder = Decoder(plain, collator)
-    for examples in (64, count, 100):
-        rows = Rows(examples, resolution)
-        before, captured = decoder.tokens, decoder.seconds_capturing
+    def ours() -> float:
         start = clock()
-        evaluate_split(plain, collator, rows, accelerator, batch_size=64, max_new_tokens=rows.tokens, decoder=decoder)
-        seconds, recording = clock() - start, decoder.seconds_capturing - captured
-        speed = (decoder.tokens - before) / (seconds - recording)
-        print(  # on a line of its own, below the progress bar
-            f"\nours, 64 at a time: {examples} examples in {seconds:.2f} s, {recording:.2f} s of it recording; "
-            f"{speed:.0f} tokens/s without", flush=True,
-        )  # fmt: skip
-    del decoder, plain
+        plain = merged_copy(lora, DTYPES[precision])
+        print(f"merging {clock() - start:.1f} s", flush=True)
+        decoder, speed = Decoder(plain, collator), 0.0
+        for examples in (64, count, 100):
+            rows = Rows(examples, resolution)
+            before, captured = decoder.tokens, decoder.seconds_capturing
+            start = clock()
+            evaluate_split(lambda: decoder, collator, rows, accelerator, batch_size=64, max_new_tokens=rows.tokens)
+            seconds, recording = clock() - start, decoder.seconds_capturing - captured
+            speed = (decoder.tokens - before) / (seconds - recording)
+            print(  # on a line of its own, below the progress bar
+                f"\nours, 64 at a time: {examples} examples in {seconds:.2f} s, {recording:.2f} s of it recording; "
+                f"{speed:.0f} tokens/s without", flush=True,
+            )  # fmt: skip
+        return speed
+
+    speed = ours()
     for batch, tokens in ((16, 32), (1, 16)):
         speed_4_bit = as_transformers(lora, collator, Rows(batch, resolution), tokens, DTYPES[precision])
         print(f"transformers on the 4-bit model, {batch} at a time: {speed_4_bit:.1f} tokens/s; "

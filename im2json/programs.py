@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,9 @@ class FirstPicture:
     def scalars(self, split: str, step: int, values: dict[str, float], **more: Any) -> None:
         """They are in the table."""
 
-    def picture(self, tag: str, picture: Image.Image, step: int) -> None:
+    def picture(self, tag: str, draw: Callable[[], Image.Image], step: int) -> None:
         if tag.endswith("_after/0"):
-            picture.save(self.path)
+            draw().save(self.path)
 
 
 def plan(config: TrainConfig, price: float | None = None) -> None:

@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 
 def loading_threads(device: torch.device) -> ThreadPoolExecutor:
-    """What loads pictures while a model reads: 4 threads beside a GPU; one beside a CPU, whose cores are busy."""
-    return ThreadPoolExecutor(4 if device.type == "cuda" else 1)
+    """What loads pictures while a model reads: 8 threads beside a GPU; one beside a CPU, whose cores are busy."""
+    return ThreadPoolExecutor(8 if device.type == "cuda" else 1)
 
 
 class StepLoader:

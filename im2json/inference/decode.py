@@ -22,7 +22,7 @@ from im2json.inference.constrain import Allowed, Grammar
 
 # B rows, P prefix positions, T tokens that may be written, L = P + T rounded up, D hidden, V vocabulary.
 CHECK_EVERY = 16  # steps between two looks at whether all rows are done: on a GPU each look waits for the device
-WARM_UP = 2  # steps before the graph is captured
+WARM_UP = 1  # steps before the graph is captured
 ROUND_UP = 64  # cached positions on a GPU: few lengths to capture for, and kernels like multiples of 8
 
 

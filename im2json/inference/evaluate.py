@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,6 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import PaliGemmaForConditionalGeneration
 
 from im2json.data.collate import Collator
 from im2json.data.example import Example, Split
@@ -35,7 +35,7 @@ WINDOW = 16  # batches of each process that are sorted by length
 
 
 def evaluate_split(
-    model: PaliGemmaForConditionalGeneration,
+    make_decoder: Callable[[], Decoder],
     collator: Collator,
     split: Split,
     accelerator: Accelerator,
@@ -45,7 +45,6 @@ def evaluate_split(
     count: int | None = None,
     description: str = "evaluating",
     on_rows: Callable[[int, list[Row]], None] | None = None,
-    decoder: Decoder | None = None,
     checks: Sequence[SumCheck] = (),
 ) -> dict[str, float]:
     """The metrics of generated text over a split (its first `count` examples), the same on every process.
@@ -54,19 +53,20 @@ def evaluate_split(
     processes on the main one as they come, in the split's order, with the place of the first.
 
     Args:
+        make_decoder: called once, while the first pictures are being loaded.
         max_new_tokens: for all, or one for each example of the split.
-        decoder: made for `model`; to be handed in by who wants to read what it counts.
         checks: told of in the rows.
     """
-    evaluator, decoder = StreamingEvaluator(), decoder or Decoder(model, collator)
+    evaluator = StreamingEvaluator()
     total = len(split) if count is None else min(count, len(split))
     bar = tqdm(total=total, desc=description, unit="ex", leave=False, disable=not accelerator.is_main_process)
     done, share = 0, _Share(total, batch_size, accelerator.process_index, accelerator.num_processes)
     rows: dict[int, Row] = {}  # of the present window
     # While the model writes a batch, the next one's pictures are loaded and the one before is scored.
-    with bar as progress, loading_threads(model.device) as loading, ThreadPoolExecutor(1) as scoring:
-        scored: Future[dict[int, Row]] | None = None
-        for batch, examples, pixels, ends_window in _loaded(loading, split, collator, share.batches(split.targets)):
+    with bar as progress, loading_threads(accelerator.device) as loading, ThreadPoolExecutor(1) as scoring:
+        batches = _loaded(loading, split, collator, share.batches(split.targets))
+        decoder, scored = make_decoder(), None
+        for batch, examples, pixels, ends_window in batches:
             each = max_new_tokens if isinstance(max_new_tokens, int) else [max_new_tokens[i] for i in batch]
             answers = generate(decoder, pixels, each) if batch else []
             if scored is not None:
@@ -120,7 +120,7 @@ class Sink(Protocol):
 
     def scalars(self, split: str, step: int, values: dict[str, float], **more: Any) -> None: ...
 
-    def picture(self, tag: str, picture: Image.Image, step: int) -> None: ...
+    def picture(self, tag: str, draw: Callable[[], Image.Image], step: int) -> None: ...
 
 
 class Evaluation:
@@ -176,20 +176,21 @@ class Evaluation:
             for index, row in enumerate(rows[: max(0, self.PICTURES - first)], start=first):
                 before = self._text_before(split, row["id"]) if stage == "after" else None
                 image = self.splits[split][index].image
-                panel = prediction_panel(image, canonical(row["target"]), before, row["text"])
-                self.sink.picture(f"{split}_{stage}/{index}", panel, step)
+                draw = partial(prediction_panel, image, canonical(row["target"]), before, row["text"])
+                self.sink.picture(f"{split}_{stage}/{index}", draw, step)
+
+        def make_decoder() -> Decoder:
+            return Decoder(merged_copy(self.model, self.dtype, adapter=adapter), self.collator, self.grammar)
 
         with torch.random.fork_rng():
-            model = merged_copy(self.model, self.dtype, adapter=adapter)
             metrics = evaluate_split(
-                model,
+                make_decoder,
                 self.collator,
                 self.splits[split],
                 self.accelerator,
                 count=count,
                 description=f"{split} {stage}",
                 on_rows=on_rows,
-                decoder=Decoder(model, self.collator, self.grammar),
                 **self.settings,
             )
         if self.accelerator.is_main_process:
@@ -239,8 +240,8 @@ class _Share:
 def _loaded(
     pool: Executor, split: Split, collator: Collator, batches: Iterable[tuple[list[int], bool]]
 ) -> Iterator[tuple[list[int], list[Example], torch.Tensor, bool]]:
-    """Each batch with its examples and pixels, B x 3 x H x W, while one more is being loaded. What goes wrong in
-    loading it comes out when it is its turn."""
+    """Each batch with its examples and pixels, B x 3 x H x W, while one more is being loaded, the first from the call
+    on. What goes wrong in loading one comes out when it is its turn."""
 
     def load(i: int) -> tuple[Example, torch.Tensor]:
         example = split[i]
@@ -253,10 +254,14 @@ def _loaded(
         pixels = torch.cat([pixels for _, pixels in loaded]) if loaded else torch.empty(0)
         return batch, [example for example, _ in loaded], pixels, last
 
-    ahead = None
-    for batch, last in batches:
-        present, ahead = ahead, (batch, last, [pool.submit(load, i) for i in batch])
-        if present is not None:
+    begun = ((batch, last, [pool.submit(load, i) for i in batch]) for batch, last in batches)
+    first = next(begun, None)
+
+    def each() -> Iterator[tuple[list[int], list[Example], torch.Tensor, bool]]:
+        present = first
+        while present is not None:
+            ahead = next(begun, None)
             yield collect(*present)
-    if ahead is not None:
-        yield collect(*ahead)
+            present = ahead
+
+    return each()

@@ -102,6 +102,7 @@ def fit(
     if out_of_patience(state, options):  # resumed after its last step
         total = state.step
 
+    tracker.flush()  # the loader may fork, while which no thread is to draw
     with progress_bar(state.step, total, accelerator) as bar, StopRequest() as stop:
         first, clock = True, time.perf_counter()
         for batches in loader.steps(state.step, total):
@@ -249,21 +250,18 @@ def _backward(
 def sum_over_processes(
     values: torch.Tensor, parameters: list[torch.nn.Parameter], accelerator: Accelerator
 ) -> torch.Tensor:
-    """Add up the gradients, in place, and a few values of all processes, in one all-reduce. values: (n,)
+    """Add up the gradients and a few values of all processes, in place. values: (n,)
 
     Nothing but LoRA's gradients goes over the wire, once a step, so a process that a short last step left without
     examples takes part with zeros.
     """
-    if accelerator.num_processes == 1:
-        return values
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = accelerator.reduce(torch.cat([values, *(grad.flatten() for grad in grads)]), "sum")
-    for grad, summed in zip(grads, flat[len(values) :].split([grad.numel() for grad in grads])):
-        grad.copy_(summed.view_as(grad))
-    return flat[: len(values)]
+    if accelerator.num_processes > 1:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+        torch.distributed.all_reduce(values)
+    return values
 
 
 def check_labels(batches: list[Batch], collator: Collator) -> None:

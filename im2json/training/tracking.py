@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class Tracker:
         self.config = config
         self.accelerator = accelerator
         self.writer: SummaryWriter | None = None
+        self.drawing = ThreadPoolExecutor(1)
+        self.drawn: list[Future[None]] = []
         if accelerator.is_main_process:
             purge = (step_of(checkpoint) if checkpoint else 0) + 1  # what a stopped run logged after it is not shown
             self.writer = SummaryWriter(str(run.tensorboard), purge_step=purge, flush_secs=5)
@@ -62,14 +65,18 @@ class Tracker:
         for split, counts in lengths.by_split.items():
             self.writer.add_histogram(f"target_tokens/{split}", np.asarray(counts), 0)
 
-    def picture(self, tag: str, picture: Image.Image, step: int) -> None:
+    def picture(self, tag: str, draw: Callable[[], Image.Image], step: int) -> None:
+        """Draw and log a picture in a thread of its own: no process waits for it."""
         if self.writer is not None:
-            encoded = BytesIO()  # add_image takes five times as long, by way of floats and zlib's default
-            picture.convert("RGB").save(encoded, "PNG", compress_level=1)
-            image = Summary.Image(
-                height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue()
-            )
-            self.writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+            self.drawn.append(self.drawing.submit(self._picture, self.writer, tag, draw, step))
+
+    def _picture(self, writer: SummaryWriter, tag: str, draw: Callable[[], Image.Image], step: int) -> None:
+        picture, encoded = draw().convert("RGB"), BytesIO()
+        picture.save(encoded, "PNG", compress_level=1)  # add_image takes five times as long, by way of floats
+        image = Summary.Image(
+            height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue()
+        )
+        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def hyperparameters(self, best: Scalars, step: int, tested: Iterable[str]) -> None:
         """The row of the HParams view: the options that decide the result, the best validation metrics (logged here as
@@ -85,10 +92,13 @@ class Tracker:
 
     def flush(self) -> None:
         """Put on disk what a resumed run will not log again."""
+        while self.drawn:
+            self.drawn.pop().result()
         if self.writer is not None:
             self.writer.flush()
 
     def close(self) -> None:
+        self.flush()
         if self.writer is not None:
             self.writer.close()
 
