@@ -8,7 +8,8 @@ train        examples/s at the same examples per GPU (median of the later half o
              memory on any of the GPUs as torch allocated it, and what nvidia-smi shows beyond that: what torch keeps
              in reserve, CUDA's context and NCCL's buffers, the last told apart by `collective`
 collective   the all-reduce of a step in a process group of its own: bytes, milliseconds, the share of a step
-evaluation   receipts/s of an evaluation during training. Random weights never end an answer, so the limit does
+evaluation   receipts/s of an evaluation during training, the median of three. Random weights never end an answer, so
+             the limit does
 same         loss and gradient norm on one GPU and on the most, of the same examples per step, without dropout, whose
              masks differ
 sweep        a grid of small points of the embedded base, one of which fails: where and when each ran
@@ -44,6 +45,7 @@ from im2json.sweep.launch import visible_gpus
 
 GIB = 2**30
 COMPARED = 20  # steps at most
+EVALUATIONS = 3
 ROUNDS = 50  # of the all-reduce
 
 
@@ -188,17 +190,18 @@ def all_reduce(values: int) -> None:
 def evaluation(bench: Bench) -> None:
     first = 0.0
     for count in bench.counts:
-        run = bench.train("evaluation", count, bench.counts[-1], 2, "--eval-every", 1)
-        _, _, trained, evaluated = read_lines(run.metrics)  # the second evaluation: the first one warms up
-        seconds = evaluated["time"] - trained["time"]
-        ids = [row["id"] for row in read_lines(run.predictions) if row["step"] == 2]
+        run = bench.train("evaluation", count, bench.counts[-1], 1 + EVALUATIONS, "--eval-every", 1)
+        rows = list(read_lines(run.metrics))[2:]  # the first evaluation warms up
+        took = [evaluated["time"] - trained["time"] for trained, evaluated in zip(rows[::2], rows[1::2], strict=True)]
+        seconds, evaluated = statistics.median(took), rows[-1]
+        ids = [row["id"] for row in read_lines(run.predictions) if row["step"] == 1 + EVALUATIONS]
         speed, values = len(ids) / seconds, evaluated["values"]
         first = first or speed / count
         bench.tell(
             "evaluation", count,
             f"{seconds:.2f} s  {speed:.2f} receipts/s  {speed / first:.2f} x one ({speed / first / count:.0%})  "
             f"{len(ids)} answers to {len(set(ids))} examples, edit distance {values['edit_distance']:.6f}",
-            seconds=seconds, receipts_per_second=speed, speed_up=speed / first, rows=len(ids), values=values,
+            seconds=seconds, took=took, receipts_per_second=speed, speed_up=speed / first, rows=len(ids), values=values,
         )  # fmt: skip
 
 

@@ -352,7 +352,10 @@ def test_a_larger_batch_gets_a_graph_of_its_own_and_memory_is_given_back(tmp_pat
     model, collator = decoding_model(tmp_path, "gemma", "float32")
     before = torch.cuda.memory_allocated()
     decoder = Decoder(model, collator)
+    decoder.prepare([10, 10])
+    captured = decoder.seconds_capturing
     small = generate(decoder, pictures(2), 10)
+    assert decoder.seconds_capturing == captured > 0
     large = generate(decoder, pictures(9), [10] * 2 + [200] * 7)
     assert [answer.text for answer in large[:2]] == [answer.text for answer in small]
     assert len(decoder._batch.finished) == 9

@@ -19,8 +19,10 @@ T = TypeVar("T")
 
 
 def loading_threads(device: torch.device) -> ThreadPoolExecutor:
-    """What loads pictures while a model reads: 8 threads beside a GPU; one beside a CPU, whose cores are busy."""
-    return ThreadPoolExecutor(8 if device.type == "cuda" else 1)
+    """What loads pictures while a model reads: up to 8 threads beside a GPU, for which a first batch waits; one beside
+    a CPU, whose cores are busy."""
+    spare = (os.cpu_count() or 1) - 1
+    return ThreadPoolExecutor(max(1, min(8, spare)) if device.type == "cuda" else 1)
 
 
 class StepLoader:

@@ -72,17 +72,36 @@ class Decoder:
             pixels: B x 3 x H x W, see Collator.pixels.
             limits: how many tokens each of the B may have, at least 1.
         """
-        longest = max(limits)
-        if _window(self.model) < len(self.collator.prefix_ids) + longest:
-            rows = self._by_transformers(pixels, longest)
+        if self._beyond_window(limits):
+            rows = self._by_transformers(pixels, max(limits))
         else:
             with grouped(self.model.model.language_model.config):
                 rows = self._rows(pixels, limits)
         return [self._answer(*row, limit) for row, limit in zip(rows, limits)]
 
+    @torch.no_grad()
+    def prepare(self, limits: Sequence[int]) -> None:
+        """Capture the step for a batch with these limits, if it has not been, while its pictures are being loaded.
+
+        Where the memory does not suffice nothing is done: `generate` finds out what fits.
+        """
+        if self.model.device.type != "cuda" or not limits or self._beyond_window(limits):
+            return
+        try:
+            with grouped(self.model.model.language_model.config):
+                self._captured(min(len(limits), self.most_rows or len(limits)), max(limits))
+            return
+        except torch.cuda.OutOfMemoryError:
+            pass
+        self.release()
+        torch.cuda.empty_cache()
+
     def release(self) -> None:
         """Give up the captured graph and its memory."""
         self._batch = None
+
+    def _beyond_window(self, limits: Sequence[int]) -> bool:
+        return _window(self.model) < len(self.collator.prefix_ids) + max(limits, default=0)
 
     def _answer(self, tokens: list[int], logprobs: list[float], limit: int) -> Answer:
         """A row up to EOS or its limit."""

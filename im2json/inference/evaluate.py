@@ -31,6 +31,8 @@ from im2json.scoring.jsontext import read
 from im2json.scoring.text import canonical, parse
 
 Row = dict[str, Any]
+Loading = tuple[list[int], Callable[[], tuple[list[Example], torch.Tensor]], bool]
+"""A batch, what waits for its examples and pixels, and whether it is the last of its window."""
 WINDOW = 16  # batches of each process that are sorted by length
 
 
@@ -66,9 +68,11 @@ def evaluate_split(
     with bar as progress, loading_threads(accelerator.device) as loading, ThreadPoolExecutor(1) as scoring:
         batches = _loaded(loading, split, collator, share.batches(split.targets))
         decoder, scored = make_decoder(), None
-        for batch, examples, pixels, ends_window in batches:
-            each = max_new_tokens if isinstance(max_new_tokens, int) else [max_new_tokens[i] for i in batch]
-            answers = generate(decoder, pixels, each) if batch else []
+        for batch, load, ends_window in batches:
+            limits = [max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[i] for i in batch]
+            decoder.prepare(limits)
+            examples, pixels = load()
+            answers = generate(decoder, pixels, limits) if batch else []
             if scored is not None:
                 rows.update(scored.result())
             scored = scoring.submit(_score, evaluator, batch, examples, answers, checks)
@@ -239,29 +243,27 @@ class _Share:
 
 def _loaded(
     pool: Executor, split: Split, collator: Collator, batches: Iterable[tuple[list[int], bool]]
-) -> Iterator[tuple[list[int], list[Example], torch.Tensor, bool]]:
-    """Each batch with its examples and pixels, B x 3 x H x W, while one more is being loaded, the first from the call
-    on. What goes wrong in loading one comes out when it is its turn."""
+) -> Iterator[Loading]:
+    """The batches, their pixels B x 3 x H x W. One more than was asked for is being loaded, the first from the call on;
+    what goes wrong in loading one comes out when it is waited for."""
 
     def load(i: int) -> tuple[Example, torch.Tensor]:
         example = split[i]
         return example, collator.pixels([example.image])
 
-    def collect(
-        batch: list[int], last: bool, loads: list[Future[tuple[Example, torch.Tensor]]]
-    ) -> tuple[list[int], list[Example], torch.Tensor, bool]:
+    def wait(loads: list[Future[tuple[Example, torch.Tensor]]]) -> tuple[list[Example], torch.Tensor]:
         loaded = [load.result() for load in loads]
         pixels = torch.cat([pixels for _, pixels in loaded]) if loaded else torch.empty(0)
-        return batch, [example for example, _ in loaded], pixels, last
+        return [example for example, _ in loaded], pixels
 
-    begun = ((batch, last, [pool.submit(load, i) for i in batch]) for batch, last in batches)
+    begun = ((batch, partial(wait, [pool.submit(load, i) for i in batch]), last) for batch, last in batches)
     first = next(begun, None)
 
-    def each() -> Iterator[tuple[list[int], list[Example], torch.Tensor, bool]]:
+    def each() -> Iterator[Loading]:
         present = first
         while present is not None:
             ahead = next(begun, None)
-            yield collect(*present)
+            yield present
             present = ahead
 
     return each()

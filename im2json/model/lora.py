@@ -61,12 +61,17 @@ def add_lora(base: PaliGemmaForConditionalGeneration, options: ModelOptions, see
 
 
 def _adapted(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """A linear layer and its LoRA matrices, all in the precision of x; PEFT's would go by way of fp32 and back."""
+    """A linear layer and its LoRA matrices, all in the precision of x; PEFT's would go by way of fp32 and back.
+
+    What is as wide as the layer is passed over once: the scale is in the narrow matrix, the sum in the product.
+    """
     if layer.disable_adapters or layer.merged:
         return type(layer).forward(layer, x)
     (name,) = layer.active_adapters
-    down, up = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)
-    return layer.base_layer(x) + F.linear(F.linear(layer.lora_dropout[name](x), down), up) * layer.scaling[name]
+    down = (layer.lora_A[name].weight * layer.scaling[name]).to(x.dtype)  # r x in
+    up = layer.lora_B[name].weight.to(x.dtype)  # out x r
+    base, between = layer.base_layer(x), F.linear(layer.lora_dropout[name](x), down)  # ... x out, ... x r
+    return torch.addmm(base.flatten(0, -2), between.flatten(0, -2), up.t()).view_as(base)
 
 
 def target_modules(base: torch.nn.Module, wanted: str) -> list[str] | str:
