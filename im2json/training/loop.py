@@ -169,16 +169,22 @@ def train_step(
     """One optimizer update from this process's microbatches, cut further where `microbatch` is less by now.
 
     `inspect` is called when the gradients are there, before they are clipped.
+
+    Raises:
+        RuntimeError: a process was lost. The adapter was not updated.
     """
     largest = max((len(batch.ids) for batch in batches), default=1)
     loss = add_gradients(forward, batches, target_tokens, parameters, accelerator, microbatch or Microbatch(largest))
     asked = float(stop is not None and stop.made)
-    sums = sum_over_processes(torch.stack([loss, loss.new_tensor(asked)]), parameters, accelerator)
+    sums = sum_over_processes(torch.stack([loss, loss.new_tensor(asked), loss.new_tensor(1)]), parameters, accelerator)
     if inspect is not None:
         inspect()
     grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
     assert grad_norm is not None
-    loss_value, asked, norm_value = torch.cat([sums, grad_norm.view(1)]).tolist()  # the step's one wait for the device
+    # the step's one wait for the device
+    loss_value, asked, present, norm_value = torch.cat([sums, grad_norm.view(1)]).tolist()
+    if present != accelerator.num_processes:  # NCCL may give a collective up without a word here
+        raise RuntimeError(f"{present:g} of {accelerator.num_processes} processes took part in a step")
     scaled = accelerator.scaler is not None  # then an overflow of the scaled gradients is the scaler's to handle
     non_finite = not math.isfinite(loss_value) or not (math.isfinite(norm_value) or scaled)
     if not non_finite:
