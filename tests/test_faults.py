@@ -174,14 +174,14 @@ import im2json.training.loop as loop
 report, sum_over_processes, last = loop.report, loop.sum_over_processes, os.environ["RANK"] == "1"
 
 def dying(tracker, bar, state, *more):
-    if last and state.step == 4:
+    if last and state.step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     report(tracker, bar, state, *more)
-    if {stuck} and state.step == 4:  # as in a collective of NCCL: in C, without the GIL, deaf to signals
+    if {stuck} and state.step == 3:  # as in a collective of NCCL: in C, without the GIL, deaf to signals
         mutex = ctypes.create_string_buffer(64)
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
-    if {given_up} and state.step == 4:  # as NCCL does with a collective when it is told to
+    if {given_up} and state.step == 3:  # as NCCL does with a collective when it is told to
         loop.torch.distributed.all_reduce = lambda tensor: None
 
 loop.report = dying
@@ -202,7 +202,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(base_args, whol
         launcher(2, program, "--output", str(run.path), *base_args, *FLAGS),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
     )  # fmt: skip
-    wait_for(run.checkpoints / "step-3", process)
+    wait_for(run.checkpoints / "step-2", process)
     noticed = time.monotonic()
     printed, _ = process.communicate(timeout=90)
     assert time.monotonic() - noticed < 25  # the launcher gives up after 30 s
@@ -210,7 +210,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(base_args, whol
     (said,) = (line for line in printed.splitlines() if line.startswith("Error: "))
     assert said == (f"Error: process 1 of 2 was lost; what was saved is kept: go on with train.py --resume {run.path}")
     assert not run.done
-    assert max(row["step"] for row in read_lines(run.metrics)) == 4  # none was taken without the other process
+    assert max(row["step"] for row in read_lines(run.metrics)) == 3  # none was taken without the other process
     launch("train", "--resume", run.path)
     outcomes[-1] = survives(run, whole_of_two)
 
