@@ -25,6 +25,12 @@ from im2json.data.collate import Batch, Collator  # noqa: E402
 from im2json.data.sources import load_splits  # noqa: E402
 from im2json.model.base import load_processor  # noqa: E402
 
+
+def slow(*cases: Any) -> list[Any]:
+    """Cases of a test that the fast suite leaves out."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
+
+
 COUNTS = {"train": 10, "validation": 4, "test": 3}
 
 

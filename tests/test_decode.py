@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import reset_accelerate, write_dataset
+from conftest import reset_accelerate, slow, write_dataset
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 import im2json.inference.evaluate as room
@@ -176,7 +176,7 @@ def test_the_model_attends_as_before_afterwards(model, collator, pixels, expecte
     assert model.config.get_text_config()._attn_implementation == before
 
 
-@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+@pytest.mark.parametrize("kind", ["gemma2", *slow("gemma")])
 def test_a_masked_cache_of_full_length_gives_the_same(small_model, collator, pixels, kind):
     """What is captured on a GPU, step by step on a CPU; the last batch is smaller than what there is room for."""
     model = make_model(small_model, kind)
@@ -226,7 +226,7 @@ def constrained_oracle(model: Any, collator: Any, grammar: Grammar, picture: tor
     return tokens, torch.stack(logprobs)
 
 
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("size", [4, *slow(1)])
 def test_a_grammar_is_followed(model, collator, pixels, grammar, size):
     decoder = Decoder(model, collator, grammar)
     answers = [answer for some in pixels[:4].split(size) for answer in generate(decoder, some, NEW)]
@@ -340,7 +340,7 @@ def rows_of(model: Any, collator: Any, split: Any, accelerator: Accelerator, **m
     return rows, metrics
 
 
-@pytest.mark.parametrize(("size", "window"), [(1, 16), (4, 16), (4, 2), (3, 1), (64, 16)])
+@pytest.mark.parametrize(("size", "window"), [(4, 2), (64, 16), *slow((1, 16), (4, 16), (3, 1))])
 def test_no_row_depends_on_batches_or_windows(small_model, collator, many, accelerator, monkeypatch, size, window):
     model = make_model(small_model, "gemma")
     monkeypatch.setattr(room, "WINDOW", window)

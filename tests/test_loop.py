@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import MEASURED, ROOT, clear_error, metrics, reset_accelerate, write_dataset
+from conftest import MEASURED, ROOT, clear_error, metrics, reset_accelerate, slow, write_dataset
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -433,7 +433,7 @@ def assert_same_runs(one: RunFolder, other: RunFolder) -> None:
         assert_same(first[name], second[name])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", *slow("bf16")])
 def test_evaluating_changes_nothing(train, tmp_path, precision):
     flags = (*QLORA, "--precision", precision, "--steps", 6, "--save-every", 6)
     often = checkpoint(train(tmp_path / "often", *flags, "--eval-every", 2), 6)
@@ -477,11 +477,9 @@ def uninterrupted(train, tmp_path_factory) -> RunFolder:
 @pytest.mark.parametrize(
     ("step", "stage", "left"),
     [
-        (0, "before", None),
         (2, "during", "step-1"),
-        (4, "during", "step-3"),
-        (6, "during", "step-5"),
         (None, "after", "step-6"),
+        *slow((0, "before", None), (4, "during", "step-3"), (6, "during", "step-5")),
     ],
 )
 def test_a_run_stopped_and_resumed_is_the_run_that_was_not(
@@ -501,7 +499,7 @@ def test_a_run_stopped_and_resumed_is_the_run_that_was_not(
     assert [path.name for path in run.path.rglob(".*") if path.name != ".lock"] == []
 
 
-@pytest.mark.parametrize("steps", [3, 4])
+@pytest.mark.parametrize("steps", [3, *slow(4)])
 def test_a_run_left_after_a_step_and_resumed_is_the_run_that_was_not(
     train, resume, cli, uninterrupted, tmp_path, steps
 ):
@@ -515,6 +513,7 @@ def test_a_run_left_after_a_step_and_resumed_is_the_run_that_was_not(
     assert_same_runs(run, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_twice_logs_nothing_twice(train, resume, uninterrupted, tmp_path, monkeypatch):
     """And options that change no result may change."""
     run = RunFolder(tmp_path / "run")
@@ -598,7 +597,10 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+FAST = ["optimizer cut", "weights of something else", "state empty"]
+
+
+@pytest.mark.parametrize("damage", [*FAST, *slow(*(damage for damage in DAMAGE if damage not in FAST))])
 def test_a_damaged_checkpoint_is_passed_over(stopped, cli, uninterrupted, tmp_path, damage):
     run = RunFolder(Path(shutil.copytree(stopped, tmp_path / "run")))
     DAMAGE[damage](run.checkpoints / "step-3")
@@ -635,7 +637,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: int) -> None
     monkeypatch.setattr(loop, "report", report)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *slow(signal.SIGINT)])
 def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
     cli, resume, base_args, uninterrupted, tmp_path, number
 ):
@@ -779,16 +781,11 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(cli, resume, base_args
     assert_same_runs(resume(run), uninterrupted)
 
 
-REFUSALS = [("rename", errno.ENOSPC), ("replace", errno.EROFS), ("fsync", errno.EACCES)]  # by call, and why
+CALLS, CODES = ("rename", "replace", "fsync"), (errno.ENOSPC, errno.EROFS, errno.EACCES)
+REFUSALS = list(itertools.product(CALLS, CODES))
 
 
-@pytest.mark.parametrize(
-    ("call", "code"),
-    [
-        pytest.param(call, code, marks=() if (call, code) in REFUSALS else pytest.mark.slow)
-        for call, (_, code) in itertools.product(("rename", "replace", "fsync"), REFUSALS)
-    ],
-)
+@pytest.mark.parametrize(("call", "code"), [REFUSALS[0], *slow(*REFUSALS[1:])])
 def test_what_the_system_refuses_is_one_line(cli, resume, base_args, uninterrupted, tmp_path, code, call):
     """No space left, a file system turned read-only, a folder that may not be written to any more."""
     run, original, calls = RunFolder(tmp_path / "run"), getattr(os, call), itertools.count()
@@ -834,12 +831,14 @@ def test_tensorboard_shows_a_resumed_run_as_one(stopped, resume, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "steps"),
     [
-        (["--keep", 1, "--save-every", 1], [5]),
-        (["--keep", 3, "--save-every", 1], [3, 4, 5]),
         (["--keep", 2, "--save-every", 2], [4, 5]),
-        (["--keep", 9], [2, 4, 5]),
         (["--save-every", 0], []),
-        (["--eval-every", 0], [5]),
+        *slow(
+            (["--keep", 1, "--save-every", 1], [5]),
+            (["--keep", 3, "--save-every", 1], [3, 4, 5]),
+            (["--keep", 9], [2, 4, 5]),
+            (["--eval-every", 0], [5]),
+        ),
     ],
 )
 def test_checkpoints_kept(train, tmp_path, flags, steps):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import slow
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
 from im2json.data.page import Cell, Line
@@ -130,7 +131,7 @@ def test_target_shapes_are_known():
     assert not forms.has_target_shape({"a": {"b": "c"}})
 
 
-@pytest.mark.parametrize("start", [0, *(pytest.param(start, marks=pytest.mark.slow) for start in (500, 1000, 2000))])
+@pytest.mark.parametrize("start", [0, *slow(500, 1000, 2000)])
 def test_no_answer_has_the_targets_shape(start):
     """Over thousands of pages, those of the curriculum's slices too; and forms by content never need the guard."""
     rng = random.Random(start)

@@ -92,9 +92,9 @@ def test_panel_shows_document_and_verdicts():
 
 def test_panel_clips_and_says_so():
     long = json.dumps({f"key {i}": "value " * 30 for i in range(500)})
-    start = time.perf_counter()
+    start = time.process_time()
     panel = prediction_panel(Image.new("L", (50, 50)), long, "x" * 200_000, "\n" * 5000)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert panel.height == panels.MAX_HEIGHT + 2 * panels.MARGIN
     last_line = panel.crop((0, panel.height - 70, panel.width, panel.height))
     assert count(last_line, panels.MUTED) > 0

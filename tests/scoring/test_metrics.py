@@ -169,9 +169,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_predictions_cost_little(name: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     got = scores(HOSTILE[name], TARGET)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert got["json_validity"] == 1.0
     assert all(0 <= value <= 1 for value in got.values())
 

@@ -2,6 +2,7 @@ import random
 import time
 
 import pytest
+from conftest import slow
 from oracles import edited, oracle_distance, random_object, random_pair, random_receipt
 
 from im2json.scoring import forest
@@ -9,7 +10,7 @@ from im2json.scoring.forest import forest_distance
 from im2json.scoring.tree import _trimmed, document_tree, tree_edit_accuracy, tree_edit_distance
 
 
-@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 20))])
+@pytest.mark.parametrize("seed", [0, 1, *slow(*range(2, 20))])
 def test_equals_the_oracle_on_random_pairs(seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(100):
@@ -64,7 +65,7 @@ def test_accuracy_where_donut_divides_by_zero() -> None:
     assert tree_edit_accuracy({"a": " "}, {}) == 0.0
 
 
-@pytest.mark.parametrize("cells", [1, 300, 1 << 22])
+@pytest.mark.parametrize("cells", [300, *slow(1, 1 << 22)])
 def test_trimming_and_batches_change_nothing(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forest, "_BATCH_CELLS", cells)
     rng = random.Random(cells)
@@ -132,6 +133,6 @@ def test_what_is_not_a_document_is_refused() -> None:
 def test_a_runaway_prediction_is_cheap() -> None:
     target = random_receipt(random.Random(0), 3)
     runaway = {"menu": [{"nm": f"item {i}", "price": str(i)} for i in range(5000)]}
-    start = time.perf_counter()
+    start = time.process_time()
     assert tree_edit_accuracy(runaway, target) == 0.0
-    assert time.perf_counter() - start < 0.5  # tens of milliseconds, with room for a busy machine
+    assert time.process_time() - start < 0.5  # tens of milliseconds, with room for a busy machine
