@@ -60,6 +60,7 @@ def train(
             before = known_before(run)
             if before is None and config.train.test:
                 before = evaluation("test", 0, "before", adapter=False)
+            tracker.flush()  # so that no thread draws while the loader forks
             state = fit(
                 bench.forward(), bench.step_loader(), bench.lengths.by_split["train"], evaluation.validate,
                 config=config, accelerator=accelerator, run=run, tracker=tracker, checkpoint=checkpoint,
@@ -148,7 +149,7 @@ class FirstPicture:
         """They are in the table."""
 
     def picture(self, tag: str, draw: Callable[[], Image.Image], step: int) -> None:
-        if tag.endswith("_after/0"):
+        if tag == f"{self.path.stem}_after/0":
             draw().save(self.path)
 
 

@@ -168,10 +168,10 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 
 DYING = """
-import ctypes, os, signal, sys, threading
+import ctypes, os, signal, sys
 sys.path.insert(0, {root!r})
 import im2json.training.loop as loop
-report, sum_over_processes, last = loop.report, loop.sum_over_processes, os.environ["RANK"] == "1"
+report, last = loop.report, os.environ["RANK"] == "1"
 
 def dying(tracker, bar, state, *more):
     if last and state.step == 3:

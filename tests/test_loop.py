@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +24,13 @@ from conftest import MEASURED, ROOT, clear_error, metrics, reset_accelerate, slo
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import im2json.inference.evaluate as evaluating
 from im2json.data.collate import Batch, Collator
 from im2json.data.loader import StepLoader
 from im2json.data.order import Order
 from im2json.data.sources import load_splits
 from im2json.inference.evaluate import Evaluation
+from im2json.inference.workbench import Workbench
 from im2json.model.base import load_base, load_processor
 from im2json.model.lora import add_lora, trained
 from im2json.model.loss import loss_at
@@ -815,6 +818,37 @@ def test_a_folder_that_vanished_is_one_line(cli, base_args, tmp_path, monkeypatc
     monkeypatch.setattr(loop, "report", report)
     error = clear_error(cli("train", *base_args, "--no-test", "--output", run.path))
     assert "No such file or directory" in error and str(run.path) in error
+
+
+def test_pictures_are_drawn_aside_but_never_while_the_loader_is_set_up(train, tmp_path, monkeypatch):
+    """It may fork, and a lock that a drawing thread holds would stay locked in its workers."""
+    events, panel, loader = [], evaluating.prediction_panel, Workbench.step_loader
+
+    def slow_panel(*given: Any) -> Any:
+        events.append(threading.current_thread() is threading.main_thread())
+        time.sleep(0.3)
+        events.append("drawn")
+        return panel(*given)
+
+    def step_loader(self: Workbench) -> Any:
+        events.append("loader")
+        return loader(self)
+
+    monkeypatch.setattr(evaluating, "prediction_panel", slow_panel)
+    monkeypatch.setattr(Workbench, "step_loader", step_loader)
+    run = train(tmp_path / "run", "--eval-every", 0)
+    assert events == [False, "drawn"] * 3 + ["loader"] + [False, "drawn"] * 3
+    images = EventAccumulator(str(run.tensorboard)).Reload().Tags()["images"]
+    assert images == [f"test_{stage}/{i}" for stage in ("before", "after") for i in range(3)]
+
+
+def test_a_picture_that_cannot_be_drawn_stops_the_run(cli, base_args, tmp_path, monkeypatch):
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluating, "prediction_panel", refused)
+    error = clear_error(cli("train", *base_args, "--output", tmp_path / "run"))
+    assert "No space left on device" in error and not RunFolder(tmp_path / "run").done
 
 
 def test_tensorboard_shows_a_resumed_run_as_one(stopped, resume, tmp_path):

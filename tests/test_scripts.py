@@ -199,6 +199,16 @@ def assert_same_files(one: RunFolder, other: RunFolder, names: tuple[str, ...]) 
         assert (one.path / name).read_bytes() == (other.path / name).read_bytes()
 
 
+def test_evaluate_keeps_the_picture_of_its_own_split(train, cli, tmp_path, monkeypatch):
+    """Where a run never validated its adapter, evaluate.py does that as well."""
+    import im2json.inference.evaluate as evaluating
+
+    run, panel, drawn = train(tmp_path / "run", "--eval-every", 0), evaluating.prediction_panel, []
+    monkeypatch.setattr(evaluating, "prediction_panel", lambda *given: drawn.append(given) or panel(*given))
+    assert cli("evaluate", run.path).exit_code == 0
+    assert len(list(run.path.glob("*.png"))) == len(drawn) == 1
+
+
 def test_evaluate_prints_a_table_and_takes_other_splits(finished, cli, tmp_path):
     run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
     printed = cli("evaluate", run.path, "--split", "validation")

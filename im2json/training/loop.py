@@ -102,7 +102,6 @@ def fit(
     if out_of_patience(state, options):  # resumed after its last step
         total = state.step
 
-    tracker.flush()  # the loader may fork, while which no thread is to draw
     with progress_bar(state.step, total, accelerator) as bar, StopRequest() as stop:
         first, clock = True, time.perf_counter()
         for batches in loader.steps(state.step, total):
@@ -176,7 +175,7 @@ def train_step(
     largest = max((len(batch.ids) for batch in batches), default=1)
     loss = add_gradients(forward, batches, target_tokens, parameters, accelerator, microbatch or Microbatch(largest))
     asked = float(stop is not None and stop.made)
-    sums = sum_over_processes(torch.stack([loss, loss.new_tensor(asked), loss.new_tensor(1)]), parameters, accelerator)
+    sums = sum_over_processes(torch.stack([loss, loss.new_full((), asked), loss.new_ones(())]), parameters, accelerator)
     if inspect is not None:
         inspect()
     grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
@@ -258,13 +257,10 @@ def sum_over_processes(
 ) -> torch.Tensor:
     """Add up the gradients and a few values of all processes, in place. values: (n,)
 
-    Nothing but LoRA's gradients goes over the wire, once a step, so a process that a short last step left without
-    examples takes part with zeros.
+    Nothing else goes over the wire. A process that a short last step left without examples takes part with zeros.
     """
     if accelerator.num_processes > 1:
         for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
             torch.distributed.all_reduce(parameter.grad)
         torch.distributed.all_reduce(values)
     return values

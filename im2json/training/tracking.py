@@ -66,8 +66,11 @@ class Tracker:
             self.writer.add_histogram(f"target_tokens/{split}", np.asarray(counts), 0)
 
     def picture(self, tag: str, draw: Callable[[], Image.Image], step: int) -> None:
-        """Draw and log a picture in a thread of its own: no process waits for it."""
+        """Draw and log a picture in a thread, so that no process waits for it. What goes wrong there comes out of a
+        later call."""
         if self.writer is not None:
+            while self.drawn and self.drawn[0].done():
+                self.drawn.pop(0).result()
             self.drawn.append(self.drawing.submit(self._picture, self.writer, tag, draw, step))
 
     def _picture(self, writer: SummaryWriter, tag: str, draw: Callable[[], Image.Image], step: int) -> None:
@@ -93,7 +96,7 @@ class Tracker:
     def flush(self) -> None:
         """Put on disk what a resumed run will not log again."""
         while self.drawn:
-            self.drawn.pop().result()
+            self.drawn.pop(0).result()
         if self.writer is not None:
             self.writer.flush()
 
