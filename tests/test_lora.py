@@ -262,9 +262,15 @@ def test_fused_norms_are_those_of_transformers(kind, dtype):
     torch.testing.assert_close(found, wanted)
 
 
-def test_a_merged_copy_is_what_bf16_says(small_model):
-    merged = merged_copy(lora_model(small_model, precision="bf16"), torch.bfloat16)
+def test_a_merged_copy_is_what_bf16_says(small_model, monkeypatch):
+    model = lora_model(small_model, precision="bf16")
+    asked, original = set(), torch.set_default_dtype
+    monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: (asked.add(dtype), original(dtype)))
+    merged = merged_copy(model, torch.bfloat16)
+    assert asked <= {torch.float32}  # it is that of all threads
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+    config = merged.config
+    assert {part.dtype for part in (config, config.text_config, config.vision_config)} == {torch.bfloat16}
     assert not merged.training
     assert merged.config.use_cache and merged.generation_config.use_cache
 

@@ -158,6 +158,8 @@ def merged_copy(model: PeftModel, dtype: torch.dtype, *, adapter: bool = True) -
     base: Any = model.get_base_model()
     with torch.device("meta"):  # torch's default dtype stays, which other threads load pictures by
         copy = type(base)._from_config(_plain_config(base), dtype=torch.get_default_dtype())
+    for config in (copy.config, copy.config.text_config, copy.config.vision_config):
+        config.dtype = dtype
     weights = {name: _plain_weight(parameter).to(dtype) for name, parameter in _base_parameters(base)}
     for name, layer in base.named_modules() if adapter else ():
         if isinstance(layer, LoraLayer):
