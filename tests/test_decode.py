@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import threading
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -387,6 +388,30 @@ def test_processes_share_every_window_out(many, total, processes, monkeypatch):
                 [len(canonical(targets[part[i]])) for part in window if i < len(part)] for i in (place - 1, place)
             )
             assert max(now) <= min(before)
+
+
+class Watched:
+    """A split that says when a first example was asked for."""
+
+    def __init__(self, split: Any) -> None:
+        self.split, self.targets, self.asked = split, split.targets, threading.Event()
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> Any:
+        self.asked.set()
+        return self.split[index]
+
+
+def test_pictures_are_loaded_while_the_decoder_is_made(small_model, collator, many, accelerator):
+    split = Watched(many)
+
+    def make_decoder() -> Decoder:
+        assert split.asked.wait(20)
+        return Decoder(make_model(small_model, "gemma"), collator)
+
+    assert evaluate_split(make_decoder, collator, split, accelerator, max_new_tokens=2, batch_size=8)["num"] == 23
 
 
 def test_a_picture_that_cannot_be_read_stops_the_evaluation(small_model, collator, tmp_path, accelerator):

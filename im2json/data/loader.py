@@ -18,11 +18,15 @@ from im2json.data.order import Order
 T = TypeVar("T")
 
 
+def own_cores() -> int:
+    """This process's share of the cores that it may use on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def loading_threads(device: torch.device) -> ThreadPoolExecutor:
-    """What loads pictures while a model reads: up to 8 threads beside a GPU, for which a first batch waits; one beside
-    a CPU, whose cores are busy."""
-    spare = (os.cpu_count() or 1) - 1
-    return ThreadPoolExecutor(max(1, min(8, spare)) if device.type == "cuda" else 1)
+    """What loads pictures while a model reads: up to 8 threads beside a GPU; one beside a CPU, whose cores are busy."""
+    return ThreadPoolExecutor(max(1, min(8, own_cores() - 1)) if device.type == "cuda" else 1)
 
 
 class StepLoader:

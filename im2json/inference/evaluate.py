@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -68,10 +69,10 @@ def evaluate_split(
     with bar as progress, loading_threads(accelerator.device) as loading, ThreadPoolExecutor(1) as scoring:
         batches = _loaded(loading, split, collator, share.batches(split.targets))
         decoder, scored = make_decoder(), None
-        for batch, load, ends_window in batches:
+        for batch, wait, ends_window in batches:
             limits = [max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[i] for i in batch]
             decoder.prepare(limits)
-            examples, pixels = load()
+            examples, pixels = wait()
             answers = generate(decoder, pixels, limits) if batch else []
             if scored is not None:
                 rows.update(scored.result())
@@ -251,19 +252,11 @@ def _loaded(
         example = split[i]
         return example, collator.pixels([example.image])
 
-    def wait(loads: list[Future[tuple[Example, torch.Tensor]]]) -> tuple[list[Example], torch.Tensor]:
-        loaded = [load.result() for load in loads]
+    def wait(coming: list[Future[tuple[Example, torch.Tensor]]]) -> tuple[list[Example], torch.Tensor]:
+        loaded = [one.result() for one in coming]
         pixels = torch.cat([pixels for _, pixels in loaded]) if loaded else torch.empty(0)
         return [example for example, _ in loaded], pixels
 
     begun = ((batch, partial(wait, [pool.submit(load, i) for i in batch]), last) for batch, last in batches)
-    first = next(begun, None)
-
-    def each() -> Iterator[Loading]:
-        present = first
-        while present is not None:
-            ahead = next(begun, None)
-            yield present
-            present = ahead
-
-    return each()
+    first = list(itertools.islice(begun, 1))
+    return (present for present, _ in itertools.pairwise(itertools.chain(first, begun, [None])) if present)

@@ -22,7 +22,7 @@ from im2json.data.check import check_split
 from im2json.data.collate import Collator
 from im2json.data.example import Split
 from im2json.data.lengths import TargetLengths
-from im2json.data.loader import StepLoader
+from im2json.data.loader import StepLoader, own_cores
 from im2json.data.order import Order, even
 from im2json.data.sources import open_splits
 from im2json.inference.constrain import Grammar
@@ -256,10 +256,8 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, str]:
     )
     if note := precision_note(config.model.precision, precision):
         accelerator.print(note)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # `accelerate launch` sets OMP_NUM_THREADS to 1 unless told otherwise, which would leave cores idle.
-    threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
-    torch.set_num_threads(config.train.threads or (threads if cpu else min(threads, 4)))
+    torch.set_num_threads(config.train.threads or (own_cores() if cpu else min(own_cores(), 4)))
     set_seed(config.train.seed)
     return accelerator, precision
 
