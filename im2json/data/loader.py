@@ -21,7 +21,8 @@ T = TypeVar("T")
 def own_cores() -> int:
     """This process's share of the cores that it may use on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1
+    return max(1, cores // int(processes))
 
 
 def loading_threads(device: torch.device) -> ThreadPoolExecutor:

@@ -75,7 +75,7 @@ class Tracker:
 
     def _picture(self, writer: SummaryWriter, tag: str, draw: Callable[[], Image.Image], step: int) -> None:
         picture, encoded = draw().convert("RGB"), BytesIO()
-        picture.save(encoded, "PNG", compress_level=1)  # add_image takes five times as long, by way of floats
+        picture.save(encoded, "PNG", compress_level=1)  # add_image: five times as long, by floats and zlib's default
         image = Summary.Image(
             height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue()
         )
