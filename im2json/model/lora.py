@@ -23,6 +23,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
+from transformers.initialization import no_init_weights
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
@@ -156,7 +157,7 @@ def merged_copy(model: PeftModel, dtype: torch.dtype, *, adapter: bool = True) -
     without gradients, and later gradients through it are lost. Weights that LoRA does not change are shared.
     """
     base: Any = model.get_base_model()
-    with torch.device("meta"):  # torch's default dtype stays, which other threads load pictures by
+    with torch.device("meta"), no_init_weights():  # torch's default dtype stays, which other threads load pictures by
         copy = type(base)._from_config(_plain_config(base), dtype=torch.get_default_dtype())
     for config in (copy.config, copy.config.text_config, copy.config.vision_config):
         config.dtype = dtype
