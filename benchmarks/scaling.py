@@ -224,7 +224,7 @@ def same(bench: Bench) -> None:
 def sweep(bench: Bench) -> None:
     """The point that fails is the second to start, so that another one has to take its GPU."""
     grid = bench.work / "grid.json"
-    rates = [round(1e-3 * (1 + place), 6) for place in range(bench.points - 2)]
+    rates = [round(1e-3 * (1.5 + place), 6) for place in range(bench.points - 2)]  # none of them the base's
     base = {"steps": 10, "eval_every": 10, "eval_examples": 4, "max_new_tokens": 16}
     grid.write_text(json.dumps({"base": base, "ablate": {"target_modules": ["nothing"], "lr": rates}}))
     for count in bench.counts:
