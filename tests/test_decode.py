@@ -292,11 +292,11 @@ def test_memory_that_does_not_suffice_halves_the_batch(small_model, collator, pi
     class Small(Decoder):
         room = 2
 
-        def __call__(self, pixels, limits):
+        def __call__(self, pixels, limits, meanwhile):
             sizes.append(len(pixels))
             if len(pixels) > self.room:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-            return super().__call__(pixels, limits)
+            return super().__call__(pixels, limits, meanwhile)
 
     model = make_model(small_model, "gemma")
     decoder = Small(model, collator)
@@ -391,27 +391,62 @@ def test_processes_share_every_window_out(many, total, processes, monkeypatch):
 
 
 class Watched:
-    """A split that says when a first example was asked for."""
+    """A split that says which examples were asked for."""
 
     def __init__(self, split: Any) -> None:
-        self.split, self.targets, self.asked = split, split.targets, threading.Event()
+        self.split, self.targets = split, split.targets
+        self.asked: list[int] = []
+        self.change = threading.Condition()
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, index: int) -> Any:
-        self.asked.set()
+        with self.change:
+            self.asked.append(index)
+            self.change.notify_all()
         return self.split[index]
+
+    def wait(self, count: int) -> bool:
+        """Whether so many are asked for soon."""
+        with self.change:
+            return self.change.wait_for(lambda: len(self.asked) >= count, timeout=20)
 
 
 def test_pictures_are_loaded_while_the_decoder_is_made(small_model, collator, many, accelerator):
     split = Watched(many)
 
     def make_decoder() -> Decoder:
-        assert split.asked.wait(20)
+        assert split.wait(1)
         return Decoder(make_model(small_model, "gemma"), collator)
 
     assert evaluate_split(make_decoder, collator, split, accelerator, max_new_tokens=2, batch_size=8)["num"] == 23
+
+
+def test_what_keeps_the_host_busy_waits_for_the_device_to_be_so(small_model, collator, many, accelerator, monkeypatch):
+    """A prefix takes the host thousands of launches; only then are the next batch loaded and the one before scored."""
+    split, scored = Watched(many), []
+    begin, score = _Batch.begin, room._score
+    seen: list[tuple[int, list[int]]] = []  # when a batch's prefixes are on their way
+
+    def noting(batch: Any, pixels: torch.Tensor, limits: Any) -> None:
+        begin(batch, pixels, limits)
+        seen.append((len(split.asked), list(scored)))
+
+    def advance(batch: Any) -> None:
+        assert split.wait(min(23, 8 * (len(seen) + 1)))
+        step(batch)
+
+    step = _Batch.advance
+    monkeypatch.setattr(_Batch, "begin", noting)
+    monkeypatch.setattr(_Batch, "advance", advance)
+    monkeypatch.setattr(room, "_score", lambda *given: (scored.append(len(given[1])), score(*given))[1])
+    model = make_model(small_model, "gemma")
+    metrics = evaluate_split(
+        lambda: Decoder(model, collator), collator, split, accelerator, max_new_tokens=3, batch_size=8
+    )
+    assert seen == [(8, []), (16, []), (23, [8])]
+    assert scored == [8, 8, 7] and metrics["num"] == 23
 
 
 def test_a_picture_that_cannot_be_read_stops_the_evaluation(small_model, collator, tmp_path, accelerator):

@@ -21,7 +21,7 @@ from transformers import PaliGemmaForConditionalGeneration
 
 import im2json
 from im2json.data.pictures import list_pictures
-from im2json.inference.decode import Answer
+from im2json.inference.decode import Answer, _Batch
 from im2json.model.base import load_processor
 from im2json.runs import read_lines
 from im2json.scoring.confidence import Calibration, leaf_confidence
@@ -72,7 +72,7 @@ def test_the_answers_are_those_of_the_evaluation(extractor, finished, dataset):
 def test_confidence_is_calibrated(finished, pictures, monkeypatch, tmp_path):
     """Of an answer that a model might give: this one writes no JSON."""
     answer = Answer('{"a":"b"}', [1, 2, 3], [0.0, -0.5, 0.0], [0, 6, 7])
-    monkeypatch.setattr("im2json.inference.extract.generate", lambda decoder, pixels, limit: [answer] * len(pixels))
+    monkeypatch.setattr("im2json.inference.decode.Decoder.__call__", lambda self, pixels, *more: [answer] * len(pixels))
     folder = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
     raw = leaf_confidence(answer.text, answer.starts, answer.logprobs)
     (row,) = im2json.Extractor.from_run(folder, check_sum="a = c")(pictures[:1])
@@ -264,6 +264,19 @@ def test_help_is_fast_and_public_names_are_lazy():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     with pytest.raises(AttributeError, match="nothing"):
         _ = im2json.nothing
+
+
+def test_a_batch_is_loaded_while_the_one_before_is_written(finished, pictures, monkeypatch):
+    asked: list[int] = []
+    seen: list[int] = []  # how many were asked for when a batch's prefixes were on their way
+    begin = _Batch.begin
+    monkeypatch.setattr(_Batch, "begin", lambda *given: (begin(*given), seen.append(len(asked)))[0])
+    rows = im2json.Extractor.from_run(finished.path, eval_batch_size=2)(
+        asked.append(i) or picture for i, picture in enumerate(pictures)
+    )
+    next(rows)
+    assert (seen, len(asked)) == ([2], 4)
+    assert len(list(rows)) == 5 and seen == [2, 4, 6]
 
 
 @pytest.mark.slow

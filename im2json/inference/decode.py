@@ -7,7 +7,7 @@ import inspect
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,18 +65,22 @@ class Decoder:
         self._pieces: dict[int, str] = {}  # what each token is by itself
 
     @torch.no_grad()
-    def __call__(self, pixels: torch.Tensor, limits: Sequence[int]) -> list[Answer]:
+    def __call__(
+        self, pixels: torch.Tensor, limits: Sequence[int], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[Answer]:
         """The answers for one batch.
 
         Args:
             pixels: B x 3 x H x W, see Collator.pixels.
             limits: how many tokens each of the B may have, at least 1.
+            meanwhile: see `generate`.
         """
         if self._beyond_window(limits):
+            meanwhile()
             rows = self._by_transformers(pixels, max(limits))
         else:
             with grouped(self.model.model.language_model.config):
-                rows = self._rows(pixels, limits)
+                rows = self._rows(pixels, limits, meanwhile)
         return [self._answer(*row, limit) for row, limit in zip(rows, limits)]
 
     @torch.no_grad()
@@ -126,11 +130,12 @@ class Decoder:
             starts = list(itertools.accumulate(shared, max))
         return Answer(text, tokens, logprobs, starts, cut=bool(rest))
 
-    def _rows(self, pixels: torch.Tensor, limits: Sequence[int]) -> list[_Row]:
+    def _rows(self, pixels: torch.Tensor, limits: Sequence[int], meanwhile: Callable[[], None]) -> list[_Row]:
         """What was written for each picture, what follows EOS included."""
         captured = self.model.device.type == "cuda"
         batch = self._captured(len(limits), max(limits)) if captured else self._fresh(len(limits), max(limits))
         batch.begin(pixels, limits)
+        meanwhile()
         rows: list[_Row] = [([], [])] * len(limits)
         places = list(range(len(limits)))  # which picture each row of the batch is
         for step in range(1, max(limits)):
@@ -203,19 +208,28 @@ class Decoder:
         return list(zip(written.tolist(), torch.stack(logprobs, 1).tolist()))
 
 
-def generate(decoder: Decoder, pixels: torch.Tensor, max_new_tokens: int | Sequence[int]) -> list[Answer]:
+def generate(
+    decoder: Decoder,
+    pixels: torch.Tensor,
+    max_new_tokens: int | Sequence[int],
+    meanwhile: Callable[[], None] = lambda: None,
+) -> list[Answer]:
     """The answers for pictures, in as many batches as the GPU's memory asks for.
 
     Args:
         pixels: B x 3 x H x W, see Collator.pixels.
         max_new_tokens: for all, or one for each.
+        meanwhile: called once, when the prefixes have been handed to the device: where work for other threads is best
+            begun. The host starts the thousands of kernels of a prefix one by one, and each would wait for Python's
+            lock; a step is two launches.
     """
+    meanwhile = functools.cache(meanwhile)  # once, in however many batches
     limits = [max_new_tokens] * len(pixels) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     answers: list[Answer] = []
     while len(answers) < len(pixels):
         rows = slice(len(answers), len(answers) + (decoder.most_rows or len(pixels)))
         try:
-            answers += decoder(pixels[rows], limits[rows])
+            answers += decoder(pixels[rows], limits[rows], meanwhile)
             continue
         except torch.cuda.OutOfMemoryError:
             count = len(pixels[rows])
@@ -226,6 +240,7 @@ def generate(decoder: Decoder, pixels: torch.Tensor, max_new_tokens: int | Seque
         torch.cuda.empty_cache()
         decoder.most_rows = count // 2
         tqdm.write(f"out of GPU memory with {count} examples at once: going on with {count // 2}")
+    meanwhile()
     return answers
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -65,25 +65,35 @@ def evaluate_split(
     bar = tqdm(total=total, desc=description, unit="ex", leave=False, disable=not accelerator.is_main_process)
     done, share = 0, _Share(total, batch_size, accelerator.process_index, accelerator.num_processes)
     rows: dict[int, Row] = {}  # of the present window
-    # While the model writes a batch, the next one's pictures are loaded and the one before is scored.
     with bar as progress, loading_threads(accelerator.device) as loading, ThreadPoolExecutor(1) as scoring:
-        batches = _loaded(loading, split, collator, share.batches(split.targets))
-        decoder, scored = make_decoder(), None
-        for batch, wait, ends_window in batches:
+        batches = _loading(loading, split, collator, share.batches(split.targets))
+        coming: Loading | None = next(batches)
+        written: tuple[list[int], list[Example], list[Answer]] | None = None
+        scored: Future[dict[int, Row]] | None = None
+        decoder = make_decoder()
+
+        def meanwhile() -> None:
+            """While the device writes a batch, the next one's pictures are loaded and the one before is scored."""
+            nonlocal coming, scored
+            coming = next(batches, None)
+            scored = None if written is None else scoring.submit(_score, evaluator, *written, checks)
+
+        while coming is not None:
+            batch, wait, ends_window = coming
             limits = [max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[i] for i in batch]
             decoder.prepare(limits)
             examples, pixels = wait()
-            answers = generate(decoder, pixels, limits) if batch else []
+            answers = generate(decoder, pixels, limits, meanwhile)
             if scored is not None:
                 rows.update(scored.result())
-            scored = scoring.submit(_score, evaluator, batch, examples, answers, checks)
+            written = batch, examples, answers
             progress.update(min(len(batch) * accelerator.num_processes, total - progress.n))
             if ends_window:
-                rows.update(scored.result())
+                rows.update(_score(evaluator, *written, checks))
                 gathered = [row for _, row in sorted(gather_object(list(rows.items())))]
                 if on_rows is not None and accelerator.is_main_process:
                     on_rows(done, gathered)
-                done, scored, rows = done + len(gathered), None, {}
+                done, written, rows = done + len(gathered), None, {}
     merged = StreamingEvaluator()
     for other in gather_object([evaluator]):
         merged.merge(other)
@@ -201,7 +211,8 @@ class Evaluation:
         if self.accelerator.is_main_process:
             if stage != "during":  # evaluate.py repeats these
                 keep_lines(self.run.predictions, lambda row: (row["stage"], row["split"]) != (stage, split))
-            append_lines(self.run.predictions, read_lines(aside))
+            with aside.open("rb") as rows, self.run.predictions.open("ab") as predictions:
+                shutil.copyfileobj(rows, predictions)
             aside.unlink()
         self.sink.scalars(split, step, metrics, stage=stage)
         if self.accelerator.is_main_process:
@@ -242,11 +253,11 @@ class _Share:
                 yield mine[first:last], last >= len(mine)
 
 
-def _loaded(
+def _loading(
     pool: Executor, split: Split, collator: Collator, batches: Iterable[tuple[list[int], bool]]
 ) -> Iterator[Loading]:
-    """The batches, their pixels B x 3 x H x W. One more than was asked for is being loaded, the first from the call on;
-    what goes wrong in loading one comes out when it is waited for."""
+    """The batches, their pixels B x 3 x H x W, each being loaded from when it is asked for; what goes wrong in that
+    comes out when it is waited for."""
 
     def load(i: int) -> tuple[Example, torch.Tensor]:
         example = split[i]
@@ -257,6 +268,4 @@ def _loaded(
         pixels = torch.cat([pixels for _, pixels in loaded]) if loaded else torch.empty(0)
         return [example for example, _ in loaded], pixels
 
-    begun = ((batch, partial(wait, [pool.submit(load, i) for i in batch]), last) for batch, last in batches)
-    first = list(itertools.islice(begun, 1))
-    return (present for present, _ in itertools.pairwise(itertools.chain(first, begun, [None])) if present)
+    return ((batch, partial(wait, [pool.submit(load, i) for i in batch]), last) for batch, last in batches)

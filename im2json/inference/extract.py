@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +107,25 @@ class Extractor:
         any, and "cut": true, where an answer was held to a schema and ended at the limit. A picture that cannot be read
         gives {"id", "error"} in its place.
         """
-        for batch in self._batches(pictures):
-            pixels = [found for _, found in batch if isinstance(found, torch.Tensor)]
-            answers = iter(generate(self.decoder, torch.cat(pixels), self.max_new_tokens) if pixels else [])
-            for id, found in batch:
-                yield self._row(id, next(answers)) if isinstance(found, torch.Tensor) else {"id": id, "error": found}
+        numbered = enumerate(pictures)
+        on_gpu = self.decoder.model.device.type == "cuda"
+        sizes = itertools.chain([] if on_gpu else [min(FIRST, self.batch_size)], itertools.repeat(self.batch_size))
+        with loading_threads(self.decoder.model.device) as pool:
+            batches = ([pool.submit(self._load, *each) for each in itertools.islice(numbered, size)] for size in sizes)
+            coming = next(batches)
+
+            def meanwhile() -> None:
+                """While a batch is written, the next one is loaded."""
+                nonlocal coming
+                coming = next(batches)
+
+            while coming:
+                batch = [load.result() for load in coming]
+                pixels = [found for _, found in batch if not isinstance(found, str)]
+                shown = torch.cat(pixels) if pixels else torch.empty(0)
+                answers = iter(generate(self.decoder, shown, self.max_new_tokens, meanwhile))
+                for id, found in batch:
+                    yield {"id": id, "error": found} if isinstance(found, str) else self._row(id, next(answers))
 
     def _row(self, id: str, answer: Answer) -> Row:
         reading = read(answer.text)
@@ -130,23 +143,8 @@ class Extractor:
             row["checks"] = told(self.checks, reading.value)
         return row
 
-    def _batches(self, pictures: Iterable[Any]) -> Iterator[list[tuple[str, torch.Tensor | str]]]:
-        """Names with pixels, 1 x 3 x H x W, or with what is wrong; while a batch is decoded the next one is loaded."""
-        numbered = enumerate(pictures)
-        on_gpu = self.decoder.model.device.type == "cuda"
-        sizes = itertools.chain([] if on_gpu else [min(FIRST, self.batch_size)], itertools.repeat(self.batch_size))
-        with loading_threads(self.decoder.model.device) as pool:
-
-            def begin() -> list[Future[tuple[str, torch.Tensor | str]]]:
-                return [pool.submit(self._load, *each) for each in itertools.islice(numbered, next(sizes))]
-
-            present = begin()
-            while present:
-                following = begin()
-                yield [load.result() for load in present]
-                present = following
-
     def _load(self, place: int, picture: str | os.PathLike[str] | Image.Image) -> tuple[str, torch.Tensor | str]:
+        """Its name with its pixels, 1 x 3 x H x W, or with what is wrong."""
         name = str(place) if isinstance(picture, Image.Image) else os.fspath(picture)
         try:
             shown = (
