@@ -483,7 +483,8 @@ def test_gpus_that_are_not_there_are_an_error(monkeypatch, cli, tmp_path):
 def test_a_terminal_shows_the_points_that_it_has_room_for(height, monkeypatch, capsys, tmp_path):
     jobs = make_jobs(plan(grid={"r": list(range(1, 41))}).points, tmp_path)
     jobs[0].state, jobs[7].state = "done", "running"
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((60, height)))
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("LINES", str(height))
     progress = Progress(jobs, "field_f1")
     progress.on_terminal = True
     jobs[7].log.parent.mkdir()
