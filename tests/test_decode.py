@@ -449,6 +449,19 @@ def test_what_keeps_the_host_busy_waits_for_the_device_to_be_so(small_model, col
     assert scored == [8, 8, 7] and metrics["num"] == 23
 
 
+def test_nothing_to_write(small_model, collator, many, accelerator):
+    model = make_model(small_model, "gemma")
+    rows, metrics = rows_of(model, collator, many, accelerator, batch_size=4, count=0)
+    assert rows == [] and metrics["num"] == 0
+
+
+def test_a_process_without_examples(small_model, collator, many, accelerator, monkeypatch):
+    """The second of two, of a split of one example."""
+    monkeypatch.setattr(room, "_Share", lambda total, size, rank, processes: _Share(total, size, 1, 2))
+    rows, metrics = rows_of(make_model(small_model, "gemma"), collator, many, accelerator, batch_size=4, count=1)
+    assert rows == [] and metrics["num"] == 0
+
+
 def test_a_picture_that_cannot_be_read_stops_the_evaluation(small_model, collator, tmp_path, accelerator):
     folder = write_dataset(tmp_path / "broken", test=9)
     Path(folder / "test" / "7.png").write_bytes(b"no picture")

@@ -21,7 +21,7 @@ from transformers import PaliGemmaForConditionalGeneration
 
 import im2json
 from im2json.data.pictures import list_pictures
-from im2json.inference.decode import Answer, _Batch
+from im2json.inference.decode import Answer, Decoder, _Batch
 from im2json.model.base import load_processor
 from im2json.runs import read_lines
 from im2json.scoring.confidence import Calibration, leaf_confidence
@@ -266,17 +266,42 @@ def test_help_is_fast_and_public_names_are_lazy():
         _ = im2json.nothing
 
 
-def test_a_batch_is_loaded_while_the_one_before_is_written(finished, pictures, monkeypatch):
-    asked: list[int] = []
-    seen: list[int] = []  # how many were asked for when a batch's prefixes were on their way
-    begin = _Batch.begin
-    monkeypatch.setattr(_Batch, "begin", lambda *given: (begin(*given), seen.append(len(asked)))[0])
-    rows = im2json.Extractor.from_run(finished.path, eval_batch_size=2)(
-        asked.append(i) or picture for i, picture in enumerate(pictures)
-    )
-    next(rows)
-    assert (seen, len(asked)) == ([2], 4)
-    assert len(list(rows)) == 5 and seen == [2, 4, 6]
+def test_a_batch_is_loaded_while_the_one_before_is_written(extractor, pictures, monkeypatch):
+    loaded: list[Any] = []
+    seen: list[int] = []  # how many were being loaded when a batch's prefixes were on their way
+    begin, load = _Batch.begin, im2json.Extractor._load
+    monkeypatch.setattr(_Batch, "begin", lambda *given: (begin(*given), seen.append(len(loaded)))[0])
+    monkeypatch.setattr(im2json.Extractor, "_load", lambda self, *one: loaded.append(one) or load(self, *one))
+    monkeypatch.setattr(extractor, "batch_size", 2)
+    assert len(list(extractor(pictures))) == 6
+    assert seen == [2, 4, 6]
+
+
+def test_the_callers_code_never_runs_while_a_batch_is_written(extractor, pictures, monkeypatch):
+    """It may use the same extractor, and with it what the batch is written in."""
+    writing: list[bool] = []
+    call = Decoder.__call__
+
+    def noting(decoder: Decoder, *given: Any) -> list[Answer]:
+        writing.append(True)
+        answers = call(decoder, *given)
+        writing.pop()
+        return answers
+
+    monkeypatch.setattr(Decoder, "__call__", noting)
+    monkeypatch.setattr(extractor, "batch_size", 2)
+    alone, first = list(extractor(pictures)), []
+    assert all(torch.is_grad_enabled() and not writing for row in extractor(pictures) if first.append(row) is None)
+    again = list(extractor(pytest.fail("in the middle") if writing else row["id"] for row in extractor(pictures)))
+    assert again == first == alone
+
+
+@pytest.mark.parametrize("bad", [1, 2, 3, 6])
+def test_batches_of_nothing_but_bad_pictures(finished, pictures, tmp_path, bad):
+    broken = [str(tmp_path / f"{i}.png") for i in range(bad)]
+    rows = list(im2json.Extractor.from_run(finished.path, eval_batch_size=2)(broken + pictures[:1]))
+    assert [row["id"] for row in rows] == broken + pictures[:1]
+    assert ["error" in row for row in rows] == [True] * bad + [False]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from im2json.data.collate import Collator
-from im2json.data.example import Example, Split
+from im2json.data.example import Split
 from im2json.data.loader import loading_threads
 from im2json.inference.constrain import Grammar
 from im2json.inference.decode import Answer, Decoder, generate
@@ -32,7 +32,9 @@ from im2json.scoring.jsontext import read
 from im2json.scoring.text import canonical, parse
 
 Row = dict[str, Any]
-Loading = tuple[list[int], Callable[[], tuple[list[Example], torch.Tensor]], bool]
+Labelled = tuple[str, dict[str, Any]]
+"""An example's id and target: all that is kept of it beside its pixels."""
+Loading = tuple[list[int], Callable[[], tuple[list[Labelled], torch.Tensor]], bool]
 """A batch, what waits for its examples and pixels, and whether it is the last of its window."""
 WINDOW = 16  # batches of each process that are sorted by length
 
@@ -67,8 +69,8 @@ def evaluate_split(
     rows: dict[int, Row] = {}  # of the present window
     with bar as progress, loading_threads(accelerator.device) as loading, ThreadPoolExecutor(1) as scoring:
         batches = _loading(loading, split, collator, share.batches(split.targets))
-        coming: Loading | None = next(batches)
-        written: tuple[list[int], list[Example], list[Answer]] | None = None
+        coming: Loading | None = next(batches, None)
+        written: tuple[list[int], list[Labelled], list[Answer]] | None = None
         scored: Future[dict[int, Row]] | None = None
         decoder = make_decoder()
 
@@ -103,29 +105,31 @@ def evaluate_split(
 def _score(
     evaluator: StreamingEvaluator,
     batch: Sequence[int],
-    examples: Sequence[Example],
+    examples: Sequence[Labelled],
     answers: Sequence[Answer],
     checks: Sequence[SumCheck],
 ) -> dict[int, Row]:
     """A batch's rows by their places in the split."""
     return {
-        i: prediction_row(example, answer, evaluator.update(answer.text, example.target, id=example.id), checks)
-        for i, example, answer in zip(batch, examples, answers)
+        i: prediction_row(id, target, answer, evaluator.update(answer.text, target, id=id), checks)
+        for i, (id, target), answer in zip(batch, examples, answers)
     }
 
 
-def prediction_row(example: Example, answer: Answer, scores: dict[str, float], checks: Sequence[SumCheck] = ()) -> Row:
+def prediction_row(
+    id: str, target: dict[str, Any], answer: Answer, scores: dict[str, float], checks: Sequence[SumCheck] = ()
+) -> Row:
     """A line of predictions.jsonl, without the run's part (step, split, stage)."""
     text = answer.text
     confidence = leaf_confidence(text, answer.starts, answer.logprobs)
     return {
-        "id": example.id,
+        "id": id,
         "text": text,
         "parsed": parse(text),
         "confidence": confidence,
         **({"cut": True} if answer.cut else {}),
         **({"checks": told(checks, read(text).value)} if checks else {}),
-        "target": example.target,
+        "target": target,
         "scores": scores,
     }
 
@@ -259,13 +263,13 @@ def _loading(
     """The batches, their pixels B x 3 x H x W, each being loaded from when it is asked for; what goes wrong in that
     comes out when it is waited for."""
 
-    def load(i: int) -> tuple[Example, torch.Tensor]:
+    def load(i: int) -> tuple[Labelled, torch.Tensor]:
         example = split[i]
-        return example, collator.pixels([example.image])
+        return (example.id, example.target), collator.pixels([example.image])
 
-    def wait(coming: list[Future[tuple[Example, torch.Tensor]]]) -> tuple[list[Example], torch.Tensor]:
+    def wait(coming: list[Future[tuple[Labelled, torch.Tensor]]]) -> tuple[list[Labelled], torch.Tensor]:
         loaded = [one.result() for one in coming]
         pixels = torch.cat([pixels for _, pixels in loaded]) if loaded else torch.empty(0)
-        return [example for example, _ in loaded], pixels
+        return [labelled for labelled, _ in loaded], pixels
 
     return ((batch, partial(wait, [pool.submit(load, i) for i in batch]), last) for batch, last in batches)

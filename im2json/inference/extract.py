@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -110,20 +111,22 @@ class Extractor:
         numbered = enumerate(pictures)
         on_gpu = self.decoder.model.device.type == "cuda"
         sizes = itertools.chain([] if on_gpu else [min(FIRST, self.batch_size)], itertools.repeat(self.batch_size))
+        # the caller's code, which may use this very object, runs here and not while a batch is written
+        taken = (list(itertools.islice(numbered, size)) for size in sizes)
         with loading_threads(self.decoder.model.device) as pool:
-            batches = ([pool.submit(self._load, *each) for each in itertools.islice(numbered, size)] for size in sizes)
-            coming = next(batches)
+            following, loading = next(taken), list[Future[tuple[str, torch.Tensor | str]]]()
 
-            def meanwhile() -> None:
-                """While a batch is written, the next one is loaded."""
-                nonlocal coming
-                coming = next(batches)
+            def load() -> None:
+                nonlocal loading
+                loading = [pool.submit(self._load, *each) for each in following]
 
-            while coming:
-                batch = [load.result() for load in coming]
+            load()
+            while loading:
+                following = next(taken)
+                batch = [one.result() for one in loading]
                 pixels = [found for _, found in batch if not isinstance(found, str)]
                 shown = torch.cat(pixels) if pixels else torch.empty(0)
-                answers = iter(generate(self.decoder, shown, self.max_new_tokens, meanwhile))
+                answers = iter(generate(self.decoder, shown, self.max_new_tokens, meanwhile=load))
                 for id, found in batch:
                     yield {"id": id, "error": found} if isinstance(found, str) else self._row(id, next(answers))
 

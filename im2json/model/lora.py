@@ -157,7 +157,9 @@ def merged_copy(model: PeftModel, dtype: torch.dtype, *, adapter: bool = True) -
     without gradients, and later gradients through it are lost. Weights that LoRA does not change are shared.
     """
     base: Any = model.get_base_model()
-    with torch.device("meta"), no_init_weights():  # torch's default dtype stays, which other threads load pictures by
+    # no_init_weights holds for all threads, of which no other makes a model; so would another default dtype, and others
+    # load pictures by that.
+    with torch.device("meta"), no_init_weights():
         copy = type(base)._from_config(_plain_config(base), dtype=torch.get_default_dtype())
     for config in (copy.config, copy.config.text_config, copy.config.vision_config):
         config.dtype = dtype
