@@ -132,7 +132,7 @@ import im2json.inference.evaluate as evaluate
 score = evaluate._score
 
 def told(evaluator, batch, examples, *more):
-    sys.stdout.write("wrote " + " ".join(str(len(example.target["a"])) for example in examples) + "\\n")
+    sys.stdout.write("wrote " + " ".join(str(len(target["a"])) for _, target in examples) + "\\n")
     return score(evaluator, batch, examples, *more)
 
 evaluate._score = told
