@@ -219,3 +219,41 @@ def test_a_step_smaller_than_the_processes_works(base_args, nine, train, tmp_pat
     got, wanted = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], rtol=0, atol=1e-5)
+
+
+# Has each process say whose features it works out, two at a time, or one of them find the disk full.
+SHARING = """
+import os, sys
+import im2json.model.features as features
+from im2json.data.collate import Collator
+pictures, features.CHUNK = Collator.pictures, 2
+
+def told(self, examples):
+    sys.stdout.write(f"process {os.environ['RANK']} saw " + " ".join(example.id for example in examples) + "\\n")
+    return pictures(self, examples)
+
+Collator.pictures = told
+if "full" in sys.argv:
+    sys.argv.remove("full")
+    features.open = lambda *given: open("/dev/full" if os.environ["RANK"] == "1" else given[0], "r+b")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True])
+def test_two_processes_share_kept_features(base_args, flags, train, tmp_path, full):
+    language = [*flags, "--target-modules", "language", "--steps", 8, "--eval-every", 0, "--no-test"]
+    one, two = train(tmp_path / "one", *language), RunFolder(tmp_path / "two")
+    more = ["full"] if full else []
+    printed = launch("train", "--output", two.path, *base_args, *language, *more, before=SHARING)
+    assert [row["values"]["loss"] for row in metrics(two)] == pytest.approx(
+        [row["values"]["loss"] for row in metrics(one)], rel=1e-4
+    )
+    saw = [line.split() for line in printed.splitlines() if line.startswith("process ")]
+    if full:
+        assert "cannot be kept: [Errno 28] No space left on device" in printed
+    else:
+        assert "worked out once" in printed
+        seen = {rank: sorted(id for _, of, _, *ids in saw if of == rank for id in ids) for rank in "01"}
+        assert seen["0"] == [f"train/{i}.png" for i in (0, 1, 4, 5, 8)]
+        assert seen["1"] == [f"train/{i}.png" for i in (2, 3, 6, 7)]

@@ -229,8 +229,7 @@ class Workbench:
         try:
             if size > limit:
                 raise OSError(f"--cache-features is {limit:g}")
-            shown = self.accelerator.is_local_main_process
-            features = Features(split, self.collator, paligemma, dtype, self._workers, shown)
+            features = Features(split, self.collator, paligemma, dtype, self._workers, self.accelerator)
         except OSError as error:
             self.accelerator.print(f"{told} are worked out in every step, as they cannot be kept: {error}")
             return None

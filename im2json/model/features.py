@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from im2json.data.collate import Batch, Collator
@@ -16,6 +18,7 @@ from im2json.data.example import Split
 from im2json.data.loader import loaded
 from im2json.model.memory import Sizes
 
+T = TypeVar("T")
 # N pictures, I image tokens, D hidden size of the language model.
 CHUNK = 16  # pictures at a time: always the same, so that a resumed run finds the same numbers
 
@@ -33,37 +36,83 @@ def feature_bytes(paligemma: Any, dtype: torch.dtype) -> int:
 
 
 class Features:
-    """The features of a split's pictures, N x I x D, in a scratch file that ends with the process, however that ends.
+    """The features of a split's pictures, N x I x D, in a scratch file that ends with the run, however that ends.
 
-    The file lies where temporary files do (TMPDIR), and the system keeps in memory what has room there.
+    The processes of a machine share the work and the file. It lies where temporary files do (TMPDIR), and the system
+    keeps in memory what has room there.
 
     Args:
-        workers: processes that decode pictures meanwhile.
-        shown: whether to show how far it is.
+        workers: processes that decode pictures meanwhile, for each of those that train.
 
     Raises:
         ValueError: naming the row whose picture is bad.
-        OSError: there is no folder for it, or no room.
+        OSError: on all processes, where there is no folder for it, or no room, on one of them.
     """
 
     def __init__(
-        self, split: Split, collator: Collator, paligemma: Any, dtype: torch.dtype, workers: int, shown: bool
+        self,
+        split: Split,
+        collator: Collator,
+        paligemma: Any,
+        dtype: torch.dtype,
+        workers: int,
+        accelerator: Accelerator,
     ) -> None:
         self.ids, self.targets = split.ids, split.targets
         self.collator = collator
-        start = time.perf_counter()
-        chunks = loaded(split, collator.pictures, workers, batch_size=CHUNK)
-        with tempfile.TemporaryFile() as file:
-            for pixels in tqdm(chunks, "image features", -(-len(split) // CHUNK), leave=False, disable=not shown):
+        start, size, sizes = time.perf_counter(), feature_bytes(paligemma, dtype), Sizes.of(paligemma.config)
+        file, rank, processes = _shared_file(accelerator)
+        chunks = [range(i, min(i + CHUNK, len(split))) for i in range(0, len(split), CHUNK)][rank::processes]
+
+        def write() -> None:
+            pictures = loaded(split, collator.pictures, workers, batch_sampler=chunks)
+            shown = tqdm(pictures, "image features", len(chunks), leave=False, disable=rank > 0)
+            for chunk, pixels in zip(chunks, shown):
                 # Not under no_grad: bitsandbytes on a CPU would repack the 4-bit layers for good.
                 found = paligemma.model.get_image_features(pixels.to(paligemma.device)).pooler_output
+                file.seek(chunk.start * size)
                 file.write(found.to(dtype).cpu().view(torch.uint8).numpy())
             file.flush()
+
+        with file:
+            _on_all(write)
             kept = torch.from_numpy(np.memmap(file, mode="c"))
-        self.kept = kept.view(dtype).view(len(split), *found.shape[1:])  # N x I x D
+        self.kept = kept.view(dtype).view(len(split), sizes.image_tokens, sizes.text.hidden)
         self.seconds = time.perf_counter() - start
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """What Collator makes of these examples, with image_features, B x I x D, for pixel_values."""
         ids, targets = [self.ids[i] for i in indices], [self.targets[i] for i in indices]
         return self.collator.batch(ids, targets, image_features=self.kept[torch.tensor(indices)])
+
+
+def _shared_file(accelerator: Accelerator) -> tuple[BinaryIO, int, int]:
+    """A file without a name that this machine's processes have open; the place of this one among them, their number.
+
+    Raises:
+        OSError: on all processes, where one of them cannot open it.
+    """
+    rank = accelerator.local_process_index
+    first = accelerator.process_index - rank
+    own = _on_all(lambda: None if rank else tempfile.NamedTemporaryFile())  # noqa: SIM115
+    all_of_them = gather_object([(first, own and own.name)])
+    file = _on_all(lambda: open(all_of_them[first][1], "r+b"))  # noqa: SIM115
+    if own is not None:
+        own.close()  # which takes the name away
+    return file, rank, [each for each, _ in all_of_them].count(first)
+
+
+def _on_all(call: Callable[[], T]) -> T:
+    """What `call` returns on this process, once all have come so far.
+
+    Raises:
+        OSError: that of any process.
+    """
+    try:
+        result, error = call(), None
+    except OSError as failure:
+        result, error = None, failure
+    for other in gather_object([error]):
+        if other is not None:
+            raise other
+    return cast(T, result)
