@@ -136,7 +136,7 @@ class ModelOptions:
     cache_features: float = option(
         8.0,
         "where the vision tower is frozen and each picture comes twice or more, work out its features once, and keep "
-        "them in a scratch file of up to so much, a process; 0: in every step",
+        "them in a scratch file of up to so much on each machine; 0: in every step",
         unit="GiB",
         at_least=0,
         free=True,

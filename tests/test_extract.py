@@ -8,6 +8,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -267,11 +269,27 @@ def test_help_is_fast_and_public_names_are_lazy():
 
 
 def test_a_batch_is_loaded_while_the_one_before_is_written(extractor, pictures, monkeypatch):
-    loaded: list[Any] = []
+    begun = [threading.Event() for _ in range(len(pictures) + 1)]  # picture by picture, the loading
+    begun[-1].set()
     seen: list[int] = []  # how many were being loaded when a batch's prefixes were on their way
-    begin, load = _Batch.begin, im2json.Extractor._load
-    monkeypatch.setattr(_Batch, "begin", lambda *given: (begin(*given), seen.append(len(loaded)))[0])
-    monkeypatch.setattr(im2json.Extractor, "_load", lambda self, *one: loaded.append(one) or load(self, *one))
+    begin, load, call = _Batch.begin, im2json.Extractor._load, Decoder.__call__
+
+    def loading(self: Any, place: int, picture: Any) -> Any:
+        begun[place].set()
+        return load(self, place, picture)
+
+    def noting(*given: Any) -> None:
+        begin(*given)
+        seen.append(sum(one.is_set() for one in begun[:-1]))
+
+    def waiting(*given: Any) -> list[Answer]:
+        answers = call(*given)
+        assert begun[seen[-1]].wait(20)
+        return answers
+
+    monkeypatch.setattr(im2json.Extractor, "_load", loading)
+    monkeypatch.setattr(_Batch, "begin", noting)
+    monkeypatch.setattr(Decoder, "__call__", waiting)
     monkeypatch.setattr(extractor, "batch_size", 2)
     assert len(list(extractor(pictures))) == 6
     assert seen == [2, 4, 6]
@@ -290,10 +308,16 @@ def test_the_callers_code_never_runs_while_a_batch_is_written(extractor, picture
 
     monkeypatch.setattr(Decoder, "__call__", noting)
     monkeypatch.setattr(extractor, "batch_size", 2)
-    alone, first = list(extractor(pictures)), []
-    assert all(torch.is_grad_enabled() and not writing for row in extractor(pictures) if first.append(row) is None)
-    again = list(extractor(pytest.fail("in the middle") if writing else row["id"] for row in extractor(pictures)))
-    assert again == first == alone
+    seen: list[tuple[bool, bool]] = []
+
+    def ids(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+        for row in rows:
+            seen.append((bool(writing), torch.is_grad_enabled()))
+            yield row["id"]
+
+    alone = list(extractor(pictures))
+    assert list(extractor(ids(extractor(pictures)))) == alone
+    assert seen == [(False, True)] * 6
 
 
 @pytest.mark.parametrize("bad", [1, 2, 3, 6])

@@ -56,7 +56,7 @@ def test_features_are_worked_out_in_every_step_where_nothing_is_gained(train, tm
 
 
 def test_where_there_is_no_room_they_are_worked_out_in_every_step(train, kept, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("tempfile.NamedTemporaryFile", lambda: open("/dev/full", "w+b"))  # noqa: SIM115
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", lambda *given, **more: open("/dev/full", "w+b"))  # noqa: SIM115
     full = train(tmp_path / "run", *FLAGS)
     assert "cannot be kept: [Errno 28] No space left on device" in capsys.readouterr().out
     assert losses(full) == pytest.approx(losses(kept), rel=1e-5)

@@ -114,7 +114,8 @@ class Extractor:
         # the caller's code, which may use this very object, runs here and not while a batch is written
         taken = (list(itertools.islice(numbered, size)) for size in sizes)
         with loading_threads(self.decoder.model.device) as pool:
-            following, loading = next(taken), list[Future[tuple[str, torch.Tensor | str]]]()
+            following = next(taken)
+            loading: list[Future[tuple[str, torch.Tensor | str]]] = []
 
             def load() -> None:
                 nonlocal loading

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -67,7 +68,7 @@ class Features:
         def write() -> None:
             pictures = loaded(split, collator.pictures, workers, batch_sampler=chunks)
             shown = tqdm(pictures, "image features", len(chunks), leave=False, disable=rank > 0)
-            for chunk, pixels in zip(chunks, shown):
+            for chunk, pixels in zip(chunks, shown, strict=True):
                 # Not under no_grad: bitsandbytes on a CPU would repack the 4-bit layers for good.
                 found = paligemma.model.get_image_features(pixels.to(paligemma.device)).pooler_output
                 file.seek(chunk.start * size)
@@ -76,7 +77,7 @@ class Features:
 
         with file:
             _on_all(write)
-            kept = torch.from_numpy(np.memmap(file, mode="c"))
+            kept = torch.from_numpy(_on_all(lambda: np.memmap(file, mode="c")))
         self.kept = kept.view(dtype).view(len(split), sizes.image_tokens, sizes.text.hidden)
         self.seconds = time.perf_counter() - start
 
@@ -92,14 +93,15 @@ def _shared_file(accelerator: Accelerator) -> tuple[BinaryIO, int, int]:
     Raises:
         OSError: on all processes, where one of them cannot open it.
     """
-    rank = accelerator.local_process_index
-    first = accelerator.process_index - rank
+    machines = gather_object([platform.node()])
+    here = [place for place, machine in enumerate(machines) if machine == machines[accelerator.process_index]]
+    rank = here.index(accelerator.process_index)
     own = _on_all(lambda: None if rank else tempfile.NamedTemporaryFile())  # noqa: SIM115
-    all_of_them = gather_object([(first, own and own.name)])
-    file = _on_all(lambda: open(all_of_them[first][1], "r+b"))  # noqa: SIM115
+    names = gather_object([own and own.name])
+    file = _on_all(lambda: open(names[here[0]], "r+b"))  # noqa: SIM115
     if own is not None:
         own.close()  # which takes the name away
-    return file, rank, [each for each, _ in all_of_them].count(first)
+    return file, rank, len(here)
 
 
 def _on_all(call: Callable[[], T]) -> T:
@@ -109,10 +111,10 @@ def _on_all(call: Callable[[], T]) -> T:
         OSError: that of any process.
     """
     try:
-        result, error = call(), None
-    except OSError as failure:
-        result, error = None, failure
-    for other in gather_object([error]):
+        result, failure = call(), None
+    except OSError as error:  # not kept itself: with its traceback it would hold on to what was under way
+        result, failure = None, error.args
+    for other in gather_object([failure]):
         if other is not None:
-            raise other
+            raise OSError(*other)
     return cast(T, result)
