@@ -426,7 +426,7 @@ def test_pictures_are_loaded_while_the_decoder_is_made(small_model, collator, ma
 def test_what_keeps_the_host_busy_waits_for_the_device_to_be_so(small_model, collator, many, accelerator, monkeypatch):
     """A prefix takes the host thousands of launches; only then are the next batch loaded and the one before scored."""
     split, scored = Watched(many), []
-    begin, score = _Batch.begin, room._score
+    begin, step, score = _Batch.begin, _Batch.advance, room._score
     seen: list[tuple[int, list[int]]] = []  # when a batch's prefixes are on their way
 
     def noting(batch: Any, pixels: torch.Tensor, limits: Any) -> None:
@@ -437,7 +437,6 @@ def test_what_keeps_the_host_busy_waits_for_the_device_to_be_so(small_model, col
         assert split.wait(min(23, 8 * (len(seen) + 1)))
         step(batch)
 
-    step = _Batch.advance
     monkeypatch.setattr(_Batch, "begin", noting)
     monkeypatch.setattr(_Batch, "advance", advance)
     monkeypatch.setattr(room, "_score", lambda *given: (scored.append(len(given[1])), score(*given))[1])

@@ -321,9 +321,10 @@ def test_the_callers_code_never_runs_while_a_batch_is_written(extractor, picture
 
 
 @pytest.mark.parametrize("bad", [1, 2, 3, 6])
-def test_batches_of_nothing_but_bad_pictures(finished, pictures, tmp_path, bad):
+def test_batches_of_nothing_but_bad_pictures(extractor, pictures, tmp_path, monkeypatch, bad):
     broken = [str(tmp_path / f"{i}.png") for i in range(bad)]
-    rows = list(im2json.Extractor.from_run(finished.path, eval_batch_size=2)(broken + pictures[:1]))
+    monkeypatch.setattr(extractor, "batch_size", 2)
+    rows = list(extractor(broken + pictures[:1]))
     assert [row["id"] for row in rows] == broken + pictures[:1]
     assert ["error" in row for row in rows] == [True] * bad + [False]
 
