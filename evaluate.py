@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from im2json.cli import FloatRange, option_flags, quiet_libraries, user_errors
+from im2json.errors import UserError
 from im2json.options import flag_name
 from im2json.runs import RunFolder
 
@@ -71,7 +72,7 @@ def main(
             folder, given = RunFolder(run), context.obj or {}
             config = folder.read_config().replace(**given)
             if "schema" in given and not config.decode.constrain:
-                raise ValueError("--schema goes with --constrain")
+                raise UserError("--schema goes with --constrain")
             quiet_libraries()
             from im2json.programs import evaluate  # torch with it, which takes seconds
 

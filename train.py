@@ -16,7 +16,8 @@ import click
 
 from im2json.cli import FloatRange, GroupedCommand, option_flags, preset_flag, quiet_libraries, user_errors
 from im2json.options import TrainConfig
-from im2json.runs import RunFolder, check_output, fresh_options, resumed_config
+from im2json.resume import fresh_options, resumed_config
+from im2json.runs import RunFolder, check_output
 
 
 @click.command(cls=GroupedCommand)

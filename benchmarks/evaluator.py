@@ -20,10 +20,10 @@ from pathlib import Path
 
 from tree_edit import Document, make_pairs, prediction, receipt
 
+from im2json.jsontext import canonical
 from im2json.scoring import StreamingEvaluator
 from im2json.scoring.metrics import score
 from im2json.scoring.scorecard import Scorecard
-from im2json.scoring.text import canonical
 from im2json.scoring.tree import tree_edit_accuracy
 
 ITEMS = [1, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 8]

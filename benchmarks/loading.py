@@ -34,8 +34,8 @@ from im2json.data.loader import StepLoader  # noqa: E402
 from im2json.data.order import Order  # noqa: E402
 from im2json.data.receipts import Receipts  # noqa: E402
 from im2json.data.sources import load_splits  # noqa: E402
+from im2json.jsontext import canonical  # noqa: E402
 from im2json.model.base import load_processor  # noqa: E402
-from im2json.scoring.text import canonical  # noqa: E402
 
 PROMPT = "extract JSON."
 Tensors = dict[str, torch.Tensor]

@@ -40,7 +40,8 @@ from typing import Any
 import click
 from full_size import REPOSITORY, MemoryWatch, save_random_paligemma, write_cord_rows
 
-from im2json.runs import RunFolder, read_lines
+from im2json.files import read_lines
+from im2json.runs import RunFolder
 from im2json.sweep.launch import visible_gpus
 
 GIB = 2**30
@@ -116,7 +117,7 @@ def training(bench: Bench) -> None:
 
 def seconds_a_step(run: RunFolder) -> float:
     """The median of the later half of the steps."""
-    times = [row["time"] for row in read_lines(run.metrics)]
+    times = [row["time"] for row in read_lines(run.metrics_file)]
     return statistics.median(b - a for a, b in itertools.pairwise(times[len(times) // 2 - 1 :]))
 
 
@@ -191,10 +192,10 @@ def evaluation(bench: Bench) -> None:
     first = 0.0
     for count in bench.counts:
         run = bench.train("evaluation", count, bench.counts[-1], 1 + EVALUATIONS, "--eval-every", 1)
-        rows = list(read_lines(run.metrics))[2:]  # the first evaluation warms up
+        rows = list(read_lines(run.metrics_file))[2:]  # the first evaluation warms up
         took = [evaluated["time"] - trained["time"] for trained, evaluated in zip(rows[::2], rows[1::2], strict=True)]
         seconds, evaluated = statistics.median(took), rows[-1]
-        ids = [row["id"] for row in read_lines(run.predictions) if row["step"] == 1 + EVALUATIONS]
+        ids = [row["id"] for row in read_lines(run.predictions_file) if row["step"] == 1 + EVALUATIONS]
         speed, values = len(ids) / seconds, evaluated["values"]
         first = first or speed / count
         bench.tell(
@@ -210,7 +211,7 @@ def same(bench: Bench) -> None:
     found = []
     for count in (1, most):
         run = bench.train("same", count, bench.examples * most, steps, "--eval-every", 0, "--dropout", 0)
-        found.append([row["values"] for row in read_lines(run.metrics)])
+        found.append([row["values"] for row in read_lines(run.metrics_file)])
     for step, (one, many) in enumerate(zip(*found, strict=True), start=1):
         print(f"  step {step:>2}  " + "  ".join(f"{n} {one[n]:.5f} {many[n]:.5f}" for n in ("loss", "grad_norm")))
     largest = {

@@ -62,7 +62,7 @@ def extract_rows(run: str, given: tuple[str, ...], out: Path | None, options: di
     from im2json.data.pictures import list_pictures
     from im2json.inference.rowfile import row_file
     from im2json.model.hub import adapter_path
-    from im2json.runs import reading_config, reading_digest
+    from im2json.resume import reading_config, reading_digest
 
     pictures = list_pictures(given)
     config = reading_config(adapter_path(run), options)

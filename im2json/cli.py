@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import logging
 import math
@@ -17,6 +18,7 @@ from typing import Any
 
 import click
 
+from im2json.errors import UserError, WriteError, first_line
 from im2json.options import FIELDS, PRESETS, ROOMS, check, flag_name, scalar_type
 
 
@@ -111,11 +113,11 @@ class Interrupted(click.ClickException):
 
 @contextlib.contextmanager
 def user_errors(interrupted: str = "nothing was lost") -> Iterator[None]:
-    """Turn an error that is the user's to mend into one clear message and exit status 1.
+    """Turn a mistake of the user into one clear message and exit status 1; leave the traceback of our own bugs.
 
-    ValueError is how every room reports a user's mistake, OSError is the system's word on a file.
-    IM2JSON_TRACEBACK=1 shows where it came from. Ctrl-C and SIGTERM exit with 130, saying what the KeyboardInterrupt
-    says, or else `interrupted`.
+    A UserError is a mistake of the user, an OSError of the kinds in SYSTEM_ERRORS a condition of the machine.
+    IM2JSON_TRACEBACK=1 shows the traceback of these too. Ctrl-C and SIGTERM exit with 130 and print what the
+    KeyboardInterrupt says, or else `interrupted`.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
@@ -125,32 +127,51 @@ def user_errors(interrupted: str = "nothing was lost") -> Iterator[None]:
         raise Interrupted(f"interrupted: {stop if str(stop) else interrupted}") from None
     except BrokenPipeError:  # who read the output has seen enough; click ends in silence
         raise
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        text = str(error)
-        if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-            text = f"{first_line(error).rstrip('.')}. {LESS_MEMORY}"
-        elif isinstance(error, RuntimeError):
+    except Exception as error:
+        message = _message(error)
+        if message is None and not isinstance(error, click.ClickException | click.exceptions.Exit):
+            error.add_note(REPORT)
+        if message is None or os.environ.get("IM2JSON_TRACEBACK"):
             raise
-        if os.environ.get("IM2JSON_TRACEBACK"):
-            raise
-        raise click.ClickException(text) from error
+        raise click.ClickException(message) from error
     finally:
         if main_thread:
             signal.signal(signal.SIGTERM, before)
 
 
+REPORT = "This is a bug in im2json. Please report it with the traceback above and the command."
+SYSTEM_ERRORS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE,
+    errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT,
+}  # fmt: skip
+"""What a system may refuse however right our code is. A file that is missing is not among them: the code that expects
+one from the user says so in a UserError."""
+
+
+def _message(error: Exception) -> str | None:
+    """Return what the user is told of an error, or None for a bug."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return f"{first_line(error).rstrip('.')}. {LESS_MEMORY}"
+    known = isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in SYSTEM_ERRORS)
+    return text if known else None
+
+
 @contextlib.contextmanager
 def resumable(path: Path) -> Iterator[None]:
-    """Have what stops a run, other than the user's mistake, say how to go on with it."""
+    """Add how to resume the run to what stops it: an interruption, or a system that refuses a file."""
     try:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(resume_advice(path)) from None
-    except OSError as error:
-        raise OSError(f"{error}; what was saved is kept: {resume_advice(path)}") from error
+    except (OSError, WriteError) as error:
+        if isinstance(error, OSError) and error.errno not in SYSTEM_ERRORS:
+            raise
+        raise UserError(f"{error}; what was saved is kept: {resume_advice(path)}") from error
 
 
 def resume_advice(path: Path) -> str:
+    """Return the command that resumes a run."""
     return f"go on with train.py --resume {path}"
 
 
@@ -158,11 +179,6 @@ LESS_MEMORY = (
     "Less is needed with a smaller --microbatch (examples per step stay the same), --gradient-checkpointing or, while "
     "evaluating, a smaller --eval-batch-size"
 )
-
-
-def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class FloatRange(click.FloatRange):

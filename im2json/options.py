@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from im2json.errors import UserError
+
 SEED_TARGET_MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 LANGUAGE_MODULES = rf".*language_model.*\.({SEED_TARGET_MODULES.replace(',', '|')})"  # what `language` stands for
 METRIC_NAMES = (
@@ -274,10 +276,10 @@ class TrainConfig:
         A model other than the embedded one takes PaliGemma's recipe where neither preset nor value says otherwise.
 
         Raises:
-            ValueError: naming every unknown option and every wrong value at once.
+            UserError: naming every unknown option and every wrong value at once.
         """
         if preset is not None and preset not in PRESETS:
-            raise ValueError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
+            raise UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
         if preset is None:
             preset_values = _PALIGEMMA_RECIPE if given.get("model", "tiny") != "tiny" else PRESETS["tiny"]
         else:
@@ -287,7 +289,7 @@ class TrainConfig:
             values.pop("alpha", None)  # a preset's alpha belongs to the preset's r
         problems = [problem for name, value in values.items() if (problem := check(name, value))]
         if problems:
-            raise ValueError("\n".join(problems))
+            raise UserError("\n".join(problems))
         values = {name: coerce(name, value) for name, value in values.items()}
         if values.get("alpha") is None:
             values["alpha"] = 2.0 * values.get("r", FIELDS["r"].default)

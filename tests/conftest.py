@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # train.py and evaluate.py are scripts, no part of the package
 
 from im2json.cli import quiet_libraries  # noqa: E402
-from im2json.runs import RunFolder, read_lines  # noqa: E402
+from im2json.files import read_lines  # noqa: E402
+from im2json.runs import RunFolder  # noqa: E402
 
 quiet_libraries()  # before torch and transformers are imported
 
@@ -138,7 +139,7 @@ def metrics(run: RunFolder) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what differs from one time to the next."""
     return [
         {**row, "time": None, "values": {k: v for k, v in row["values"].items() if k not in MEASURED}}
-        for row in read_lines(run.metrics)
+        for row in read_lines(run.metrics_file)
     ]
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from im2json.data.check import check_split
 from im2json.data.sources import load_splits
-from im2json.runs import RunFolder, read_lines
+from im2json.files import read_lines
+from im2json.runs import RunFolder
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from im2json.data.loader import StepLoader
 from im2json.data.order import Order
 from im2json.data.pictures import on_square
 from im2json.data.sources import load_splits
+from im2json.jsontext import canonical
 from im2json.model.base import load_processor
-from im2json.scoring.text import canonical
 
 PROMPT = "extract JSON."
 TARGETS = [{"total": "9.30"}, {"b": [{"nm": "é – 日本"}, {}], "a": None}, {}, {"x": "y" * 90}]

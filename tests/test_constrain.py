@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from im2json.data.collate import Collator
 from im2json.data.sources import load_splits
 from im2json.inference.constrain import Grammar
+from im2json.jsontext import parse
 from im2json.model.base import load_processor
 from im2json.scoring.schema import induce
-from im2json.scoring.text import parse
 
 KEYS = st.sampled_from(["a", "b", 'é"\n'])
 SCALARS = st.one_of(

@@ -24,9 +24,9 @@ from im2json.inference.attention import grouped, grouped_attention
 from im2json.inference.constrain import Grammar
 from im2json.inference.decode import Answer, Decoder, _Batch, generate
 from im2json.inference.evaluate import _Share, evaluate_split
+from im2json.jsontext import canonical
 from im2json.scoring.confidence import leaf_confidence
 from im2json.scoring.schema import induce
-from im2json.scoring.text import canonical
 
 # B rows, T tokens.
 EOS, PAD = 1, 0

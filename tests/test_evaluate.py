@@ -89,7 +89,7 @@ def test_tables(cli, tmp_path):
 
 
 BAD = {
-    '{"id": "x", ': "not JSON",
+    '{"id": "x", ': "is not JSON",
     '["a"]': "a row is a JSON object",
     '{"id": "x", "target": {}}': "neither prediction nor text",
     '{"id": "x", "prediction": 3, "target": {}}': "a prediction is a text, an object or null",
@@ -98,7 +98,7 @@ BAD = {
     '{"id": "x", "prediction": "{}", "target": ' + '{"a":' * 200 + "1" + "}" * 201: "a target is a JSON object",
     '{"id": 1.5, "prediction": "{}", "target": {}}': "an id is a text or a whole number",
     '{"id": "a", "prediction": "{}", "target": {}}': "id 'a' comes twice",
-    "[" * 100_000: "not JSON",
+    "[" * 100_000: "is not JSON",
 }
 
 
@@ -117,7 +117,7 @@ def test_bytes_that_are_no_text(cli, tmp_path):
     path = write(tmp_path / "p.jsonl", ROWS)
     path.write_bytes(b'\xff{"id": 1}\n' + path.read_bytes())
     result = cli("evaluate", "--predictions", path, "--json")
-    assert errors_of(result) == [f"{path}:1: not UTF-8"]
+    assert errors_of(result) == [f"{path}:1: is not UTF-8 text (byte 0)"]
     assert json.loads(result.stdout)["num"] == 4
 
 
@@ -241,7 +241,7 @@ def test_against_needs_the_same_examples(cli, runs, tmp_path):
     a, b = runs
     fewer = RunFolder(tmp_path / "fewer")
     fewer.path.mkdir()
-    fewer.predictions.write_text("".join(b.predictions.read_text().splitlines(keepends=True)[:30]))
+    fewer.predictions_file.write_text("".join(b.predictions_file.read_text().splitlines(keepends=True)[:30]))
     assert "70 examples are not the same" in clear_error(cli("evaluate", a.path, "--against", fewer.path))
     empty = clear_error(cli("evaluate", a.path, "--against", tmp_path / "nowhere"))
     assert empty == f"{tmp_path / 'nowhere'} is not a run folder: it has no config.json"
@@ -252,7 +252,7 @@ def test_against_needs_the_same_examples(cli, runs, tmp_path):
 
 
 def test_a_runs_own_predictions_file(cli, runs):
-    found = json.loads(cli("evaluate", "--predictions", runs[0].predictions, "--json").stdout)
+    found = json.loads(cli("evaluate", "--predictions", runs[0].predictions_file, "--json").stdout)
     assert found["num"] == 80
     assert found["errors"]["invalid_json"]["examples"] == 0  # those of before are left out
 

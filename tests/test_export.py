@@ -93,10 +93,10 @@ def test_merged_weights(export, in_process, finished, tmp_path):
 
 def test_refused_where_the_answers_differ(export, in_process, finished, tmp_path):
     run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
-    lines = [json.loads(line) for line in run.predictions.read_text().splitlines()]
+    lines = [json.loads(line) for line in run.predictions_file.read_text().splitlines()]
     for row in lines:
         row["text"] += "!" if row["split"] == "validation" and row["id"] == "validation/0.png" else ""
-    run.predictions.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    run.predictions_file.write_text("".join(json.dumps(row) + "\n" for row in lines))
     error = clear_error(export(tmp_path / "out", source=run.path))
     assert error.startswith("not exported: 3 of 4 answers are the run's")
     assert error.endswith("less than --parity 0.9 of them")
@@ -107,8 +107,8 @@ def test_refused_where_the_answers_differ(export, in_process, finished, tmp_path
 def test_answers_held_to_a_schema_are_not_compared_and_the_card_says_so(export, finished, tmp_path):
     """transformers writes freely."""
     run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
-    lines = [json.loads(line) | {"constrained": True} for line in run.predictions.read_text().splitlines()]
-    run.predictions.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    lines = [json.loads(line) | {"constrained": True} for line in run.predictions_file.read_text().splitlines()]
+    run.predictions_file.write_text("".join(json.dumps(row) + "\n" for row in lines))
     error = clear_error(export(tmp_path / "out", source=run.path))
     assert "none but those held to a schema" in error and "--split validation --no-constrain`" in error
     assert "- These answers were held to a JSON Schema" in export(tmp_path, "--dry-run", source=run.path).stdout
@@ -119,7 +119,7 @@ def test_errors_are_one_line_and_come_first(cli, export, finished, tmp_path, mon
     assert "is there already" in clear_error(export(tmp_path))
     assert "is not a run folder" in clear_error(export(tmp_path / "out", source=tmp_path / "none"))
     run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
-    run.predictions.unlink()
+    run.predictions_file.unlink()
     assert "--split validation --no-constrain` makes them" in clear_error(export(tmp_path / "out", source=run.path))
     assert "--split test` makes them" in clear_error(export(tmp_path / "out", "--adapter-only", source=run.path))
     run.result.unlink()

@@ -23,11 +23,11 @@ from transformers import PaliGemmaForConditionalGeneration
 
 import im2json
 from im2json.data.pictures import list_pictures
+from im2json.files import read_lines
 from im2json.inference.decode import Answer, Decoder, _Batch
+from im2json.jsontext import read
 from im2json.model.base import load_processor
-from im2json.runs import read_lines
 from im2json.scoring.confidence import Calibration, leaf_confidence
-from im2json.scoring.jsontext import read
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +62,7 @@ def without_by(rows: Any) -> list[dict[str, Any]]:
 
 
 def test_the_answers_are_those_of_the_evaluation(extractor, finished, dataset):
-    wanted = [row for row in read_lines(finished.predictions) if (row["split"], row["stage"]) == ("test", "after")]
+    wanted = [row for row in read_lines(finished.predictions_file) if (row["split"], row["stage"]) == ("test", "after")]
     rows = list(extractor(f"{dataset}/{row['id']}" for row in wanted))
     assert [row["text"] for row in rows] == [row["text"] for row in wanted]
     assert [row["id"] for row in rows] == [f"{dataset}/{row['id']}" for row in wanted]

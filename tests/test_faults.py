@@ -20,7 +20,8 @@ from conftest import ROOT
 from test_loop import RESUMED, assert_same_runs
 from test_processes import environment, launch, launcher
 
-from im2json.runs import RunFolder, complete_checkpoints, read_lines
+from im2json.files import read_lines
+from im2json.runs import RunFolder, complete_checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -210,7 +211,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(base_args, whol
     (said,) = (line for line in printed.splitlines() if line.startswith("Error: "))
     assert said == (f"Error: process 1 of 2 was lost; what was saved is kept: go on with train.py --resume {run.path}")
     assert not run.done
-    assert max(row["step"] for row in read_lines(run.metrics)) == 3  # none was taken without the other process
+    assert max(row["step"] for row in read_lines(run.metrics_file)) == 3  # none was taken without the other process
     launch("train", "--resume", run.path)
     outcomes[-1] = survives(run, whole_of_two)
 

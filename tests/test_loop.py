@@ -29,6 +29,7 @@ from im2json.data.collate import Batch, Collator
 from im2json.data.loader import StepLoader
 from im2json.data.order import Order
 from im2json.data.sources import load_splits
+from im2json.files import read_lines
 from im2json.inference.evaluate import Evaluation
 from im2json.inference.workbench import Workbench
 from im2json.model.base import load_base, load_processor
@@ -36,7 +37,7 @@ from im2json.model.lora import add_lora, trained
 from im2json.model.loss import loss_at
 from im2json.model.replay import Forward
 from im2json.options import ModelOptions, TrainOptions
-from im2json.runs import RunFolder, complete_checkpoints, read_lines
+from im2json.runs import RunFolder, complete_checkpoints
 from im2json.scoring import METRICS
 from im2json.training.loop import train_step
 from im2json.training.optimizer import learning_rate, make_optimizer
@@ -232,7 +233,7 @@ def test_learning_rates(schedule, total, warmup):
 
 def test_the_rate_is_what_the_run_uses(train, tmp_path):
     run = train(tmp_path / "run", "--warmup", 0.5, "--schedule", "linear", "--no-test", "--eval-every", 0)
-    assert [row["values"]["lr"] for row in read_lines(run.metrics)] == [0.005, 0.01, 0.01, 0.005]
+    assert [row["values"]["lr"] for row in read_lines(run.metrics_file)] == [0.005, 0.01, 0.01, 0.005]
     stored = torch.load(run.checkpoints / "step-4" / "optimizer.pt", weights_only=True)
     assert [group["lr"] for group in stored["optimizer"]["param_groups"]] == [0.005]
 
@@ -293,7 +294,7 @@ def test_a_run_that_is_not_finite_names_step_examples_and_advice(
     assert "--lr" in error and "--precision" in error and "not updated" in error
     run, whole = RunFolder(tmp_path / "run"), train(tmp_path / "whole", *flags, "--keep", 9)
     assert not run.done
-    assert [row["step"] for row in read_lines(run.metrics)] == [1, 2]
+    assert [row["step"] for row in read_lines(run.metrics_file)] == [1, 2]
     assert run.latest_checkpoint().name == "step-2"
     assert_same(checkpoint(run, 2), checkpoint(whole, 2))
 
@@ -422,7 +423,7 @@ def leftovers(run: RunFolder) -> dict[str, Any]:
     steps = [int(path.name.removeprefix("step-")) for path in complete_checkpoints(run.checkpoints)]
     return {
         "metrics": metrics(run),
-        "predictions": list(read_lines(run.predictions)),
+        "predictions": list(read_lines(run.predictions_file)),
         "result": result,
         "adapter": load_file(run.adapter / "adapter_model.safetensors"),
         "adapter config": adapter_config(run.adapter),
@@ -564,7 +565,7 @@ def test_a_run_stopped_before_its_last_word_keeps_its_best_adapter(train, resume
             train(run.path, *QLORA, "--steps", 6)
     weights = run.adapter / "adapter_model.safetensors"
     best = {name: value.clone() for name, value in load_file(weights).items()}  # which maps the file, as it will be
-    logged, written = metrics(run), list(read_lines(run.predictions))
+    logged, written = metrics(run), list(read_lines(run.predictions_file))
     last = run.checkpoints / "step-6" / "adapter_model.safetensors"
     assert_same(load_file(last), best, equal=False)
     shutil.copyfile(last, weights)
@@ -572,7 +573,7 @@ def test_a_run_stopped_before_its_last_word_keeps_its_best_adapter(train, resume
     assert json.loads(run.result.read_text())["best_step"] == 2
     assert_same(load_file(weights), best)
     assert_same(metrics(run), logged)
-    assert_same(list(read_lines(run.predictions)), written)
+    assert_same(list(read_lines(run.predictions_file)), written)
 
 
 @pytest.fixture(scope="module")
@@ -673,7 +674,7 @@ def test_a_finished_run_can_be_made_longer(train, resume, cli, tmp_path):
     run = train(tmp_path / "run", *flags, "--steps", 4)
     for given in ((), ("--steps", 4), ("--steps", 2)):
         error = clear_error(cli("train", "--resume", run.path, *given))
-        assert error == f"--resume {run.path}: this run is finished; --steps above 4 would make it longer"
+        assert error == f"--resume {run.path}: this run is already finished. To train it longer, pass --steps above 4."
     resume(run, "--steps", 6, "--patience", 9)
     assert_same_runs(run, whole)
     stored = json.loads(run.config.read_text())
@@ -687,7 +688,7 @@ def test_a_finished_run_can_be_made_longer(train, resume, cli, tmp_path):
 def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(train, cli, tmp_path):
     run = train(tmp_path / "run", "--no-test", "--save-every", 0)
     kept = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    assert "this run is finished; a whole checkpoint, which it has not" in clear_error(
+    assert "this run is finished. It has no complete checkpoint" in clear_error(
         cli("train", "--resume", run.path, "--steps", 9)
     )
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == kept
@@ -712,7 +713,7 @@ def test_a_request_in_the_last_evaluation_is_heeded(cli, resume, base_args, tmp_
         patch.setattr(Evaluation, "validate", validate)
         result = cli("train", *base_args, "--output", run.path)
     assert result.exit_code == 130 and not run.done
-    assert [row["step"] for row in read_lines(run.metrics) if row["split"] == "validation"] == [2, 4]
+    assert [row["step"] for row in read_lines(run.metrics_file) if row["split"] == "validation"] == [2, 4]
     assert json.loads(resume(run).result.read_text())["test"]["after"]
 
 
@@ -854,7 +855,7 @@ def test_a_picture_that_cannot_be_drawn_stops_the_run(cli, base_args, tmp_path, 
 def test_tensorboard_shows_a_resumed_run_as_one(stopped, resume, tmp_path):
     """In one folder, and without what was logged after the checkpoint: the step that was taken twice is shown once."""
     run = RunFolder(Path(shutil.copytree(stopped, tmp_path / "run")))
-    assert [row["step"] for row in read_lines(run.metrics) if row["split"] == "train"] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_lines(run.metrics_file) if row["split"] == "train"] == [1, 2, 3, 4]
     resume(run)
     events = EventAccumulator(str(run.tensorboard)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]

@@ -35,7 +35,8 @@ from im2json.model.lora import (
 )
 from im2json.model.loss import summed_loss
 from im2json.options import LANGUAGE_MODULES, SEED_TARGET_MODULES, ModelOptions
-from im2json.runs import RunFolder, fresh_options
+from im2json.resume import fresh_options
+from im2json.runs import RunFolder
 
 CPU = torch.device("cpu")
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -16,7 +16,8 @@ import torch
 from conftest import ROOT, metrics, write_dataset
 from safetensors.torch import load_file
 
-from im2json.runs import RunFolder, read_lines
+from im2json.files import read_lines
+from im2json.runs import RunFolder
 
 # Runs a script in so many processes as torchrun does, by its Python API: they are forked, and share what was imported.
 PROGRAM = """
@@ -116,9 +117,9 @@ def first_moments(run: RunFolder) -> list[torch.Tensor]:
 
 
 def test_two_processes_evaluate_each_example_once_and_in_order(one, two):
-    rows = list(read_lines(two.predictions))
+    rows = list(read_lines(two.predictions_file))
     places = [(row["stage"], row["step"], row["id"]) for row in rows]
-    assert places == [(row["stage"], row["step"], row["id"]) for row in read_lines(one.predictions)]
+    assert places == [(row["stage"], row["step"], row["id"]) for row in read_lines(one.predictions_file)]
     assert len(set(places)) == len(places) == 3 + 2 * 5 + 3
     assert [row["id"] for row in rows if row["stage"] == "before"] == [f"test/{i}.png" for i in range(3)]
     during = [row["id"] for row in rows if row["stage"] == "during" and row["step"] == 2]
@@ -204,10 +205,10 @@ def test_one_process_resumes_a_run_of_two(one, two, resume, tmp_path, capsys):
 @pytest.mark.slow
 def test_two_processes_evaluate_a_finished_run(one, tmp_path):
     run = RunFolder(Path(shutil.copytree(one.path, tmp_path / "run")))
-    before = list(read_lines(run.predictions))
+    before = list(read_lines(run.predictions_file))
     printed = launch("evaluate", run.path)
     assert printed.count("test split, generated text") == 1
-    assert sorted(map(str, read_lines(run.predictions))) == sorted(map(str, before))
+    assert sorted(map(str, read_lines(run.predictions_file))) == sorted(map(str, before))
 
 
 @pytest.mark.slow

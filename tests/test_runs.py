@@ -10,24 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from im2json.files import append_lines, atomically, damage, folder_atomically, keep_lines, read_lines, write_json
 from im2json.options import TrainConfig
+from im2json.resume import fresh_options, resumed_config
 from im2json.runs import (
     RunFolder,
-    append_lines,
-    atomically,
     check_output,
-    claim,
+    claim_new,
+    claim_stopped,
     complete_checkpoints,
-    damage,
-    folder_atomically,
-    fresh_options,
-    keep_lines,
     locked,
     new_run,
-    read_lines,
-    resumed_config,
     rewind,
-    write_json,
 )
 
 
@@ -42,7 +36,7 @@ def run(tmp_path) -> RunFolder:
 
 def begun(config: TrainConfig) -> RunFolder:
     run = new_run(config)
-    claim(run, config, fresh=True)
+    claim_new(run, config, data={})
     return run
 
 
@@ -92,14 +86,14 @@ def test_an_output_that_holds_a_run_is_refused(run, tmp_path):
 def test_a_folder_that_another_process_took_or_finished_meanwhile_is_refused(tmp_path):
     one, other = config(output=str(tmp_path / "run"), r=8), config(output=str(tmp_path / "run"), r=4)
     run, same = new_run(one), new_run(other)  # both found it free
-    claim(run, one, fresh=True)
+    claim_new(run, one, data={})
     with pytest.raises(ValueError, match="holds an unfinished run"):
-        claim(same, other, fresh=True)
+        claim_new(same, other, data={})
     assert run.read_config() == one
-    claim(run, one, fresh=False)
+    claim_stopped(run, one, data={})
     write_json(run.result, {})
     with pytest.raises(ValueError, match="has finished this run meanwhile"):
-        claim(run, one, fresh=False)
+        claim_stopped(run, one, data={})
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"options": 3}', '{"options": {"rr": 3}}'])
@@ -184,7 +178,7 @@ def test_rewinding_drops_what_came_after_the_checkpoint(run):
         {"step": 0, "stage": "before"}, {"step": 1}, {"step": 2, "stage": "during"}, {"step": 3},
         {"step": 4, "stage": "during"}, {"step": 2, "stage": "after"},
     ]  # fmt: skip
-    for path in (run.metrics, run.predictions):
+    for path in (run.metrics_file, run.predictions_file):
         append_lines(path, rows)
     run.adapter.mkdir()
     debris = [
@@ -197,7 +191,7 @@ def test_rewinding_drops_what_came_after_the_checkpoint(run):
     for path in debris[1:]:
         path.touch()
     rewind(run, 2)
-    for path in (run.metrics, run.predictions):
+    for path in (run.metrics_file, run.predictions_file):
         assert list(read_lines(path)) == rows[:3]
     assert not any(path.exists() for path in debris)
     assert run.latest_checkpoint() == run.checkpoints / "step-2"

@@ -13,7 +13,8 @@ import pytest
 from conftest import clear_error, metrics
 
 from im2json.data.sources import load_splits
-from im2json.runs import RunFolder, read_lines
+from im2json.files import read_lines
+from im2json.runs import RunFolder
 from im2json.scoring.schema import induce
 
 TEST = ("test", "before"), ("test", "after")
@@ -25,7 +26,7 @@ def copied(run: RunFolder, folder: Path) -> RunFolder:
 
 
 def answers(run: RunFolder, *places: tuple[str, str]) -> list[dict[str, Any]]:
-    return [row for row in read_lines(run.predictions) if (row["split"], row["stage"]) in places]
+    return [row for row in read_lines(run.predictions_file) if (row["split"], row["stage"]) in places]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_the_schema_of_the_training_targets_lies_in_the_folder(finished, dataset
 
 
 def test_every_answer_of_a_constrained_run_is_valid(constrained, finished):
-    rows = list(read_lines(constrained.predictions))
+    rows = list(read_lines(constrained.predictions_file))
     assert {row["stage"] for row in rows} == {"before", "during", "after"}
     schema = json.loads(constrained.schema.read_text("utf-8"))
     for row in rows:
@@ -51,7 +52,7 @@ def test_every_answer_of_a_constrained_run_is_valid(constrained, finished):
     assert any(row.get("cut") for row in rows)
     values = [row["values"] for row in metrics(constrained) if row["split"] != "train"]
     assert [value["json_validity"] for value in values] == [1.0] * 4
-    assert not any("cut" in row for row in read_lines(finished.predictions))
+    assert not any("cut" in row for row in read_lines(finished.predictions_file))
 
 
 def test_constraining_changes_no_weight(constrained, train, tmp_path):

@@ -21,11 +21,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from im2json.files import append_lines, read_lines
+from im2json.jsontext import parse
 from im2json.model.base import load_processor
 from im2json.options import FIELDS, TrainConfig, flag_name
-from im2json.runs import RunFolder, append_lines, locked, read_lines
+from im2json.runs import RunFolder, locked
 from im2json.scoring import METRICS, StreamingEvaluator
-from im2json.scoring.text import parse
 
 VALUES = {*METRICS, "num"}
 
@@ -43,7 +44,7 @@ def test_config_json(finished, small_model, dataset):
 
 
 def test_metrics_jsonl(finished):
-    rows = list(read_lines(finished.metrics))
+    rows = list(read_lines(finished.metrics_file))
     places = [(row["split"], row.get("stage"), row["step"]) for row in rows]
     best = json.loads(finished.result.read_text())["best_step"]
     assert places == [
@@ -61,7 +62,7 @@ def test_metrics_jsonl(finished):
 
 
 def test_predictions_jsonl(finished, dataset):
-    rows = list(read_lines(finished.predictions))
+    rows = list(read_lines(finished.predictions_file))
     best = json.loads(finished.result.read_text())["best_step"]
     expected = [
         ("before", 0, "test"), ("during", 2, "validation"), ("during", 4, "validation"), ("after", best, "test"),
@@ -76,7 +77,7 @@ def test_predictions_jsonl(finished, dataset):
         line = (Path(dataset) / row["split"] / "metadata.jsonl").read_text().splitlines()[int(row["id"][-5])]
         assert row["target"] == json.loads(json.loads(line)["ground_truth"])["gt_parse"]
     # a metric that is a mean over examples is that of the rows
-    logged = {(row.get("stage"), row["step"], row["split"]): row["values"] for row in read_lines(finished.metrics)}
+    logged = {(row.get("stage"), row["step"], row["split"]): row["values"] for row in read_lines(finished.metrics_file)}
     for place in expected:
         chosen = [row for row in rows if (row["stage"], row["step"], row["split"]) == place]
         for name in ("edit_distance", "json_validity", "ted_accuracy"):
@@ -90,7 +91,7 @@ def test_result_json(finished):
         "step", "best_step", "validation", "test", "trainable", "total", "seconds", "examples_per_second",
         "peak_memory_bytes",
     }  # fmt: skip
-    rows = list(read_lines(finished.metrics))
+    rows = list(read_lines(finished.metrics_file))
     logged = {(row.get("stage"), row["step"]): row["values"] for row in rows}
     assert result["test"] == {"before": logged["before", 0], "after": logged["after", result["best_step"]]}
     assert result["validation"] == logged["during", result["best_step"]]
@@ -130,7 +131,7 @@ def test_tensorboard_shows_every_scalar(finished, events):
     assert {f"train/{name}" for name in ("loss", "lr", "grad_norm", *MEASURED)} <= tags
     assert {f"{split}/{name}" for split in ("validation", "test") for name in METRICS} <= tags
     assert not any(tag.endswith("/num") for tag in tags)
-    logged = [row for row in read_lines(finished.metrics) if row["split"] == "train"]
+    logged = [row for row in read_lines(finished.metrics_file) if row["split"] == "train"]
     shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert shown == [(row["step"], pytest.approx(row["values"]["loss"], rel=1e-6)) for row in logged]
     assert [event.step for event in events.Scalars("validation/field_f1")] == [2, 4]
@@ -179,13 +180,13 @@ def test_tensorboard_shows_pictures_config_and_lengths(finished, events):
 
 def test_evaluate_repeats_the_runs_numbers(finished, cli, tmp_path):
     run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
-    result, rows = json.loads(run.result.read_text()), list(read_lines(run.predictions))
+    result, rows = json.loads(run.result.read_text()), list(read_lines(run.predictions_file))
     printed = cli("evaluate", run.path, "--json")
     assert printed.exit_code == 0, printed.output
     found = json.loads(printed.stdout)
     assert found.pop("confidence")["fields"] == {}  # nothing it wrote is an object
     assert found == result["test"]
-    again = list(read_lines(run.predictions))
+    again = list(read_lines(run.predictions_file))
     assert sorted(map(str, again)) == sorted(map(str, rows))
     with Image.open(run.path / "test.png") as picture:
         assert picture.size > (100, 50)
@@ -223,20 +224,20 @@ def test_evaluate_prints_a_table_and_takes_other_splits(finished, cli, tmp_path)
     result = json.loads(run.result.read_text())
     shown = next(line for line in lines if line.startswith("edit_distance")).split()
     assert shown[-3] == f"{result['validation']['edit_distance']:.3f}"
-    stages = {(row["split"], row["stage"]) for row in read_lines(run.predictions)}
+    stages = {(row["split"], row["stage"]) for row in read_lines(run.predictions_file)}
     assert stages == {(s, g) for s in ("test", "validation") for g in ("before", "after")} | {("validation", "during")}
 
 
 def test_evaluate_makes_the_validation_answers_that_a_run_kept_without_confidence(finished, cli, tmp_path):
     run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
-    rows = list(read_lines(run.predictions))
-    run.predictions.unlink()
-    append_lines(run.predictions, ({name: row[name] for name in row if name != "confidence"} for row in rows))
+    rows = list(read_lines(run.predictions_file))
+    run.predictions_file.unlink()
+    append_lines(run.predictions_file, ({name: row[name] for name in row if name != "confidence"} for row in rows))
     printed = cli("evaluate", run.path, "--target-precision", 0.9, "--check-sum", "menu.price = total", "--json")
     assert printed.exit_code == 0, printed.output
     counts = json.loads(printed.stdout)["checks"]["menu.price = total"]
     assert counts["cannot_say"] == COUNTS["test"] and counts["holds"] == counts["fails"] == 0
-    again = list(read_lines(run.predictions))
+    again = list(read_lines(run.predictions_file))
     validated = [row for row in again if (row["split"], row["stage"]) == ("validation", "after")]
     assert len(validated) == COUNTS["validation"] and all("confidence" in row for row in validated)
     assert all(row["checks"] == {"menu.price = total": None} for row in validated)
@@ -261,7 +262,7 @@ def test_evaluate_tells_the_adapter_from_the_base(finished, cli, tmp_path):
     assert cli("evaluate", run.path).exit_code == 0
 
     def texts(folder: RunFolder, stage: str) -> list[str]:
-        return [r["text"] for r in read_lines(folder.predictions) if (r["split"], r["stage"]) == ("test", stage)]
+        return [r["text"] for r in read_lines(folder.predictions_file) if (r["split"], r["stage"]) == ("test", stage)]
 
     assert texts(run, "before") == texts(finished, "before")
     assert texts(run, "after") != texts(finished, "after")
@@ -321,13 +322,13 @@ def test_no_test_leaves_the_test_split_alone(train, tmp_path):
     run = train(tmp_path / "run", "--no-test")
     result = json.loads(run.result.read_text())
     assert result["test"] is None
-    assert {row["split"] for row in read_lines(run.predictions)} == {"validation"}
+    assert {row["split"] for row in read_lines(run.predictions_file)} == {"validation"}
     assert result["validation"].keys() == VALUES
 
 
 def test_eval_examples_limits_validation_alone(train, tmp_path):
     run = train(tmp_path / "run", "--eval-examples", 2)
-    nums = {row["split"]: row["values"]["num"] for row in read_lines(run.metrics) if row["split"] != "train"}
+    nums = {row["split"]: row["values"]["num"] for row in read_lines(run.metrics_file) if row["split"] != "train"}
     assert nums == {"validation": 2, "test": COUNTS["test"]}
 
 
@@ -336,7 +337,7 @@ def test_max_new_tokens_bounds_the_text(train, tmp_path, small_model):
     lengths = {}
     for limit in (3, 9):
         run = train(tmp_path / str(limit), "--max-new-tokens", limit, "--steps", 1)
-        texts = [row["text"] for row in read_lines(run.predictions)]
+        texts = [row["text"] for row in read_lines(run.predictions_file)]
         lengths[limit] = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
     assert lengths[3] <= 3 < lengths[9]
 
@@ -474,7 +475,7 @@ def no_picture(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (bad_metadata, "does not parse as JSON"),
+        (bad_metadata, "is not JSON"),
         (missing, "there is no such picture file"),
         (truncated, "damaged or cut short"),
         (no_picture, "is not a picture"),
@@ -566,11 +567,11 @@ def test_resuming_nothing_or_with_other_options(cli, finished, tmp_path):
 def test_a_second_process_on_the_same_run(cli, finished, tmp_path):
     run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
     run.result.unlink()
-    append_lines(run.metrics, [{"step": 99, "split": "train", "values": {}}])
+    append_lines(run.metrics_file, [{"step": 99, "split": "train", "values": {}}])
     with locked(run, True):
         for script, flags in (("train", ["--resume", run.path]), ("evaluate", [run.path])):
             assert f"another process is working on {run.path}" in clear_error(cli(script, *flags))
-    assert list(read_lines(run.metrics))[-1]["step"] == 99  # nothing was rewound
+    assert list(read_lines(run.metrics_file))[-1]["step"] == 99  # nothing was rewound
     assert (run.path / "tb").is_dir() and len(list((run.path / "tb").iterdir())) == 1
 
 
@@ -648,7 +649,7 @@ def test_merged_and_unmerged_answer_alike(train, tmp_path):
         lambda: decoder, bench.collator, bench.splits["test"], bench.accelerator, count=40, batch_size=40,
         max_new_tokens=bench.max_new_tokens, on_rows=lambda _, rows: texts.extend(row["text"] for row in rows),
     )  # fmt: skip
-    kept = [row for row in read_lines(run.predictions) if (row["split"], row["stage"]) == ("test", "after")][:40]
+    kept = [row for row in read_lines(run.predictions_file) if (row["split"], row["stage"]) == ("test", "after")][:40]
     assert sum(row["text"] == text for row, text in zip(kept, texts, strict=True)) >= 36
     evaluator = StreamingEvaluator()
     for row in kept:

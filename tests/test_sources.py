@@ -287,7 +287,7 @@ def test_bad_pairs_are_listed_by_name(tmp_path):
             f"{train}/key/005.json: has no picture of that name",
             f"{train}/img/006.jpg, {train}/img/006.png, {train}/key/006.json: share a name",
             f"{train}/key/007.json: is not UTF-8 text",
-            f"{tmp_path}/test/key/001.json: does not parse as JSON",
+            f"{tmp_path}/test/key/001.json: is not JSON",
         ],
     )
 
@@ -446,8 +446,8 @@ def test_all_bad_rows_in_one_error(tmp_path):
             f"{train}/001.png ({train}/metadata.jsonl:2): there is no such picture file",
             f"{train}/002.png: the picture is damaged or cut short",
             f"{train}/003.png: is not a picture that can be read",
-            f"{train}/metadata.jsonl:5: does not parse as JSON",
-            f"{train}/metadata.jsonl:6: does not parse as JSON",
+            f"{train}/metadata.jsonl:5: is not JSON",
+            f"{train}/metadata.jsonl:6: is not JSON",
             f"{train}/metadata.jsonl:7: the target must be a JSON object, not a list",
             f"{train}/metadata.jsonl:8: '../test/000.png' leads out of the data set's folder",
             f"{train}/metadata.jsonl:9: has no target (ground_truth, target, json); it has file_name, text",
@@ -465,7 +465,7 @@ def test_all_bad_rows_in_one_error(tmp_path):
 def test_a_row_that_is_bad_twice_says_both(tmp_path):
     three_splits(tmp_path)
     (tmp_path / "test" / "metadata.jsonl").write_text('{"file_name": "gone.png", "ground_truth": "{"}\n')
-    with pytest.raises(ValueError, match=r"does not parse as JSON.*; .*gone\.png.*no such picture"):
+    with pytest.raises(ValueError, match=r"is not JSON.*; .*gone\.png.*no such picture"):
         check_split(load_splits(str(tmp_path))["test"])
 
 

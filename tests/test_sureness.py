@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from im2json.files import append_lines
+from im2json.jsontext import canonical, map_leaves, read
 from im2json.report.comparison import run_report, sureness_table
 from im2json.report.run import OK, WRONG, write_report
-from im2json.runs import RunFolder, append_lines
-from im2json.scoring.confidence import Calibration, calibration_error, judged, kept
+from im2json.runs import RunFolder
+from im2json.scoring.confidence import Calibration, calibration_error, judge_leaves, kept
 from im2json.scoring.examples import calibrate, read_calibration
-from im2json.scoring.jsontext import map_leaves, read
 from im2json.scoring.sureness import ALL, NO_TARGET, run_sureness
-from im2json.scoring.text import canonical
 
 NASTY = "</script><script>alert(1)</script>"
 METRICS = {"before": {"field_f1": 0.0}, "after": {"field_f1": 0.5}}
@@ -45,13 +45,12 @@ def run(tmp_path: Path) -> RunFolder:
     ]
     rows.append({"id": "cut", "step": 7, "split": "test", "stage": "after", "text": "no json", "confidence": None,
                  "target": {"total": "1"}, "scores": {}})  # fmt: skip
-    append_lines(run.predictions, rows)
+    append_lines(run.predictions_file, rows)
     return run
 
 
 def leaves_of(run: RunFolder, split: str) -> list[Any]:
-    rows = [json.loads(line) for line in run.predictions.read_text().splitlines()]
-    return [leaf for row in rows if row["split"] == split for leaf in judged(row)]
+    return [leaf for kept in run.predictions(split) for leaf in judge_leaves(kept)]
 
 
 def test_calibration_is_kept_with_the_run(run):
@@ -96,9 +95,9 @@ def test_a_precision_that_validation_cannot_promise(run):
 
 
 def test_answers_without_confidence(run):
-    rows = [json.loads(line) for line in run.predictions.read_text().splitlines()]
-    run.predictions.unlink()
-    append_lines(run.predictions, ({name: v for name, v in row.items() if name != "confidence"} for row in rows))
+    rows = [json.loads(line) for line in run.predictions_file.read_text().splitlines()]
+    run.predictions_file.unlink()
+    append_lines(run.predictions_file, ({name: v for name, v in row.items() if name != "confidence"} for row in rows))
     assert calibrate(run, 7) is None and not run.calibration.exists()
     assert "no field has a confidence" in run_report(run, "test", METRICS)
     write_report(run, "test", lambda id: Image.new("RGB", (9, 9)))
@@ -138,7 +137,7 @@ def test_the_page_is_one_file_and_data_cannot_break_out(page, run):
 
 def test_examples_are_complete_and_marked_as_they_are_scored(page, run):
     examples = json.loads(page.data)
-    rows = {row["id"]: row for row in map(json.loads, run.predictions.read_text().splitlines())}
+    rows = {row["id"]: row for row in map(json.loads, run.predictions_file.read_text().splitlines())}
     assert [e["f1"] for e in examples] == sorted(e["f1"] for e in examples)
     assert {e["id"] for e in examples} == {id for id, row in rows.items() if row["split"] == "test"}
     for example in examples:

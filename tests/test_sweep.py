@@ -19,8 +19,9 @@ import psutil
 import pytest
 from conftest import ROOT, clear_error
 
+from im2json.files import append_lines, read_lines
 from im2json.options import FIELDS, TrainConfig
-from im2json.runs import RunFolder, append_lines, read_lines
+from im2json.runs import RunFolder
 from im2json.scoring import StreamingEvaluator
 from im2json.sweep.answer import answer, score_test, write_board
 from im2json.sweep.cluster import start_guard
@@ -178,9 +179,9 @@ MISTAKES = {
     '{"preset": "cord2"}': "preset: 'cord2' is not one of tiny, cord",
     '{"preset": ["cord"]}': "preset: ['cord'] is not one of tiny, cord",
     '{"r": [8]}': "unknown key 'r': a grid holds preset, base, grid, ablate, seeds; options go into base",
-    '{"grid": {"r": [8], "r": [16]}}': "key 'r' comes twice",
+    '{"grid": {"r": [8], "r": [16]}}': "the key 'r' stands twice in one object",
     "[8]": "a grid is a JSON object",
-    '{"base":\n {"r": 8,}}': "not JSON: ",
+    '{"base":\n {"r": 8,}}': "is not JSON: ",
 }
 
 
@@ -206,7 +207,8 @@ def test_a_mistake_in_set_is_one_line_too(cli, tmp_path):
 
 def test_the_line_of_malformed_json_is_named(cli, tmp_path):
     (tmp_path / "g.json").write_text('{"base":\n {"r": 8 "lr": 1}}')
-    assert "g.json:2: not JSON" in clear_error(cli("sweep", tmp_path / "g.json"))
+    error = clear_error(cli("sweep", tmp_path / "g.json"))
+    assert "g.json: is not JSON" in error and "at line 2, column 9" in error
 
 
 @pytest.mark.parametrize("name", ["grid.json", "grid-cord.json"])
@@ -443,7 +445,7 @@ def test_the_time_left_is_that_to_the_rung_and_of_points_of_this_sweep_alone(tmp
     (job,) = make_jobs(plan(base={"steps": 100}).points, tmp_path)
     job.run.path.mkdir(parents=True)
     rows = [{"step": step, "split": "train", "time": 1000.0 + step, "values": {}} for step in (1, 2, 3)]
-    append_lines(job.run.metrics, rows)
+    append_lines(job.run.metrics_file, rows)
     job.state, job.stop_after = "running", 13
     progress = Progress([job], "field_f1")
     assert progress._row(job)[-1] == ""  # it may have been paused for long
@@ -519,7 +521,7 @@ def halved(found, sweep: Path, curves: dict[str, list[float]], fails: str = "") 
             end = min(job.stop_after or 99, 2 * len(curve))
             steps = range(job.validated() + 2, end + 1, 2)
             rows = [{"step": s, "split": "validation", "values": {"field_f1": curve[s // 2 - 1]}} for s in steps]
-            append_lines(job.run.metrics, rows)
+            append_lines(job.run.metrics_file, rows)
             if end == 2 * len(curve):
                 job.run.result.touch()
             job.state = job.state_on_disk()
@@ -555,7 +557,7 @@ def test_a_setting_that_is_done_is_not_dropped(tmp_path):
     found = plan(base={"eval_every": 2}, grid={"r": [1, 2]})
     (tmp_path / "points" / found.points[0].id).mkdir(parents=True)
     jobs = make_jobs(found.points, tmp_path)
-    append_lines(jobs[0].run.metrics, [{"step": 2, "split": "validation", "values": {"field_f1": 0.1}}])
+    append_lines(jobs[0].run.metrics_file, [{"step": 2, "split": "validation", "values": {"field_f1": 0.1}}])
     jobs[0].run.result.touch()
     dropped, starts, states = halved(found, tmp_path, {"r=2": [5, 5]})
     assert dropped == [] and states == {"r=1": "done", "r=2": "done"} and starts[0] == ("r=2", 2)
@@ -742,7 +744,7 @@ def test_the_page_shows_settings_axes_curves_and_the_test_split(tmp_path):
     for setting in board.settings:
         for run in setting.runs:
             losses = [{"step": n, "split": "train", "values": {"loss": 1 / n}} for n in (1, 2)]
-            append_lines(run.metrics, [*losses, {"step": 2, "split": "validation", "values": {"field_f1": 0.5}}])
+            append_lines(run.metrics_file, [*losses, {"step": 2, "split": "validation", "values": {"field_f1": 0.5}}])
     write_board(board, tmp_path, {"point": "its-id", "before": {"field_f1": 0.0}, "after": {"field_f1": 0.75}})
     text = (tmp_path / "report.html").read_text("utf-8")
     page = Page(text)
@@ -851,7 +853,8 @@ def test_a_sweep_ranks_what_finishes_and_reports_what_fails(grid, swept):
                 **job.point.config.flat(), "output": str(job.run.path), "threads": job.run.read_config().train.threads,
             }  # fmt: skip
             assert json.loads(job.run.result.read_text())["test"] is None
-            assert {row["split"] for row in read_lines(job.run.predictions) if row["stage"] != "during"} <= {"test"}
+            predictions = read_lines(job.run.predictions_file)
+            assert {row["split"] for row in predictions if row["stage"] != "during"} <= {"test"}
     axes, missing, test = judged(sweep)
     assert [axis["axis"] for axis in axes] == ["r", "lr", "target_modules"]
     assert missing == ["target_modules=nothing"]
@@ -896,7 +899,7 @@ def test_a_sweep_killed_in_the_middle_of_a_point_ends_with_the_same_table(grid, 
     assert not base.run.done
     status, printed = sweep_to_its_end(grid, sweep)
     assert status == 1, printed
-    assert [row["step"] for row in read_lines(base.run.metrics) if row["split"] == "train"] == [*range(1, 9)]
+    assert [row["step"] for row in read_lines(base.run.metrics_file) if row["split"] == "train"] == [*range(1, 9)]
     assert f"run folder: {other.run.path}" in other.log.read_text() and other.log.read_text().count("run folder: ") == 1
     assert (ranked(sweep), judged(sweep)) == (ranked(swept[0]), judged(swept[0]))
 
@@ -943,7 +946,7 @@ def test_a_ray_cluster_gives_the_table_that_this_machine_gives(grid, swept, tmp_
         cluster.shutdown()
     assert process.returncode == 1, printed
     assert base.log.read_text().count("run folder: ") == 2 and other.log.read_text().count("run folder: ") == 1
-    assert [row["step"] for row in read_lines(base.run.metrics) if row["split"] == "train"] == [*range(1, 9)]
+    assert [row["step"] for row in read_lines(base.run.metrics_file) if row["split"] == "train"] == [*range(1, 9)]
     assert (ranked(sweep), judged(sweep)) == (ranked(swept[0]), judged(swept[0]))
 
 
@@ -979,7 +982,7 @@ def test_no_point_of_a_ray_cluster_is_left_behind(how, one_core, long_point, tmp
     sweep = tmp_path / "ray"
     (job,) = jobs_of(long_point, sweep).values()
     process = start_sweep(long_point, sweep, "--ray", one_core)
-    wait_for(lambda: sum(1 for _ in read_lines(job.run.metrics)) > 2)
+    wait_for(lambda: sum(1 for _ in read_lines(job.run.metrics_file)) > 2)
     if how == "the worker ends":
         os.kill(worker_of(job), signal.SIGTERM)
         wait_for(lambda: job.log.read_text().count("run folder: ") == 2)  # Ray's next try goes on
@@ -998,12 +1001,12 @@ def test_no_point_of_a_ray_cluster_is_left_behind(how, one_core, long_point, tmp
     assert saved is not None
 
     process = start_sweep(long_point, sweep, "--ray", one_core)
-    wait_for(lambda: list(read_lines(job.run.metrics))[-1]["step"] > int(saved.name.removeprefix("step-")))
+    wait_for(lambda: list(read_lines(job.run.metrics_file))[-1]["step"] > int(saved.name.removeprefix("step-")))
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed
     assert not is_locked(job.log)
-    steps = [row["step"] for row in read_lines(job.run.metrics)]
+    steps = [row["step"] for row in read_lines(job.run.metrics_file)]
     assert steps == [*range(1, len(steps) + 1)]
 
 
@@ -1023,7 +1026,7 @@ def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on(grid, tmp_path, n
     sweep = tmp_path / "stopped"
     process = start_sweep(grid, sweep, *longer)
     jobs = list(jobs_of(grid, sweep, *longer[1::2]).values())
-    wait_for(lambda: jobs[0].run.metrics.exists())
+    wait_for(lambda: jobs[0].run.metrics_file.exists())
     process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed
@@ -1035,4 +1038,4 @@ def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on(grid, tmp_path, n
     if number == signal.SIGTERM:
         _, printed = sweep_to_its_end(grid, sweep, *longer)
         assert "base: done" in printed and len(ranked(sweep)) == 3
-        assert [row["step"] for row in read_lines(jobs[0].run.metrics)] == [*range(1, 61), 60]
+        assert [row["step"] for row in read_lines(jobs[0].run.metrics_file)] == [*range(1, 61), 60]

@@ -13,6 +13,7 @@ from PIL import Image
 
 from im2json.data.example import Split
 from im2json.data.stored import StoredSplit, bad_rows, listed
+from im2json.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Checkup:
 def check_split(*splits: Split, skip_bad: int = 0, on_row: Callable[[], object] | None = None) -> Checkup:
     """Open every row of these splits: its target must be a JSON object, its picture must decode to the end.
 
-    Up to `skip_bad` rows that are bad are left out. Raises one ValueError that lists the bad rows where there are
+    Up to `skip_bad` rows that are bad are left out. Raises one UserError that lists the bad rows where there are
     more, 20 at most and a count of the rest, and where a split has no row left. `on_row` is called after each row,
     for a progress bar. The embedded receipts are drawn by ourselves and passed over.
     """
@@ -68,7 +69,7 @@ def check_split(*splits: Split, skip_bad: int = 0, on_row: Callable[[], object] 
         raise bad_rows(found.bad, found.total)
     for name, split in found.splits.items():
         if len(split) == 0:
-            raise ValueError(listed(f"of split {name} no row can be used:", found.problems[name]))
+            raise UserError(listed(f"of split {name} no row can be used:", found.problems[name]))
     return found
 
 
@@ -105,7 +106,7 @@ def _open(split: StoredSplit, i: int) -> bytes | str:
     """What tells the picture of a row from nearly all others, or what is wrong with the row."""
     try:
         picture = split[i].image
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     return repr(picture.size).encode() + _digest(picture.resize((64, 64), Image.Resampling.NEAREST))
 

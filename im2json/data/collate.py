@@ -12,7 +12,8 @@ from transformers import PaliGemmaProcessor
 
 from im2json.data.example import Example
 from im2json.data.pictures import on_square
-from im2json.scoring.text import canonical
+from im2json.errors import UserError
+from im2json.jsontext import canonical
 
 # B examples, S positions, P prefix positions (image tokens, BOS, prompt and newline), T target tokens with EOS.
 IGNORE = -100
@@ -75,7 +76,7 @@ class Collator:
         prefix = tokenizer(f"{image_tokens}{tokenizer.bos_token}{prompt}\n", add_special_tokens=False)
         self.prefix_ids: list[int] = prefix["input_ids"]  # P
         if self.prefix_ids.count(processor.image_token_id) != processor.image_seq_length:
-            raise ValueError(f"--prompt {prompt!r}: leave {processor.image_token} out")
+            raise UserError(f"--prompt {prompt!r}: leave {processor.image_token} out")
 
     def target_ids(self, target: dict) -> list[int]:
         """The tokens to learn: canonical JSON, then EOS; T of them."""

@@ -17,6 +17,7 @@ from im2json.data.example import Example, Split
 from im2json.data.lengths import TargetLengths
 from im2json.data.sources import open_splits
 from im2json.data.stored import listed
+from im2json.errors import UserError
 from im2json.options import DataOptions
 from im2json.report.preview import Preview, preview_page
 from im2json.report.table import table
@@ -32,10 +33,10 @@ def diagnose(
     """Say all that is known of the data part by part, and write the page; whether a run would take the rows, as far as
     --skip-bad and --max-target-tokens go.
 
-    Raises ValueError where the data set or the processor cannot be opened at all, or `page` is another file.
+    Raises UserError where the data set or the processor cannot be opened at all, or `page` is another file.
     """
     if page.exists() and page.suffix != ".html":
-        raise ValueError(f"--output {page} exists: with --check it names the .html to write")
+        raise UserError(f"--output {page} exists: with --check it names the .html to write")
     fits = True
     notes: list[str] = []
     checkup = examine(open_splits(options, notes).values())

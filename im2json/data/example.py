@@ -38,4 +38,32 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Example:
-        """Decode row `i` (0 <= i < len). Raises IndexError past the end, ValueError for a bad row."""
+        """Decode row `i` (0 <= i < len). Raises IndexError past the end, UserError for a bad row."""
+
+
+class FirstExamples:
+    """The first `count` examples of a split, or all of them if there are fewer."""
+
+    def __init__(self, split: Split, count: int) -> None:
+        self.split = split
+        self.count = min(count, len(split))
+
+    @property
+    def name(self) -> str:
+        return self.split.name
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return self.split.ids[: self.count]
+
+    @property
+    def targets(self) -> list[dict[str, Any]]:
+        return self.split.targets[: self.count]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Example:
+        if i >= self.count:
+            raise IndexError(i)
+        return self.split[i]

@@ -9,6 +9,7 @@ import numpy as np
 
 from im2json.data.collate import Collator
 from im2json.data.example import Split
+from im2json.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,16 @@ class TargetLengths:
             positions: how many the model has.
 
         Raises:
-            ValueError: naming how many targets are too long, and the length needed.
+            UserError: naming how many targets are too long, and the length needed.
         """
         if limit is not None and self.longest > limit:
-            raise ValueError(
+            raise UserError(
                 f"--max-target-tokens {limit} would cut {self.longer_than(limit)} targets, which are never cut: "
                 f"the longest needs {self.longest}; raise the limit or leave those rows out"
             )
         if prefix + self.longest > positions:
             cut = self.longer_than(positions - prefix)
-            raise ValueError(
+            raise UserError(
                 f"{cut} targets are longer than the model can hold: {prefix} positions of picture and prompt and "
                 f"{self.longest} of the longest target exceed its {positions}; leave those rows out"
             )

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from im2json.data.collate import Batch, Collator
 from im2json.data.example import Split
 from im2json.data.order import Order
+from im2json.errors import UserError
 
 T = TypeVar("T")
 
@@ -63,7 +64,7 @@ class StepLoader:
         """The microbatches of steps start to stop - 1; an empty list where a short step leaves this process nothing.
 
         Raises:
-            ValueError: naming the row whose picture or target is bad.
+            UserError: naming the row whose picture or target is bad.
         """
         return self._steps(start, stop) if self.known is None else _ahead(self._steps(start, stop))
 
@@ -85,7 +86,7 @@ def loaded(items: Any, collate: Callable[..., T], workers: int, **settings: Any)
     """The batches of torch's DataLoader with these settings.
 
     Raises:
-        ValueError: as an item raises it, naming the row, in a worker too.
+        UserError: as an item raises it, naming the row, in a worker too.
     """
     batches = DataLoader(
         items,
@@ -97,8 +98,8 @@ def loaded(items: Any, collate: Callable[..., T], workers: int, **settings: Any)
     )
     try:
         yield from batches
-    except ValueError as error:  # from a worker it comes with that process's traceback
-        raise ValueError(re.split(r"\n[\w.]*Error: ", str(error))[-1].rstrip()) from error
+    except UserError as error:  # from a worker it comes with that process's traceback
+        raise UserError(re.split(r"\n[\w.]*Error: ", str(error))[-1].rstrip()) from error
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
+from im2json.errors import UserError
+
 # Named rather than left to Pillow: its EPS reader would run Ghostscript on a file out of a data set.
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF")
 
@@ -55,23 +57,23 @@ def decode_picture(data: bytes, where: str) -> Image.Image:
 
     Transparent parts come out white, 16-bit greyscale is scaled to 8 bits, of several pages the first
     is taken.
-    Raises ValueError starting with `where` (a file, or a row) if `data` is no picture, is damaged, cut short,
+    Raises UserError starting with `where` (a file, or a row) if `data` is no picture, is damaged, cut short,
     or has more than MAX_PIXELS pixels.
     """
     if not data:
-        raise ValueError(f"{where}: the picture is empty (0 bytes)")
+        raise UserError(f"{where}: the picture is empty (0 bytes)")
     if data[:1024].lstrip().startswith(b"%PDF"):
-        raise ValueError(f"{where}: is a PDF, not a picture; render its pages to PNG or JPEG first")
+        raise UserError(f"{where}: is a PDF, not a picture; render its pages to PNG or JPEG first")
     try:
         picture = Image.open(BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
         if data.startswith(_SIGNATURES):
-            raise ValueError(f"{where}: the picture is damaged or cut short (its header)") from None
-        raise ValueError(f"{where}: is not a picture that can be read ({', '.join(FORMATS)})") from None
+            raise UserError(f"{where}: the picture is damaged or cut short (its header)") from None
+        raise UserError(f"{where}: is not a picture that can be read ({', '.join(FORMATS)})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"{where}: the picture has too many pixels ({TOO_MANY})") from None
+        raise UserError(f"{where}: the picture has too many pixels ({TOO_MANY})") from None
     except (OSError, *_DAMAGE) as error:
-        raise ValueError(f"{where}: the picture is damaged or cut short ({error})") from None
+        raise UserError(f"{where}: the picture is damaged or cut short ({error})") from None
     return upright_rgb(picture, where)
 
 
@@ -89,7 +91,7 @@ def list_pictures(given: Iterable[str]) -> list[str]:
     picture: that is said when it is read.
 
     Raises:
-        ValueError: for a folder or a pattern without pictures.
+        UserError: for a folder or a pattern without pictures.
     """
     found: dict[str, None] = {}
     for name in given:
@@ -101,7 +103,7 @@ def list_pictures(given: Iterable[str]) -> list[str]:
         else:
             files = [name]
         if not files:
-            raise ValueError(f"{name}: no picture there ({', '.join(FORMATS)})")
+            raise UserError(f"{name}: no picture there ({', '.join(FORMATS)})")
         found.update(dict.fromkeys(files))
     return list(found)
 
@@ -130,16 +132,16 @@ def on_square(picture: Image.Image) -> Image.Image:
 def upright_rgb(picture: Image.Image, where: str) -> Image.Image:
     """A picture that is open, loaded whole: EXIF orientation applied, mode RGB, on white where it was transparent.
 
-    Raises ValueError starting with `where`, as `decode_picture`.
+    Raises UserError starting with `where`, as `decode_picture`.
     """
     width, height = picture.size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{where}: {width} x {height} are too many pixels ({TOO_MANY})")
+        raise UserError(f"{where}: {width} x {height} are too many pixels ({TOO_MANY})")
     try:
         picture.load()
         return _to_rgb(_turn_upright(picture))
     except (OSError, *_DAMAGE) as error:
-        raise ValueError(f"{where}: the picture is damaged or cut short ({error})") from None
+        raise UserError(f"{where}: the picture is damaged or cut short ({error})") from None
 
 
 def _turn_upright(picture: Image.Image) -> Image.Image:

@@ -24,6 +24,7 @@ from im2json.data.stored import (
     read_lines,
     read_pairs,
 )
+from im2json.errors import UserError, first_line
 from im2json.options import DataOptions, flag_name
 
 RECEIPTS = "receipts"
@@ -73,7 +74,7 @@ def load_splits(
 
     What a reader of the results should know is appended to `notes`, a line each, or logged if that is None.
 
-    Rows are not checked here, `check_split` does that. Raises ValueError, in one line that says what would be
+    Rows are not checked here, `check_split` does that. Raises UserError, in one line that says what would be
     right, where the data set, a split or a column is not there, a split is empty, or something was asked for that
     this form of data does not have.
     """
@@ -91,9 +92,9 @@ def load_splits(
             _refuse_all_but(COLUMN_OPTIONS, asked, dataset)
             available = _split_by_folder(path.parent, read_lines(path, columns))
         elif path.exists():
-            raise ValueError(f"--dataset {dataset}: is a file, but not one of JSON lines (NAME.jsonl); {FOLDER_HELP}")
+            raise UserError(f"--dataset {dataset}: is a file, but not one of JSON lines (NAME.jsonl); {FOLDER_HELP}")
         elif _looks_like_path(dataset):
-            raise ValueError(f"--dataset {dataset}: there is no such folder or file; {FOLDER_HELP}")
+            raise UserError(f"--dataset {dataset}: there is no such folder or file; {FOLDER_HELP}")
         else:
             available = _open_hub(dataset, config, revision, columns, said)
         splits = _three_splits(available, dataset, train_split, said)
@@ -120,7 +121,7 @@ def _receipts(train_split: str, seed: int, notes: list[str]) -> dict[str, Split]
     from im2json.data.receipts import DESCRIPTION, Receipts
 
     if train_split != "train":
-        raise ValueError(f"--train-split {train_split}: {RECEIPTS} has the splits train, validation, test")
+        raise UserError(f"--train-split {train_split}: {RECEIPTS} has the splits train, validation, test")
     notes.append(DESCRIPTION)
     return {name: Receipts(name, seed=seed) for name in ALIASES}
 
@@ -152,7 +153,7 @@ def _open_folder(root: Path, asked: Mapping[str, str | None], columns: Columns, 
         return _arrow_splits(_load_parquet(root, asked["dataset_config"]), whole.name, columns, [whole], notes)
     pairs = read_pairs(root)
     if all(pair.problem for pair in pairs):
-        raise ValueError(f"{root}: holds neither metadata.jsonl nor Parquet files; {FOLDER_HELP}")
+        raise UserError(f"{root}: holds neither metadata.jsonl nor Parquet files; {FOLDER_HELP}")
     _refuse_all_but((), asked, str(root))
     return _split_by_folder(root, pairs)
 
@@ -160,7 +161,7 @@ def _open_folder(root: Path, asked: Mapping[str, str | None], columns: Columns, 
 def _refuse_all_but(known: Sequence[str], asked: Mapping[str, str | None], where: str) -> None:
     for name, value in asked.items():
         if value is not None and name not in known:
-            raise ValueError(f"{flag_name(name)} {value}: {where} is of a form that has none; leave the option out")
+            raise UserError(f"{flag_name(name)} {value}: {where} is of a form that has none; leave the option out")
 
 
 def _open_imagefolder(root: Path, found: Sequence[Path], columns: Columns) -> dict[str, Rows]:
@@ -169,7 +170,7 @@ def _open_imagefolder(root: Path, found: Sequence[Path], columns: Columns) -> di
     known = {name for names in ALIASES.values() for name in names}
     for sub in sorted(root.iterdir()):
         if sub.is_dir() and sub.name in known and sub not in found:
-            raise ValueError(f"{sub}: has no metadata.jsonl; {FOLDER_HELP}")
+            raise UserError(f"{sub}: has no metadata.jsonl; {FOLDER_HELP}")
     return {sub.name: FolderRows(sub, root, read_lines(sub / "metadata.jsonl", columns)) for sub in found}
 
 
@@ -179,7 +180,7 @@ def _load_parquet(root: Path, config: str | None) -> Any:
     try:
         return datasets.load_dataset(str(root), name=config)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        raise ValueError(f"{root}: cannot be loaded ({_first_line(error)})") from error
+        raise UserError(f"{root}: cannot be loaded ({first_line(error, 2)})") from error
 
 
 def _load_saved(root: Path) -> Any:
@@ -198,7 +199,7 @@ def _load_saved(root: Path) -> Any:
                 inside(state.parent, file["filename"], str(state))
         loaded = datasets.load_from_disk(str(root))
     except (datasets.exceptions.DatasetsError, LookupError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{root}: cannot be loaded as what save_to_disk writes ({_first_line(error)})") from error
+        raise UserError(f"{root}: cannot be loaded as what save_to_disk writes ({first_line(error, 2)})") from error
     return loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
 
 
@@ -233,29 +234,24 @@ def _open_hub(
         loaded = datasets.load_dataset(dataset, name=config, revision=revision)
     except FileNotFoundError as error:
         if "gated" in str(error):
-            raise ValueError(
+            raise UserError(
                 f"--dataset {dataset}: is gated; accept its terms at "
                 f"https://huggingface.co/datasets/{dataset}, then log in with `hf auth login`"
             ) from error
-        raise ValueError(
-            f"{nowhere} a data set on the Hugging Face Hub that can be read ({_first_line(error)}); "
+        raise UserError(
+            f"{nowhere} a data set on the Hugging Face Hub that can be read ({first_line(error, 2)}); "
             f"check the name, and for a private one log in with `hf auth login`"
         ) from error
     except (OSError, HTTPError) as error:
-        raise ValueError(
-            f"{nowhere} in reach on the Hugging Face Hub ({_first_line(error)}); check the network, "
+        raise UserError(
+            f"{nowhere} in reach on the Hugging Face Hub ({first_line(error, 2)}); check the network, "
             f"HF_HUB_OFFLINE and the name, or give a folder"
         ) from error
     except (datasets.exceptions.DatasetsError, ValueError) as error:
-        raise ValueError(f"--dataset {dataset}: cannot be loaded ({_first_line(error)})") from error
+        raise UserError(f"--dataset {dataset}: cannot be loaded ({first_line(error, 2)})") from error
     caches = [Path(datasets.config.HF_CACHE_HOME), Path(huggingface_hub.constants.HF_HUB_CACHE)]
     caches += [Path(datasets.config.HF_DATASETS_CACHE), Path(datasets.config.DOWNLOADED_DATASETS_PATH)]
     return _arrow_splits(loaded, dataset, columns, caches, notes)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = (str(error) or type(error).__name__).splitlines()
-    return " ".join(lines[:2]).rstrip(".") if lines else type(error).__name__
 
 
 def _arrow_splits(
@@ -271,7 +267,7 @@ def _arrow_splits(
         try:
             rows = rows.cast_column(image, datasets.Image(decode=False))
         except (NotImplementedError, TypeError, ValueError) as error:
-            raise ValueError(f"{where}: its column {image!r} holds no pictures ({_first_line(error)})") from error
+            raise UserError(f"{where}: its column {image!r} holds no pictures ({first_line(error, 2)})") from error
         splits[split] = ArrowRows(rows, name, split, image, target, folders)
         if isinstance(rows.features[target], dict):
             notes.append(f"{where}: {target} is a struct: keys that are null are left out; JSON text keeps them")
@@ -282,12 +278,12 @@ def _find_image(features: Mapping[str, Any], asked: str | None, where: str) -> s
     import datasets
 
     if asked is not None and asked not in features:
-        raise ValueError(f"{where}: has no column {asked!r}; it has {', '.join(features)}")
+        raise UserError(f"{where}: has no column {asked!r}; it has {', '.join(features)}")
     pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if asked is not None or "image" in features:
         return asked or "image"
     if len(pictures) != 1:
-        raise ValueError(f"{where}: has no picture column (image); it has {', '.join(features)}")
+        raise UserError(f"{where}: has no picture column (image); it has {', '.join(features)}")
     return pictures[0]
 
 
@@ -298,7 +294,7 @@ def _three_splits(available: Mapping[str, Rows], dataset: str, train_split: str,
     wanted = ALIASES["train"] if train_split == "train" else (train_split,)
     train = next((name for name in wanted if name in available), None)
     if train is None:
-        raise ValueError(f"--train-split {train_split}: {dataset} has no such split; it has {', '.join(available)}")
+        raise UserError(f"--train-split {train_split}: {dataset} has no such split; it has {', '.join(available)}")
     splits: dict[str, Split] = {}
     for role in ("validation", "test"):
         # what is trained on must not be what is tested on, whatever it is called
@@ -312,7 +308,7 @@ def _three_splits(available: Mapping[str, Rows], dataset: str, train_split: str,
 
 def _not_empty(rows: Rows, dataset: str, split: str) -> Rows:
     if len(rows) == 0:
-        raise ValueError(f"--dataset {dataset}: its split {split} is empty; put rows into it or remove it")
+        raise UserError(f"--dataset {dataset}: its split {split} is empty; put rows into it or remove it")
     return rows
 
 
@@ -330,7 +326,7 @@ def _cut(rows: Rows, missing: Sequence[str], dataset: str, train: str, notes: li
     order = sorted(groups)
     tenth = max(1, round(len(order) / 10))
     if len(order) < len(missing) + 1:
-        raise ValueError(
+        raise UserError(
             f"--dataset {dataset}: has no {' and no '.join(missing)} split, and the {len(order)} different "
             f"pictures of {train} are too few to cut it from; at least {len(missing) + 1} are needed"
         )
@@ -352,6 +348,6 @@ def _cut(rows: Rows, missing: Sequence[str], dataset: str, train: str, notes: li
 def _content(rows: Rows, row: int) -> str:
     try:
         data, _ = rows.picture(row)
-    except ValueError:
+    except UserError:
         data = rows.id(row).encode()  # a bad row, which check_split will name
     return hashlib.sha256(data).hexdigest()

@@ -5,7 +5,6 @@ Rows are counted from 0, as `datasets` does; lines of a JSON-lines file from 1, 
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from typing import Any, Protocol
 
 from im2json.data.example import Example
 from im2json.data.pictures import decode_picture, suffixes
-from im2json.scoring.text import canonical, repeated_key
+from im2json.errors import UserError
+from im2json.jsontext import canonical, load_json
 
 IMAGE_COLUMNS = ("file_name", "image")
 TARGET_COLUMNS = ("ground_truth", "target", "json")
@@ -29,7 +29,7 @@ Columns = tuple[str | None, str | None]
 
 
 class Rows(Protocol):
-    """The rows of one split as they are stored; every method may raise ValueError naming the row."""
+    """The rows of one split as they are stored; every method may raise UserError naming the row."""
 
     def __len__(self) -> int: ...
 
@@ -63,23 +63,23 @@ class StoredSplit:
 
     @property
     def targets(self) -> list[dict[str, Any]]:
-        """Raises ValueError listing the rows whose target is not a JSON object."""
+        """Raises UserError listing the rows whose target is not a JSON object."""
         targets = [target for target in self._parsed if isinstance(target, dict)]
         if len(targets) < len(self):
             raise bad_rows([problem for problem in self._parsed if isinstance(problem, str)], len(self))
         return targets
 
     def __getitem__(self, i: int) -> Example:
-        """Raises ValueError naming the row if its target or picture is bad, IndexError past the end."""
+        """Raises UserError naming the row if its target or picture is bad, IndexError past the end."""
         row = self.chosen[i]
         target = self._parsed[i]
         problems = [] if isinstance(target, dict) else [target]
         try:
             image = decode_picture(*self.rows.picture(row))
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
         if problems:
-            raise ValueError("; ".join(dict.fromkeys(problems)))
+            raise UserError("; ".join(dict.fromkeys(problems)))
         assert isinstance(target, dict)
         return Example(self.rows.id(row), image, target)
 
@@ -94,14 +94,14 @@ class StoredSplit:
 def _or_problem(read: Callable[[int], dict[str, Any]], row: int) -> dict[str, Any] | str:
     try:
         return read(row)
-    except ValueError as error:
+    except UserError as error:
         return str(error)
 
 
-def bad_rows(problems: Sequence[str], total: int) -> ValueError:
+def bad_rows(problems: Sequence[str], total: int) -> UserError:
     """One error for all bad rows: how many of `total`, the first 20 a line each, a count of the rest."""
     remedy = f"mend them, or leave them out with --skip-bad {len(problems)}"
-    return ValueError(listed(f"{len(problems)} of {total} rows cannot be used: {remedy}", problems))
+    return UserError(listed(f"{len(problems)} of {total} rows cannot be used: {remedy}", problems))
 
 
 def listed(title: str, lines: Sequence[str], shown: int | None = 20) -> str:
@@ -114,45 +114,22 @@ def parse_target(raw: Any, where: str) -> dict[str, Any]:
     """A row's target as an object: JSON text or an object, CORD's and Donut's wrapping taken off.
 
     {"gt_parse": {...}, ...} becomes the inner object. Of {"gt_parses": [...]}, several equally right answers,
-    the first is taken. Raises ValueError starting with `where`.
+    the first is taken. Raises UserError starting with `where`.
     """
-    value = read_json(raw, where) if isinstance(raw, str) else raw
+    value = load_json(raw, where) if isinstance(raw, str) else raw
     if isinstance(value, dict) and "gt_parse" in value:
         value = value["gt_parse"]
     elif isinstance(value, dict) and isinstance(value.get("gt_parses"), list):
         if not value["gt_parses"]:
-            raise ValueError(f"{where}: gt_parses is an empty list; it must hold an object")
+            raise UserError(f"{where}: gt_parses is an empty list; it must hold an object")
         value = value["gt_parses"][0]
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: the target must be a JSON object, not {_kind(value)}")
+        raise UserError(f"{where}: the target must be a JSON object, not {_kind(value)}")
     try:
         canonical(value)
     except ValueError as error:
-        raise ValueError(f"{where}: the target is {error}") from None
+        raise UserError(f"{where}: the target is {error}") from None
     return value
-
-
-def read_json(text: str, where: str) -> Any:
-    """Parse JSON. A key that stands twice in one object, of which Python would drop one, is refused."""
-    try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
-    except _TwiceError as error:
-        raise ValueError(f"{where}: {error}") from None
-    except json.JSONDecodeError as error:
-        near = text[max(0, error.pos - 15) : error.pos + 15]
-        raise ValueError(f"{where}: does not parse as JSON ({error.msg} near {near!r})") from None
-    except (ValueError, RecursionError) as error:  # integers of thousands of digits, nesting without end
-        raise ValueError(f"{where}: does not parse as JSON ({error})") from None
-
-
-class _TwiceError(ValueError):
-    pass
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if (key := repeated_key(pairs)) is not None:
-        raise _TwiceError(f"the key {key!r} stands twice in one object")
-    return dict(pairs)
 
 
 def _kind(value: Any) -> str:
@@ -168,25 +145,25 @@ def _kind(value: Any) -> str:
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
-    """`folder`/`name`. Raises ValueError where the name leads out of the folder (a link in it may)."""
+    """`folder`/`name`. Raises UserError where the name leads out of the folder (a link in it may)."""
     path = PurePosixPath(name.replace("\\", "/"))
     if "\0" in name:
-        raise ValueError(f"{where}: {name!r} cannot be the name of a file")
+        raise UserError(f"{where}: {name!r} cannot be the name of a file")
     if path.is_absolute() or ".." in path.parts or Path(name).is_absolute():
-        raise ValueError(f"{where}: {name!r} leads out of the data set's folder; give a path within it")
+        raise UserError(f"{where}: {name!r} leads out of the data set's folder; give a path within it")
     return folder / path
 
 
 def read_file(path: Path, where: str) -> bytes:
-    """Raises ValueError where there is no file or it cannot be read."""
+    """Raises UserError where there is no file or it cannot be read."""
     try:
         if path.exists() and not path.is_file():
-            raise ValueError(f"{where}: is not a file")
+            raise UserError(f"{where}: is not a file")
         return path.read_bytes()
     except FileNotFoundError:
-        raise ValueError(f"{where}: there is no such picture file") from None
+        raise UserError(f"{where}: there is no such picture file") from None
     except OSError as error:
-        raise ValueError(f"{where}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
 
 
 @dataclass(frozen=True)
@@ -228,7 +205,7 @@ class FolderRows:
     def _line(self, row: int) -> Line:
         line = self.lines[row]
         if line.problem is not None:
-            raise ValueError(line.problem)
+            raise UserError(line.problem)
         return line
 
 
@@ -252,22 +229,19 @@ def read_lines(path: Path, columns: Columns) -> list[Line]:
         where = f"{path}:{number}"
         try:
             lines.append(_read_line(data, where, columns))
-        except ValueError as error:
+        except UserError as error:
             lines.append(Line(where, f"{path.name}:{number}", problem=str(error)))
     return lines
 
 
 def _read_line(data: bytes, where: str, columns: Columns) -> Line:
-    try:
-        row = read_json(data.decode(), where)
-    except UnicodeDecodeError:
-        raise ValueError(f"{where}: is not UTF-8 text") from None
+    row = load_json(data, where)
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: a row must be a JSON object, not {_kind(row)}")
+        raise UserError(f"{where}: a row must be a JSON object, not {_kind(row)}")
     asked, target = columns
     image = asked or next((name for name in IMAGE_COLUMNS if name in row), IMAGE_COLUMNS[0])
     if not isinstance(row.get(image), str) or not row[image]:
-        raise ValueError(f"{where}: names no picture; {image} must be its path within the folder")
+        raise UserError(f"{where}: names no picture; {image} must be its path within the folder")
     return Line(where, row[image], row[find_target(row, target, where)])
 
 
@@ -309,10 +283,10 @@ def _pair(root: Path, pictures: list[Path], targets: list[Path]) -> Line:
 def find_target(columns: Any, asked: str | None, where: str) -> str:
     """The column that holds the target: the one asked for, else the first of TARGET_COLUMNS that is there."""
     if asked is not None and asked not in columns:
-        raise ValueError(f"{where}: has no column {asked!r}; it has {', '.join(columns)}")
+        raise UserError(f"{where}: has no column {asked!r}; it has {', '.join(columns)}")
     found = asked or next((name for name in TARGET_COLUMNS if name in columns), None)
     if found is None:
-        raise ValueError(f"{where}: has no target ({', '.join(TARGET_COLUMNS)}); it has {', '.join(columns)}")
+        raise UserError(f"{where}: has no target ({', '.join(TARGET_COLUMNS)}); it has {', '.join(columns)}")
     return found
 
 
@@ -358,7 +332,7 @@ class ArrowRows:
         where = self.where(row)
         value = self._images[row].column(0)[0].as_py()
         if value is None or (value["bytes"] is None and not value["path"]):
-            raise ValueError(f"{where}: has no picture")
+            raise UserError(f"{where}: has no picture")
         if value["bytes"] is not None:
             return value["bytes"], where
         path = self._file(value["path"], where)
@@ -371,7 +345,7 @@ class ArrowRows:
         for folder in self._folders:
             if Path(name).is_relative_to(folder) and ".." not in Path(name).parts:
                 return Path(name)
-        raise ValueError(f"{where}: {name!r} leads out of the data set's folder; store the pictures in the rows")
+        raise UserError(f"{where}: {name!r} leads out of the data set's folder; store the pictures in the rows")
 
 
 def _without_nulls(value: Any) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from im2json.errors import UserError
 from im2json.inference.grammar import lark
 from im2json.scoring.schema import Schema
 
@@ -28,7 +29,7 @@ class Grammar:
         name: what the schema is called in an error.
 
     Raises:
-        ValueError: if llguidance is not installed, or does not support what the schema asks for.
+        UserError: if llguidance is not installed, or does not support what the schema asks for.
     """
 
     def __init__(self, schema: Schema, tokenizer: PreTrainedTokenizerFast, size: int, name: str = "schema") -> None:
@@ -36,7 +37,7 @@ class Grammar:
             import llguidance
             import llguidance.hf
         except ImportError as error:
-            raise ValueError("--constrain needs the package llguidance: pip install -e '.[constrain]'") from error
+            raise UserError("--constrain needs the package llguidance: pip install -e '.[constrain]'") from error
         self.ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
         self.engine = llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(size, len(tokenizer)))
         self.executor = llguidance.LLExecutor(num_threads=torch.get_num_threads())
@@ -44,9 +45,9 @@ class Grammar:
         try:
             self._first = llguidance.LLMatcher(self.engine, lark(schema), log_level=0, limits=limits)
             if self._first.is_error():
-                raise ValueError(self._first.get_error().splitlines()[0])
+                raise UserError(self._first.get_error().splitlines()[0])
         except ValueError as error:
-            raise ValueError(f"{name} cannot be decoded by: {error}") from error
+            raise UserError(f"{name} cannot be decoded by: {error}") from error
 
     def matcher(self) -> Any:
         """An llguidance.LLMatcher at the start of a text."""

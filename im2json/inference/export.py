@@ -18,22 +18,16 @@ from transformers import GenerationConfig, PaliGemmaForConditionalGeneration
 
 from im2json.data.pictures import on_square
 from im2json.data.sources import open_splits
+from im2json.errors import UserError
+from im2json.files import fresh_folder, write_json
 from im2json.inference.extract import Extractor
 from im2json.options import TrainConfig
+from im2json.records import Prediction
 from im2json.report.modelcard import model_card
-from im2json.runs import (
-    ADAPTER_COMPANIONS,
-    ASKED,
-    RunFolder,
-    adapter_folder,
-    fresh_folder,
-    read_lines,
-    reading_config,
-    write_json,
-)
+from im2json.resume import reading_config
+from im2json.runs import ADAPTER_COMPANIONS, USAGE, RunFolder, adapter_folder
 from im2json.scoring import StreamingEvaluator
 from im2json.scoring.examples import score_run
-from im2json.scoring.jsontext import read
 
 EXAMPLES = 32
 """Validation examples whose answers are compared, at most."""
@@ -69,11 +63,11 @@ def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, tit
         title: the model's name in its card.
 
     Raises:
-        ValueError: if the run is not finished or has no answers to compare with, the folder is there already, or the
+        UserError: if the run is not finished or has no answers to compare with, the folder is there already, or the
             check fails; nothing is left of the folder then.
     """
     run.read_config()  # is it a run at all
-    rows = [] if adapter_alone else validation_answers(run)
+    answers = [] if adapter_alone else validation_answers(run)
     card = score_run(run, "test")
     found = None
     with fresh_folder(out) as aside:
@@ -85,30 +79,29 @@ def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, tit
         else:
             write_merged(run, aside)
             torch.cuda.empty_cache()  # the model is gone; another process is about to load its own
-            found = parity(run, aside, rows[:EXAMPLES])
+            found = parity(run, aside, answers[:EXAMPLES])
             if found.share < least:
-                raise ValueError(f"not exported: {found}, which is less than --parity {least:g} of them")
+                raise UserError(f"not exported: {found}, which is less than --parity {least:g} of them")
         (aside / "README.md").write_text(model_card(run, card, title, adapter_alone, str(found or "")), "utf-8")
     return found
 
 
-def validation_answers(run: RunFolder) -> list[dict[str, Any]]:
+def validation_answers(run: RunFolder) -> list[Prediction]:
     """What the run's best adapter answered on validation, in the split's order.
 
     Raises:
-        ValueError: if the run is not finished, or never wrote such answers.
+        UserError: if the run is not finished, or never wrote such answers.
     """
     if not run.done:
-        raise ValueError(f"{run.path} is not a finished run: it has no result.json")
-    answers = read_lines(run.predictions)
-    kept = (row for row in answers if (row["split"], row["step"]) == ("validation", run.kept_step))
-    rows = [row for row in kept if "constrained" not in row]  # transformers knows no schema
-    if not rows:
-        raise ValueError(
+        raise UserError(f"{run.path} is not a finished run: it has no result.json")
+    kept = run.predictions("validation", step=run.kept_step)
+    answers = {each.id: each for each in kept if not each.constrained}  # transformers knows no schema
+    if not answers:
+        raise UserError(
             f"{run.path} holds no answers on validation to compare with, or none but those held to a schema: "
             f"`evaluate.py {run.path} --split validation --no-constrain` makes them"
         )
-    return list({row["id"]: row for row in rows}.values())
+    return list(answers.values())
 
 
 def write_merged(run: RunFolder, folder: Path) -> None:
@@ -119,7 +112,7 @@ def write_merged(run: RunFolder, folder: Path) -> None:
     evaluation generates with, bit by bit.
 
     Raises:
-        ValueError: if base and adapter do not fit each other.
+        UserError: if base and adapter do not fit each other.
     """
     config = reading_config(run.path, {})
     extractor = Extractor.from_config(config)
@@ -136,7 +129,7 @@ def write_merged(run: RunFolder, folder: Path) -> None:
     model.to(torch.bfloat16)
     model.save_pretrained(folder, state_dict=hub_layout(model.state_dict()), save_original_format=False)
     collator.processor.save_pretrained(folder)
-    write_json(folder / ASKED, asked(config))
+    write_json(folder / USAGE, asked(config))
     check_layout(folder, model)
 
 
@@ -181,22 +174,22 @@ def check_layout(folder: Path, model: PaliGemmaForConditionalGeneration) -> None
     assert config["vision_config"]["projection_dim"] == config["projection_dim"]
 
 
-def parity(run: RunFolder, folder: Path, rows: Sequence[Mapping[str, Any]]) -> Parity:
+def parity(run: RunFolder, folder: Path, answers: Sequence[Prediction]) -> Parity:
     """Have plain transformers load the folder in a process of its own, and compare its answers with the run's.
 
     Args:
-        rows: the run's predictions of validation examples (id, text).
+        answers: the run's predictions of validation examples.
 
     Raises:
-        ValueError: if the data no longer hold these examples, or the folder does not load.
+        UserError: if the data no longer hold these examples, or the folder does not load.
     """
     config = run.read_config()
-    texts = _plain_answers(folder, config, [row["id"] for row in rows])
+    texts = _plain_answers(folder, config, [answer.id for answer in answers])
     evaluator = StreamingEvaluator()
-    for row, text in zip(rows, texts):
-        evaluator.update(text, read(row["text"]).value or {}, row["id"])
-    same = sum(text == row["text"] for row, text in zip(rows, texts))
-    return Parity(same, len(rows), evaluator.compute()["field_f1"])
+    for answer, text in zip(answers, texts):
+        evaluator.update(text, answer.document, answer.id)
+    same = sum(text == answer.text for answer, text in zip(answers, texts))
+    return Parity(same, len(answers), evaluator.compute()["field_f1"])
 
 
 def _plain_answers(folder: Path, config: TrainConfig, ids: Sequence[str]) -> list[str]:
@@ -204,7 +197,7 @@ def _plain_answers(folder: Path, config: TrainConfig, ids: Sequence[str]) -> lis
     places = {id: place for place, id in enumerate(split.ids)}
     missing = [id for id in ids if id not in places]
     if missing:
-        raise ValueError(f"{config.data.dataset}: validation has no {missing[0]}, which the run has an answer to")
+        raise UserError(f"{config.data.dataset}: validation has no {missing[0]}, which the run has an answer to")
     with tempfile.TemporaryDirectory() as pictures:
         paths = []
         for i, id in enumerate(ids):
@@ -217,5 +210,5 @@ def _plain_answers(folder: Path, config: TrainConfig, ids: Sequence[str]) -> lis
         done = subprocess.run(command, input=json.dumps(wanted), capture_output=True, text=True)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]  # killed, for memory
-        raise ValueError(f"plain transformers does not load what was exported: {said[-1]}")
+        raise UserError(f"plain transformers does not load what was exported: {said[-1]}")
     return json.loads(done.stdout)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
+from im2json.errors import UserError
+from im2json.jsontext import canonical
 from im2json.scoring.schema import BY_TYPE, Schema, types_of
-from im2json.scoring.text import canonical
 
 PLACES = 64
 """Bits of a rule's parameter, which say what keys of an object have been written."""
@@ -30,7 +31,7 @@ def lark(schema: Schema) -> str:
     """The grammar of a schema that `scoring.schema` has checked.
 
     Raises:
-        ValueError: if an object has more required keys than can be kept track of.
+        UserError: if an object has more required keys than can be kept track of.
     """
     rules = _Rules()
     # Any token that the grammar allows may be written, not only the tokenizer's own way of spelling what must follow.
@@ -90,7 +91,7 @@ class _Rules:
         """
         required = schema.get("required", [])
         if len(required) > PLACES:
-            raise ValueError(f"an object with {len(required)} required keys: {PLACES} can be kept track of")
+            raise UserError(f"an object with {len(required)} required keys: {PLACES} can be kept track of")
         properties = schema.get("properties", {})
         if not properties:
             return '"{" "}"'

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from im2json.runs import json_line
+from im2json.errors import UserError
+from im2json.files import json_line, lock
 
 BEGINNING = b'{"id": "'
 """Of every row."""
@@ -45,9 +45,9 @@ class RowFile:
                 if not isinstance(row["id"], str):
                     raise TypeError
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"--out {name}:{number}: is not a row of an extraction; name another file") from None
+                raise UserError(f"--out {name}:{number}: is not a row of an extraction; name another file") from None
             if by != self.by:
-                raise ValueError(
+                raise UserError(
                     f"--out {name}:{number}: was read with another adapter, base or option (by {by}, now {self.by}); "
                     "name another file"
                 )
@@ -78,16 +78,14 @@ def row_file(path: Path | None, by: str) -> Iterator[RowFile]:
     """A file to write, or to go on with where it is there already; None is the standard output.
 
     Raises:
-        ValueError: if it holds anything but rows with the same `by`, or another process writes to it.
+        UserError: if it holds anything but rows with the same `by`, or another process writes to it.
     """
     if path is None:
         yield RowFile(sys.stdout.buffer, by)
         return
     with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--out {path}: another process is writing to it: wait for it or stop it first") from None
+        if not lock(file):
+            raise UserError(f"--out {path}: another process is writing to it: wait for it or stop it first")
         file.seek(0)
         rows = RowFile(file, by)
         rows.take_up(str(path))

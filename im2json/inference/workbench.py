@@ -25,8 +25,10 @@ from im2json.data.lengths import TargetLengths
 from im2json.data.loader import StepLoader, own_cores
 from im2json.data.order import Order, even
 from im2json.data.sources import open_splits
+from im2json.errors import UserError
 from im2json.inference.constrain import Grammar
 from im2json.inference.evaluate import Evaluation, Sink
+from im2json.jsontext import canonical
 from im2json.model.base import DTYPES, load_base, load_processor, positions, resolve_precision
 from im2json.model.card import check_card, precision_note
 from im2json.model.features import Features, feature_bytes, is_frozen
@@ -37,7 +39,6 @@ from im2json.options import TrainConfig
 from im2json.runs import RunFolder
 from im2json.scoring.checks import SumCheck, parse_checks
 from im2json.scoring.schema import Schema, induce, read_schema
-from im2json.scoring.text import canonical
 
 MICROBATCH_ON_CPU = 4  # examples
 """What `--microbatch auto` is there: more would not be faster."""
@@ -241,7 +242,7 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, str]:
     """Accelerate on the GPU, or else on the CPU with all its cores; and the precision that was settled on.
 
     Raises:
-        ValueError: if --precision is not possible here, or this build of torch does not serve the card.
+        UserError: if --precision is not possible here, or this build of torch does not serve the card.
     """
     cpu = not torch.cuda.is_available()
     if not cpu:
@@ -265,14 +266,14 @@ def further_trackers(config: TrainConfig) -> list[str]:
     """The names in --track.
 
     Raises:
-        ValueError: if one is unknown to accelerate, or its package is not installed.
+        UserError: if one is unknown to accelerate, or its package is not installed.
     """
     names = [name.strip() for name in (config.train.track or "").split(",") if name.strip()]
     usable = sorted(kind.value for kind in get_available_trackers() if kind.value != "tensorboard")
     for name in names:
         if name not in usable:
             found = ", ".join(usable) or "none"
-            raise ValueError(
+            raise UserError(
                 f"--track {name}: accelerate knows no such tracker or its package is not installed (usable here: "
                 f"{found}); TensorBoard is always written"
             )
@@ -291,7 +292,7 @@ def set_up(
     file that a run has, or may have, in place of --schema.
 
     Raises:
-        ValueError: naming the option, file or row that is wrong.
+        UserError: naming the option, file or row that is wrong.
     """
     checks = parse_checks(config.decode.check_sum)
     notes: list[str] = []

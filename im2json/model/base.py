@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from im2json.cli import first_line
+from im2json.errors import UserError, first_line
 from im2json.model.hub import fetch
 from im2json.runs import HUB_NAME
 
@@ -29,7 +29,7 @@ def load_processor(model: str) -> PaliGemmaProcessor:
     """The processor of a model or of an adapter folder.
 
     Raises:
-        ValueError: if there is no such model, access to it was not granted, or it is not a PaliGemma.
+        UserError: if there is no such model, access to it was not granted, or it is not a PaliGemma.
     """
     return _from_pretrained(PaliGemmaProcessor, model)
 
@@ -43,7 +43,7 @@ def load_base(
     bits a weight. Products are computed in `precision`. lm_head and the embedding, which it is tied to, stay whole.
 
     Raises:
-        ValueError: if there is no such model, access to it was not granted, or it is not a PaliGemma.
+        UserError: if there is no such model, access to it was not granted, or it is not a PaliGemma.
     """
     dtype = DTYPES[precision]
     settings: dict[str, Any] = dict(dtype=dtype, device_map={"": device}, attn_implementation="sdpa")
@@ -79,12 +79,12 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """What `auto` is on this device.
 
     Raises:
-        ValueError: for fp16 on a CPU, which has no loss scaling there and would overflow in silence.
+        UserError: for fp16 on a CPU, which has no loss scaling there and would overflow in silence.
     """
     if precision == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 needs a GPU: on a CPU use --precision fp32, or bf16 where it is fast")
+        raise UserError("--precision fp16 needs a GPU: on a CPU use --precision fp32, or bf16 where it is fast")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16: use --precision fp16")
+        raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16: use --precision fp16")
     if precision != "auto":
         return precision
     if device.type == "cpu":
@@ -98,13 +98,13 @@ def _from_pretrained(kind: Any, model: str, **settings: Any) -> Any:
         try:
             return _complete(kind, path, **settings)
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, SafetensorError) as error:
-            raise ValueError(
+            raise UserError(
                 f"--model {model}: the folder does not load as a PaliGemma with its processor: {first_line(error)}"
             ) from error
     if Path(path).exists():
-        raise ValueError(f"--model {model}: this is a file; name the folder that holds the model")
+        raise UserError(f"--model {model}: this is a file; name the folder that holds the model")
     if not re.fullmatch(HUB_NAME, path):
-        raise ValueError(f"--model {model}: no such folder, and not a name on the hub (owner/name); `tiny` is embedded")
+        raise UserError(f"--model {model}: no such folder, and not a name on the hub (owner/name); `tiny` is embedded")
     fetch(model, "config.json", f"--model {model}")  # transformers would try many files, and wrap the reason
     return _complete(kind, path, **settings)
 
@@ -117,5 +117,5 @@ def _complete(kind: Any, path: str, **settings: Any) -> Any:
     loaded, report = with_report
     missing = sorted(set(report["missing_keys"]) - {"lm_head.weight"})  # tied to the embedding
     if missing:
-        raise ValueError(f"its files lack {len(missing)} weights, {missing[0]} among them")
+        raise UserError(f"its files lack {len(missing)} weights, {missing[0]} among them")
     return loaded

@@ -6,6 +6,8 @@ import re
 
 import torch
 
+from im2json.errors import UserError
+
 LAST_FOR_OLD_CARDS = "pip install torch --index-url https://download.pytorch.org/whl/cu126"
 """Up to torch 2.14 the wheels with CUDA 12.6 serve Pascal and Volta; those with CUDA 13 begin with Turing (7.5)."""
 
@@ -14,7 +16,7 @@ def check_card() -> None:
     """Refuse a card that this build of torch has no code for: its first kernel would fail, or the wrong one run.
 
     Raises:
-        ValueError: naming the card, its compute capability, and the build that serves it.
+        UserError: naming the card, its compute capability, and the build that serves it.
     """
     built = torch.cuda.get_arch_list()
     if not any(arch.startswith("sm_") for arch in built):  # AMD's are named otherwise
@@ -24,7 +26,7 @@ def check_card() -> None:
         return
     old = capability < (7, 5)
     advice = f"the last torch wheels for it are those with CUDA 12.6: {LAST_FOR_OLD_CARDS}" if old else "update torch"
-    raise ValueError(
+    raise UserError(
         f"{torch.cuda.get_device_name()} (compute capability {capability[0]}.{capability[1]}) is not served by torch "
         f"{torch.__version__}, which is built for {', '.join(built)}: {advice}"
     )

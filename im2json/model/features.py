@@ -46,7 +46,7 @@ class Features:
         workers: processes that decode pictures meanwhile, for each of those that train.
 
     Raises:
-        ValueError: naming the row whose picture is bad.
+        UserError: naming the row whose picture is bad.
         OSError: on all processes, where there is no folder for it, or no room, on one of them.
     """
 

@@ -19,48 +19,48 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from im2json.cli import first_line
-from im2json.runs import ADAPTER_COMPANIONS, ADAPTER_CONFIG, ASKED, HUB_NAME, WEIGHTS
+from im2json.errors import UserError, first_line
+from im2json.runs import ADAPTER_COMPANIONS, ADAPTER_CONFIG, HUB_NAME, USAGE, WEIGHTS
 
 
 def fetch(model: str, file: str, what: str) -> Path:
     """A file of a model on the hub, from the cache where it is there; `what` begins the error.
 
     Raises:
-        ValueError: if there is no such model, access to it was not granted, or the hub cannot be reached.
+        UserError: if there is no such model, access to it was not granted, or the hub cannot be reached.
     """
     try:
         return Path(hf_hub_download(model, file))
     except GatedRepoError as error:
-        raise ValueError(
+        raise UserError(
             f"{what}: access to it was not granted: accept its licence at https://huggingface.co/{model}, "
             "then run `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{what}: no such folder, and the hub has no model of this name (or it is private: run `hf auth login`)"
         ) from error
     except (HfHubHTTPError, OSError, EntryNotFoundError) as error:
-        raise ValueError(f"{what}: no such folder, and the hub could not be reached: {first_line(error)}") from error
+        raise UserError(f"{what}: no such folder, and the hub could not be reached: {first_line(error)}") from error
 
 
 def adapter_path(path: str | os.PathLike[str]) -> Path:
     """A folder as it is; that of an adapter on the hub once it is here.
 
     Raises:
-        ValueError: as `fetch`, or if the hub's model holds no adapter in safetensors.
+        UserError: as `fetch`, or if the hub's model holds no adapter in safetensors.
     """
     model = os.fspath(path)
     if os.path.lexists(model) or not re.fullmatch(HUB_NAME, model):
         return Path(model)
-    for file in (ASKED, *ADAPTER_COMPANIONS):
+    for file in (USAGE, *ADAPTER_COMPANIONS):
         with contextlib.suppress(_MissingError):  # an adapter that was made elsewhere has none
             _fetch_part(model, file)
     try:
         _fetch_part(model, ADAPTER_CONFIG)
         return _fetch_part(model, WEIGHTS).parent
     except _MissingError as error:
-        raise ValueError(f"{model}: is on the hub, but has no {error}: there is no adapter to read with") from error
+        raise UserError(f"{model}: is on the hub, but has no {error}: there is no adapter to read with") from error
 
 
 class _MissingError(Exception):
@@ -70,7 +70,7 @@ class _MissingError(Exception):
 def _fetch_part(model: str, file: str) -> Path:
     try:
         return fetch(model, file, model)
-    except ValueError as error:
+    except UserError as error:
         cause = error.__cause__
         if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
             raise _MissingError(file) from error
@@ -81,20 +81,20 @@ def check_push(model: str) -> None:
     """Find out before anything is written whether a new model of this name could be made.
 
     Raises:
-        ValueError: if nobody is logged in, or the name is taken.
+        UserError: if nobody is logged in, or the name is taken.
     """
     with _one_line(model):
         api = HfApi()
         api.whoami()
         if api.repo_exists(model):
-            raise ValueError(f"--push-to-hub {model}: the name is taken: choose another")
+            raise UserError(f"--push-to-hub {model}: the name is taken: choose another")
 
 
 def push(folder: Path, model: str, private: bool) -> str:
     """Upload a folder as a new model; its address.
 
     Raises:
-        ValueError: if the hub refuses or cannot be reached, with how to send the folder later.
+        UserError: if the hub refuses or cannot be reached, with how to send the folder later.
     """
     with _one_line(model, f"; {folder} is whole, and `hf upload {model} {folder}` sends it"):
         api = HfApi()
@@ -110,7 +110,7 @@ def _one_line(model: str, advice: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(advice.removeprefix("; ")) from None
     except LocalTokenNotFoundError as error:
-        raise ValueError(f"--push-to-hub {model}: nobody is logged in: run `hf auth login`{advice}") from error
+        raise UserError(f"--push-to-hub {model}: nobody is logged in: run `hf auth login`{advice}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         why = {
@@ -118,6 +118,6 @@ def _one_line(model: str, advice: str = "") -> Iterator[None]:
             403: "the token does not allow to write there: it needs the right to write, and the name to be yours",
             409: "the name is taken: choose another",
         }.get(status, first_line(error))
-        raise ValueError(f"--push-to-hub {model}: {why}{advice}") from error
+        raise UserError(f"--push-to-hub {model}: {why}{advice}") from error
     except (OSError, HTTPError) as error:
-        raise ValueError(f"--push-to-hub {model}: the hub could not be reached: {first_line(error)}{advice}") from error
+        raise UserError(f"--push-to-hub {model}: the hub could not be reached: {first_line(error)}{advice}") from error

@@ -27,7 +27,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
-from im2json.cli import first_line
+from im2json.errors import UserError, first_line
 from im2json.options import LANGUAGE_MODULES, ModelOptions
 from im2json.runs import adapter_folder
 
@@ -36,7 +36,7 @@ def add_lora(base: PaliGemmaForConditionalGeneration, options: ModelOptions, see
     """The base with LoRA matrices (Hu et al. 2021, https://arxiv.org/abs/2106.09685) in fp32, the only trained weights.
 
     Raises:
-        ValueError: if --target-modules matches no linear layer, or --adapter is not an adapter of this base.
+        UserError: if --target-modules matches no linear layer, or --adapter is not an adapter of this base.
     """
     torch.manual_seed(seed)
     base.name_or_path = options.model  # what PEFT writes down as the adapter's base
@@ -79,7 +79,7 @@ def target_modules(base: torch.nn.Module, wanted: str) -> list[str] | str:
     """--target-modules in PEFT's terms: a list of name endings, or a regular expression over full names.
 
     Raises:
-        ValueError: if nothing matches, with names that would.
+        UserError: if nothing matches, with names that would.
     """
     # not the output layer: it is tied to the embedding
     modules = ((name, module) for name, module in base.named_modules() if name != "lm_head")
@@ -91,16 +91,16 @@ def target_modules(base: torch.nn.Module, wanted: str) -> list[str] | str:
         names = [name.strip() for name in wanted.split(",")]
         missing = [name for name in names if not any(f".{full}".endswith(f".{name}") for full in linear)]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"--target-modules: no linear layer is named {', '.join(missing)}: there are {', '.join(endings)}"
             )
         return names
     try:
         pattern = re.compile(wanted)
     except re.error as error:
-        raise ValueError(f"--target-modules {wanted!r} is not a regular expression: {error}") from error
+        raise UserError(f"--target-modules {wanted!r} is not a regular expression: {error}") from error
     if not any(pattern.fullmatch(name) for name in linear):
-        raise ValueError(f"--target-modules {wanted!r} matches no linear layer: they are named like {linear[-1]}")
+        raise UserError(f"--target-modules {wanted!r} matches no linear layer: they are named like {linear[-1]}")
     return wanted
 
 
@@ -109,7 +109,7 @@ def _warm_start(base: PaliGemmaForConditionalGeneration, adapter: str) -> PeftMo
     try:
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"--adapter {adapter} does not fit this model: {first_line(error)}") from error
+        raise UserError(f"--adapter {adapter} does not fit this model: {first_line(error)}") from error
 
 
 def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -132,15 +132,15 @@ def read_adapter_weights(model: PeftModel, path: Path) -> None:
     """Overwrite the adapter's weights with those of a file.
 
     Raises:
-        ValueError: if the file belongs to an adapter of another shape.
+        UserError: if the file belongs to an adapter of another shape.
     """
     weights = load_file(path, device=str(next(iter(trained(model))).device))
     if weights.keys() != _adapter_weights(model).keys():  # PEFT would load what fits and leave the rest
-        raise ValueError(f"{path} does not fit this adapter: it was trained on other layers")
+        raise UserError(f"{path} does not fit this adapter: it was trained on other layers")
     try:
         set_peft_model_state_dict(model, weights)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit this adapter: {first_line(error)}") from error
+        raise UserError(f"{path} does not fit this adapter: {first_line(error)}") from error
 
 
 def _adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:

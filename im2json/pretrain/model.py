@@ -20,6 +20,7 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from im2json.data.page import SIDE
+from im2json.errors import UserError
 
 PATCH = 14  # px
 GRID = SIDE // PATCH
@@ -68,10 +69,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: str = "tiny") -> PaliG
 
 
 def load_model(folder: str | Path, tokenizer: PreTrainedTokenizerFast) -> PaliGemmaForConditionalGeneration:
-    """Stored weights in float32, to go on from. Raises ValueError if they were made with another tokenizer."""
+    """Stored weights in float32, to go on from. Raises UserError if they were made with another tokenizer."""
     theirs = PaliGemmaProcessor.from_pretrained(folder).tokenizer
     if theirs.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"the model in {folder} has another tokenizer than pre-training, so it cannot be continued")
+        raise UserError(f"the model in {folder} has another tokenizer than pre-training, so it cannot be continued")
     return PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
 
 

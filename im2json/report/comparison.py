@@ -71,7 +71,7 @@ def run_report(
         f"{split} split, generated text:\n{before_after_table(metrics['before'], metrics['after'])}\n\n"
         f"after, in detail: {scorecard_report(score_run(run, split))}\n\n"
         f"{sureness_table(sureness)}\n\n{checks_table(checks)}"
-        f"predictions  {run.predictions}\nreport       {run.report}\npicture      {run.path / f'{split}.png'}"
+        f"predictions  {run.predictions_file}\nreport       {run.report}\npicture      {run.path / f'{split}.png'}"
     )
 
 
@@ -107,7 +107,7 @@ def checks_table(checks: Mapping[str, CheckCounts]) -> str:
 def comparison_report(first: RunFolder, second: RunFolder, split: str, as_json: bool = False) -> str:
     """What two runs answered after training, compared on the same examples: metrics and the F1 of every field.
 
-    Raises ValueError where a run kept no answers for the split, or the examples are not the same.
+    Raises UserError where a run kept no answers for the split, or the examples are not the same.
     """
     rows = kept_predictions(first, split), kept_predictions(second, split)
     metrics, fields = compare_predictions(*rows), compare_fields(*rows)

@@ -9,9 +9,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from im2json.files import read_json
 from im2json.options import FIELDS, TrainConfig
 from im2json.report.comparison import fields_table
-from im2json.runs import ASKED, HUB_NAME, PATHS, RunFolder
+from im2json.resume import PATHS
+from im2json.runs import HUB_NAME, USAGE, RunFolder
 from im2json.scoring import METRICS
 from im2json.scoring.catalogue import labelled
 from im2json.scoring.examples import kept_predictions
@@ -28,7 +30,7 @@ def model_card(run: RunFolder, card: Scorecard, title: str, adapter_alone: bool,
         parity: how the answers of the exported weights compare with the run's; empty where that was not looked at.
     """
     config = run.read_config()
-    version = json.loads(run.config.read_text("utf-8"))["versions"]["im2json"]
+    version = read_json(run.config)["versions"]["im2json"]
     parts = [
         f"---\n{_head(config, card, title, adapter_alone)}\n---",
         f"# {title}",
@@ -68,8 +70,8 @@ def _head(config: TrainConfig, card: Scorecard, title: str, adapter_alone: bool)
 
 
 def _usage(run: RunFolder, config: TrainConfig, adapter_alone: bool) -> str:
-    asked = json.loads((run.adapter / ASKED).read_text("utf-8"))
-    prompt = json.dumps(f"<image>{asked['prompt']}", ensure_ascii=False)
+    usage = read_json(run.adapter / USAGE)
+    prompt = json.dumps(f"<image>{usage['prompt']}", ensure_ascii=False)
     padded = "\nPad the picture to a square with white first, as in training." if config.data.letterbox else ""
     if adapter_alone:
         form = "in NF4 with double quantisation" if config.model.quant == "nf4" else "as it is"
@@ -91,14 +93,14 @@ def _usage(run: RunFolder, config: TrainConfig, adapter_alone: bool) -> str:
 
 
 def _data(run: RunFolder, config: TrainConfig, card: Scorecard) -> str:
-    result = json.loads(run.result.read_text("utf-8")) if run.done else {}
+    result = run.read_result()
     parts = {
         "data set": _shown(config.data.dataset),
         "configuration": config.data.dataset_config,
         "revision": config.data.revision,
-        "examples seen in training": result.get("examples"),
-        "steps": result.get("step"),
-        "best step": result.get("best_step"),
+        "examples seen in training": result and result.examples,
+        "steps": result and result.step,
+        "best step": result and result.best_step,
         "test examples": int(card.metrics.compute()["num"]),
     }
     return "## Data\n\n" + "\n".join(f"- {name}: {value}" for name, value in parts.items() if value is not None)
@@ -138,7 +140,7 @@ def _cell(value: Any) -> str:
 
 def _limits(run: RunFolder, config: TrainConfig, card: Scorecard, adapter_alone: bool, parity: str) -> str:
     values = card.metrics.compute()
-    pixels = json.loads((run.adapter / "processor_config.json").read_text("utf-8"))["image_processor"]["size"]
+    pixels = read_json(run.adapter / "processor_config.json")["image_processor"]["size"]
     seen = f"{pixels['width']} x {pixels['height']} pixels"
     limits = [
         f"Of {values['num']:.0f} test documents {1 - values['exact_match']:.0%} were read with some mistake, and "
@@ -149,7 +151,7 @@ def _limits(run: RunFolder, config: TrainConfig, card: Scorecard, adapter_alone:
         "It was measured on documents like those that it was trained on, and writes the keys that it was trained on; "
         "how it reads others is not known.",
     ]
-    if any("constrained" in row for row in kept_predictions(run, "test")):
+    if any(prediction.constrained for prediction in kept_predictions(run, "test")):
         limits.append("These answers were held to a JSON Schema as they were written; transformers writes freely.")
     if not adapter_alone and config.model.quant == "nf4":
         limits.append(

@@ -12,8 +12,8 @@ from io import BytesIO
 
 from PIL import Image, ImageDraw, ImageFont
 
+from im2json.jsontext import parse
 from im2json.scoring.metrics import same_value
-from im2json.scoring.text import parse
 
 # All in pixels.
 FONT_SIZE = 14

@@ -13,21 +13,22 @@ from typing import Any
 
 from PIL import Image
 
+from im2json.files import atomically
+from im2json.jsontext import canonical
+from im2json.records import Prediction
 from im2json.report.page import html_page, html_table
 from im2json.report.plot import Curve, curve_plot, legend
 from im2json.report.table import cell_text
-from im2json.runs import RunFolder, atomically
+from im2json.runs import RunFolder
 from im2json.scoring import METRICS
 from im2json.scoring.catalogue import labelled
-from im2json.scoring.confidence import judged, reliability, risk_coverage
+from im2json.scoring.confidence import DIGITS, judge_leaves, reliability, risk_coverage
 from im2json.scoring.errors import example_errors
 from im2json.scoring.examples import kept_predictions
-from im2json.scoring.jsontext import read
 from im2json.scoring.metrics import matches
 from im2json.scoring.normal import fields, normal_items
 from im2json.scoring.scorecard import Scorecard
-from im2json.scoring.sureness import ALL, Sureness, run_sureness
-from im2json.scoring.text import canonical
+from im2json.scoring.sureness import ALL, Sureness, calibrated, run_sureness
 
 LONGEST_SIDE = 480
 """Pixels of a document; larger ones are scaled down."""
@@ -38,7 +39,6 @@ MOST = 1_000
 POINTS = 200
 """Of the risk-coverage curve that are drawn."""
 
-Row = Mapping[str, Any]
 Line = tuple[int, str, str, int, float | None]
 """Of indented JSON: depth, what stands before the leaf, the leaf, OK, WRONG or NO_FIELD, and how sure it is."""
 
@@ -57,16 +57,16 @@ def write_report(
         before: the base's metrics.
 
     Raises:
-        ValueError: if the run kept nothing of this split.
+        UserError: if the run kept nothing of this split.
     """
-    rows, sureness = kept_predictions(run, split), run_sureness(run, split)
+    kept, sureness = kept_predictions(run, split), run_sureness(run, split)
     card = Scorecard()
-    scores = {row["id"]: card.update(row["text"], row["target"], row["id"])["field_f1"] for row in rows}
-    worst = sorted(rows, key=lambda row: scores[row["id"]])[:MOST]
-    examples = [_example(row, scores[row["id"]], sureness, picture(row["id"])) for row in worst]
-    left_out = f" The {MOST} worst of {len(rows)} are shown." if len(rows) > MOST else ""
+    scores = {each.id: card.update(each.reading, each.target, each.id)["field_f1"] for each in kept}
+    worst = sorted(kept, key=lambda each: scores[each.id])[:MOST]
+    examples = [_example(each, scores[each.id], sureness, picture(each.id)) for each in worst]
+    left_out = f" The {MOST} worst of {len(kept)} are shown." if len(kept) > MOST else ""
     parts = [
-        f"<p>{len(rows)} examples of the {html.escape(split)} split, generated text, with 95 % intervals.</p>",
+        f"<p>{len(kept)} examples of the {html.escape(split)} split, generated text, with 95 % intervals.</p>",
         f'<div class="columns">{_metrics(card, before)}{_errors(card)}</div>',
         _fields(card, sureness),
         _confidence(sureness),
@@ -137,16 +137,17 @@ def _confidence(found: Sureness) -> str:
     return f'<section><h2>Confidence</h2><p>{told}</p><div class="plots">{drawn}</div></section>'
 
 
-def _example(row: Row, f1: float, sureness: Sureness, picture: Image.Image) -> dict[str, Any]:
-    reading = read(row["text"])
-    document, target = reading.value, row["target"]
-    confidence = sureness.calibration.of(row["confidence"]) if row.get("confidence") else None
-    leaves = judged({**row, "confidence": confidence}) if confidence else []
-    fails = sum(holds is False for holds in row.get("checks", {}).values())
+def _example(prediction: Prediction, f1: float, sureness: Sureness, picture: Image.Image) -> dict[str, Any]:
+    id, text, reading = prediction.id, prediction.text, prediction.reading
+    document, target = reading.value, prediction.target
+    confidence = sureness.calibration.of(prediction.confidence) if prediction.confidence else None
+    leaves = calibrated(judge_leaves(prediction), sureness.calibration) if confidence else []
+    leaves = [leaf._replace(confidence=round(leaf.confidence, DIGITS)) for leaf in leaves]
+    fails = sum(holds is False for holds in prediction.checks.values())
     wrong = [leaf.confidence for leaf in leaves if not leaf.right]
     pairs, wanted = (Counter(fields(normal_items(side))) for side in (document or {}, target))
     return {
-        "id": row["id"],
+        "id": id,
         "f1": round(f1, 4),
         "least": min((leaf.confidence for leaf in leaves), default=0.0),
         "mistake": max(wrong, default=-1.0),
@@ -155,10 +156,10 @@ def _example(row: Row, f1: float, sureness: Sureness, picture: Image.Image) -> d
         "right": [matches(pairs.elements(), wanted.elements()), pairs.total(), wanted.total()],
         "how": reading.how,
         "target": list(_lines(target, pairs)),
-        "prediction": [(0, row["text"], "", NO_FIELD, None)]
+        "prediction": [(0, text, "", NO_FIELD, None)]
         if document is None
         else list(_lines(document, wanted, confidence)),
-        "search": f"{row['id']} {row['text']} {canonical(target)}".lower(),
+        "search": f"{id} {text} {canonical(target)}".lower(),
         "picture": _jpeg(picture),
     }
 

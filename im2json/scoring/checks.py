@@ -9,7 +9,8 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from im2json.scoring.jsontext import read
+from im2json.errors import UserError
+from im2json.records import Prediction
 from im2json.scoring.normal import fields, normal_items
 
 _TERM = re.compile(r"\s*([+-]?)\s*([^\s+=;-][^+=;]*?)\s*(?=[+]|\s-|$)")
@@ -28,12 +29,12 @@ class SumCheck(NamedTuple):
         """Reads `menu.price + menu.sub.price = total.total_price`; a minus needs a space before it.
 
         Raises:
-            ValueError: if it is none.
+            UserError: if it is none.
         """
         sides = [[*_TERM.finditer(side)] for side in text.split("=")]
         whole = ["".join(term.group() for term in terms).strip() for terms in sides]
         if len(sides) != 2 or not all(sides) or whole != [side.strip() for side in text.split("=")]:
-            raise ValueError(
+            raise UserError(
                 f"--check-sum {text!r} is no equation of paths: write menu.price + menu.sub.price = total.total_price"
             )
         left, right = ([(-1 if term[1] == "-" else 1, term[2]) for term in terms] for terms in sides)
@@ -54,8 +55,8 @@ class SumCheck(NamedTuple):
         return bool(sums[0] == sums[1])
 
 
-def told(checks: Iterable[SumCheck], document: Mapping[str, Any] | None) -> dict[str, bool | None]:
-    """Whether each check holds, as rows of answers tell it; nothing adds up in an answer that is no document."""
+def check_results(checks: Iterable[SumCheck], document: Mapping[str, Any] | None) -> dict[str, bool | None]:
+    """Return whether each check holds, by its text; None for one that cannot be decided, as in an unreadable answer."""
     return {check.text: check.holds(dict(document or {})) for check in checks}
 
 
@@ -69,20 +70,20 @@ class CheckCounts(NamedTuple):
     caught: int  # of these, where it fails
 
 
-def count_checks(rows: Iterable[Mapping[str, Any]]) -> dict[str, CheckCounts]:
-    """For each check in rows of predictions.jsonl (text, target, checks)."""
-    found: dict[str, list[tuple[bool | None, bool]]] = {}
-    for row in rows:
-        for text, holds in row.get("checks", {}).items():
+def count_checks(predictions: Iterable[Prediction]) -> dict[str, CheckCounts]:
+    """Count the outcomes of each check over some predictions."""
+    outcomes: dict[str, list[tuple[bool | None, bool]]] = {}
+    for prediction in predictions:
+        for text, holds in prediction.checks.items():
             check = SumCheck.parse(text)
             paths = {path for _, path in [*check.left, *check.right]}
-            sides = (read(row["text"]).value or {}, row["target"])
+            sides = (prediction.document, prediction.target)
             have, want = (Counter(f for f in fields(normal_items(side)) if f[0] in paths) for side in sides)
-            found.setdefault(text, []).append((holds, have != want))
+            outcomes.setdefault(text, []).append((holds, have != want))
     counts = {}
-    for text, told in found.items():
-        states = [holds for holds, _ in told]
-        wrong = [holds for holds, is_wrong in told if is_wrong]
+    for text, found in outcomes.items():
+        states = [holds for holds, _ in found]
+        wrong = [holds for holds, is_wrong in found if is_wrong]
         counts[text] = CheckCounts(
             states.count(True), states.count(False), states.count(None), len(wrong), wrong.count(False)
         )
@@ -90,7 +91,7 @@ def count_checks(rows: Iterable[Mapping[str, Any]]) -> dict[str, CheckCounts]:
 
 
 def parse_checks(text: str | None) -> list[SumCheck]:
-    """The equations in --check-sum, joined by semicolons. Raises ValueError for one that is none."""
+    """The equations in --check-sum, joined by semicolons. Raises UserError for one that is none."""
     return [SumCheck.parse(part) for part in (text or "").split(";") if part.strip()]
 
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from im2json.scoring.jsontext import leaf_spans, map_leaves, read
+from im2json.errors import UserError
+from im2json.jsontext import Reading, leaf_spans, map_leaves
+from im2json.records import Prediction
 from im2json.scoring.normal import fields, normal_items
 
 Array = NDArray[np.float64]
@@ -38,14 +40,17 @@ class Leaf(NamedTuple):
     right: bool
 
 
-def leaf_confidence(text: str, starts: Sequence[int], logprobs: Sequence[float]) -> dict[str, Any] | None:
-    """The object that a text is read as, with the probability of each leaf in its place; None where it is none.
+def leaf_confidence(
+    text: str, starts: Sequence[int], logprobs: Sequence[float], reading: Reading | None = None
+) -> dict[str, Any] | None:
+    """Return the object that a text is read as, with each leaf replaced by its probability; None if it is unreadable.
 
     Args:
         starts: where in the text each token begins, ascending; those of one character begin at the same place.
         logprobs: of each token, in nats; minus infinity for one that the model did not write.
+        reading: of the text, if it was read already.
     """
-    spans = leaf_spans(text)
+    spans = leaf_spans(text, reading)
     if spans is None:
         return None
     ends = [0]  # of the leaves, in the order of the text
@@ -61,24 +66,26 @@ def leaf_confidence(text: str, starts: Sequence[int], logprobs: Sequence[float])
     return confidence
 
 
-def judged(row: Mapping[str, Any]) -> list[Leaf]:
-    """The leaves of a row of predictions.jsonl (text, confidence, target), in the text's order.
+def judge_leaves(prediction: Prediction) -> list[Leaf]:
+    """Return the leaves of a prediction in the text's order, each with its confidence and whether it is right.
 
-    Those that are empty, which are no field, are left out. Raises ValueError where the row has no confidence for the
-    object that its text is.
+    Empty leaves, which are no field, are left out.
+
+    Raises:
+        UserError: if the prediction has no confidence for each of its leaves.
     """
-    document, confidence = read(row["text"]).value, row.get("confidence")
+    document = prediction.reading.value
     if document is None:
         return []
-    open_pairs = Counter(fields(normal_items(row["target"])))
+    open_pairs = Counter(fields(normal_items(prediction.target)))
     found = []
     try:
-        for path, value, sure in _pairs(document, confidence, ""):
+        for path, value, confidence in _pairs(document, prediction.confidence, ""):
             right = open_pairs[path, value] > 0
             open_pairs[path, value] -= right
-            found.append(Leaf(path, value, float(sure), right))
+            found.append(Leaf(path, value, float(confidence), right))
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"example {row.get('id')!r} has no confidence for each of its leaves") from None
+        raise UserError(f"example {prediction.id!r} has no confidence for each of its leaves") from None
     return found
 
 
@@ -120,7 +127,7 @@ class Calibration(NamedTuple):
         method. They are finite where all leaves are right, too; a slope below 0 is taken as 0.
 
         Raises:
-            ValueError: if there are no leaves.
+            UserError: if there are no leaves.
         """
         if not len(confidence):
             raise ValueError("there are no leaves to calibrate confidence on")

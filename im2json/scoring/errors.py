@@ -8,7 +8,7 @@ from typing import Any
 
 from rapidfuzz.distance import OSA
 
-from im2json.scoring.jsontext import Reading
+from im2json.jsontext import Reading
 from im2json.scoring.normal import Normal, fields, normal_items
 
 ERRORS = {

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from im2json.errors import UserError
+from im2json.jsontext import Reading, scoring_text
+from im2json.records import Prediction
 from im2json.scoring.bootstrap import REPLICATES, example_key, interval, poisson_weights
 from im2json.scoring.catalogue import METRICS
-from im2json.scoring.jsontext import Reading
 from im2json.scoring.metrics import SUMS, from_sums, score
-from im2json.scoring.text import scoring_text
 
 
 class StreamingEvaluator:
@@ -111,26 +112,26 @@ def compare(first: StreamingEvaluator, second: StreamingEvaluator) -> dict[str, 
 
 
 def compare_predictions(
-    first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, Any]], seed: int = 0
+    first: Iterable[Prediction], second: Iterable[Prediction], seed: int = 0
 ) -> dict[str, Difference]:
-    """`compare` for rows of predictions.jsonl (id, text, target) of two runs, in any order.
+    """Compare the predictions of two runs for the same examples, in any order, as `compare` does.
 
-    Raises ValueError where an id is missing on one side, comes twice, or has different targets.
+    Raises:
+        UserError: if an id is missing on one side, comes twice, or has different targets.
     """
     evaluators = []
     targets: list[dict[str, str]] = []
-    for rows in (first, second):
+    for predictions in (first, second):
         evaluator, seen = StreamingEvaluator(seed), {}
-        for row in rows:
-            id = str(row["id"])
-            if id in seen:
-                raise ValueError(f"example {id!r} comes twice")
-            seen[id] = scoring_text(row["target"])
-            evaluator.update(row["text"], row["target"], id)
+        for prediction in predictions:
+            if prediction.id in seen:
+                raise UserError(f"example {prediction.id!r} comes twice")
+            seen[prediction.id] = scoring_text(prediction.target)
+            evaluator.update(prediction.reading, prediction.target, prediction.id)
         evaluators.append(evaluator)
         targets.append(seen)
     one, other = targets
     differing = sorted(id for id in one.keys() | other.keys() if one.get(id) != other.get(id))
     if differing:
-        raise ValueError(f"{len(differing)} examples are not the same on both sides, the first {differing[0]!r}")
+        raise UserError(f"{len(differing)} examples are not the same on both sides, the first {differing[0]!r}")
     return compare(*evaluators)

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from im2json.runs import RunFolder, read_lines, write_json
-from im2json.scoring.confidence import Calibration, calibration_error, judged
+from im2json.errors import UserError
+from im2json.files import read_json, write_json
+from im2json.jsontext import load_json, parse
+from im2json.records import Prediction
+from im2json.runs import RunFolder
+from im2json.scoring.confidence import Calibration, calibration_error, judge_leaves
 from im2json.scoring.scorecard import Scorecard
-from im2json.scoring.text import parse
 
 Row = dict[str, Any]
 Problem = Callable[[str], None]
@@ -51,7 +54,7 @@ def score_files(predictions: Path, targets: Path | None, split: str, show: Probl
     text of one; `id`: a text or a whole number, which may be left out where the targets are in the same
     file. Of a run's own predictions.jsonl those of `split` after training are taken. What cannot be scored
     is left out and told to `show`, the rest counts. Returns the scores and how many rows were left out;
-    raises ValueError where none is left.
+    raises UserError where none is left.
     """
     card = Scorecard()
     with _Problems(show) as problem:
@@ -61,13 +64,13 @@ def score_files(predictions: Path, targets: Path | None, split: str, show: Probl
             try:
                 if not _other_stage(row, split):
                     _count(card, row, targets, index, seen)
-            except ValueError as error:
+            except UserError as error:
                 problem(f"{where}: {error}")
         for id in index or ():
             if id not in seen:
                 problem(f"{predictions}: no prediction for id {id!r} of {targets}")
     if not card.metrics.compute()["num"]:
-        raise ValueError(f"{predictions} holds no example that can be scored")
+        raise UserError(f"{predictions} holds no example that can be scored")
     return card, problem.count
 
 
@@ -75,7 +78,7 @@ def _count(card: Scorecard, row: Row, targets: Path | None, index: dict[str, _Pl
     id = _id(row, needed=index is not None)
     if id is not None:
         if id in seen:
-            raise ValueError(f"id {id!r} comes twice")
+            raise UserError(f"id {id!r} comes twice")
         seen.add(id)
     if targets is not None and index is not None and id is not None:
         card.update(_prediction(row), _target(_target_row(targets, index, id)), id)
@@ -83,73 +86,77 @@ def _count(card: Scorecard, row: Row, targets: Path | None, index: dict[str, _Pl
         card.update(_prediction(row), _target(row), id)
 
 
-def kept_predictions(run: RunFolder, split: str, stage: str = "after") -> list[Row]:
-    """The rows (id, text, target, confidence and checks where they are there) that a run kept of a split.
+def kept_predictions(run: RunFolder, split: str, stage: str = "after") -> list[Prediction]:
+    """Return the predictions that a run kept of a split.
 
-    Raises ValueError where it kept none.
+    Raises:
+        UserError: if it kept none, with the command that makes them.
     """
-    wanted = (row for row in read_lines(run.predictions) if (row.get("split"), row.get("stage")) == (split, stage))
-    names = ("id", "text", "target", "confidence", "checks", "constrained")
-    rows: list[Row] = [{name: row[name] for name in names if name in row} for row in wanted]
-    if not run.config.exists() and not rows:
-        raise ValueError(f"{run.path} is not a run folder: it has no config.json")
-    if not rows:
-        raise ValueError(
+    kept = list(run.predictions(split, stage))
+    if not run.config.exists() and not kept:
+        raise UserError(f"{run.path} is not a run folder: it has no config.json")
+    if not kept:
+        raise UserError(
             f"{run.path} holds no predictions of the {split} split {stage} training: "
             f"`evaluate.py {run.path} --split {split}` makes them"
         )
-    return rows
+    return kept
 
 
 def score_run(run: RunFolder, split: str, stage: str = "after") -> Scorecard:
-    """Scores what a run kept. Raises ValueError where it kept nothing of this split and stage."""
+    """Score what a run kept.
+
+    Raises:
+        UserError: if it kept nothing of this split and stage.
+    """
     card = Scorecard()
-    for row in kept_predictions(run, split, stage):
-        card.update(row["text"], row["target"], row["id"])
+    for prediction in kept_predictions(run, split, stage):
+        card.update(prediction.reading, prediction.target, prediction.id)
     return card
 
 
 def calibrate(run: RunFolder, step: int) -> Calibration | None:
-    """Fits the confidence of a run's leaves to its answers on the validation split at `step`, and writes
+    """Fit the confidence of a run's leaves to its answers on the validation split at `step`, and write
     calibration.json.
 
-    None, with nothing written, where the run kept no leaves of them with a confidence.
+    Returns None, and writes nothing, if the run kept no leaves with a confidence.
     """
-    rows = calibration_rows(run, step)
-    leaves = [leaf for row in rows for leaf in judged(row)]
+    predictions = calibration_predictions(run, step)
+    leaves = [leaf for prediction in predictions for leaf in judge_leaves(prediction)]
     if not leaves:
         return None
-    sure, right = [leaf.confidence for leaf in leaves], [leaf.right for leaf in leaves]
-    calibration = Calibration.fit(sure, right)
-    errors = calibration_error(sure, right), calibration_error(calibration(sure), right)
+    confidence, right = [leaf.confidence for leaf in leaves], [leaf.right for leaf in leaves]
+    calibration = Calibration.fit(confidence, right)
+    errors = calibration_error(confidence, right), calibration_error(calibration(confidence), right)
     write_json(run.calibration, {
         "method": "1 / (1 + exp(-(slope * log(p / (1 - p)) + intercept))), p as in predictions.jsonl; 0 stays 0",
         **calibration._asdict(),
-        "fitted_on": {"split": "validation", "step": step, "examples": len(rows), "leaves": len(leaves),
+        "fitted_on": {"split": "validation", "step": step, "examples": len(predictions), "leaves": len(leaves),
                       "wrong": right.count(False)},
         "calibration_error": {"before": errors[0], "after": errors[1]},
     })  # fmt: skip
     return calibration
 
 
-def calibration_rows(run: RunFolder, step: int) -> list[Row]:
-    """The rows with a confidence of the validation split at `step`: what evaluate.py made, or else training."""
-    kept = (row for row in read_lines(run.predictions) if (row["split"], row["step"]) == ("validation", step))
-    rows = [row for row in kept if "confidence" in row]
-    return [row for row in rows if row["stage"] == "after"] or rows
+def calibration_predictions(run: RunFolder, step: int) -> list[Prediction]:
+    """Return the validation predictions of `step` that have a confidence: those of evaluate.py, or else of training."""
+    kept = [prediction for prediction in run.predictions("validation", step=step) if prediction.has_confidence]
+    return [prediction for prediction in kept if prediction.stage == "after"] or kept
 
 
 def read_calibration(run: RunFolder) -> tuple[Calibration, int] | None:
-    """What `calibrate` wrote, and the step that it was fitted at; None where it wrote nothing.
-    Raises ValueError where calibration.json is not one of ours.
+    """Return what `calibrate` wrote, and the step that it was fitted at; None if it wrote nothing.
+
+    Raises:
+        UserError: if calibration.json was not written by `calibrate`.
     """
     if not run.calibration.exists():
         return None
+    stored = read_json(run.calibration)
     try:
-        stored = json.loads(run.calibration.read_text("utf-8"))
         return Calibration(float(stored["slope"]), float(stored["intercept"])), int(stored["fitted_on"]["step"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{run.calibration} does not hold a calibration: evaluate.py writes it") from error
+        raise UserError(f"{run.calibration} does not hold a calibration: evaluate.py writes it") from error
 
 
 def _rows(path: Path, problem: Problem) -> Iterator[tuple[str, Row]]:
@@ -158,9 +165,9 @@ def _rows(path: Path, problem: Problem) -> Iterator[tuple[str, Row]]:
         where = f"{path}:{place.line}"
         try:
             if line.strip():
-                yield where, _row(line)
-        except ValueError as error:
-            problem(f"{where}: {error}")
+                yield where, _row(line, where)
+        except UserError as error:
+            problem(str(error))
 
 
 def _lines(path: Path) -> Iterator[tuple[_Place, bytes]]:
@@ -171,17 +178,10 @@ def _lines(path: Path) -> Iterator[tuple[_Place, bytes]]:
             offset += len(line)
 
 
-def _row(line: bytes) -> Row:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("not JSON: nested too deep") from None
+def _row(line: bytes, where: str) -> Row:
+    row = load_json(line, where)
     if not isinstance(row, dict):
-        raise ValueError("a row is a JSON object")
+        raise UserError(f"{where}: a row is a JSON object")
     return row
 
 
@@ -191,56 +191,61 @@ def _index(path: Path, problem: Problem) -> dict[str, _Place]:
     for place, line in _lines(path):
         if not line.strip():
             continue
+        where = f"{path}:{place.line}"
         try:
-            row = _row(line)
+            row = _row(line, where)
+        except UserError as error:
+            problem(str(error))
+            continue
+        try:
             id = _id(row, needed=True)
             assert id is not None
             if id in found:
-                raise ValueError(f"id {id!r} comes twice, first in line {found[id].line}")
+                raise UserError(f"id {id!r} comes twice, first in line {found[id].line}")
             _target(row)
             found[id] = place
-        except ValueError as error:
-            problem(f"{path}:{place.line}: {error}")
+        except UserError as error:
+            problem(f"{where}: {error}")
     return found
 
 
 def _target_row(path: Path, index: dict[str, _Place], id: str) -> Row:
     if id not in index:
-        raise ValueError(f"{path} has no target for id {id!r}")
+        raise UserError(f"{path} has no target for id {id!r}")
     with path.open("rb") as file:
         file.seek(index[id].offset)
-        return _row(file.readline())
+        return _row(file.readline(), f"{path}:{index[id].line}")
 
 
 def _id(row: Row, needed: bool) -> str | None:
     id = row.get("id")
     if id is None:
         if needed:
-            raise ValueError("no id to join it by")
+            raise UserError("no id to join it by")
         return None
     if isinstance(id, bool) or not isinstance(id, str | int):
-        raise ValueError("an id is a text or a whole number")
+        raise UserError("an id is a text or a whole number")
     return str(id)
 
 
 def _prediction(row: Row) -> str:
     if "prediction" not in row and "text" not in row:
-        raise ValueError("neither prediction nor text")
+        raise UserError("neither prediction nor text")
     value = row["prediction"] if "prediction" in row else row["text"]
     if value is None:
         return ""
     if not isinstance(value, str | dict):
-        raise ValueError("a prediction is a text, an object or null")
+        raise UserError("a prediction is a text, an object or null")
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _target(row: Row) -> dict[str, Any]:
     if "target" not in row:
-        raise ValueError("no target")
+        raise UserError("no target")
     value = row["target"]
     target = parse(value if isinstance(value, str) else json.dumps(value))
     if target is None:
-        raise ValueError("a target is a JSON object, or the text of one")
+        raise UserError("a target is a JSON object, or the text of one")
     return target
 
 

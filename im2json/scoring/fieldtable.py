@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 
+from im2json.jsontext import scoring_text
+from im2json.records import Prediction
 from im2json.scoring.bootstrap import REPLICATES, example_key, interval, poisson_weights
 from im2json.scoring.errors import unmatched
 from im2json.scoring.evaluator import Difference
-from im2json.scoring.jsontext import read
 from im2json.scoring.normal import fields, normal_items
-from im2json.scoring.text import scoring_text
 
 MAX_FOREIGN = 100
 """Paths that only predictions have, kept one by one; the rest are added up."""
@@ -111,17 +111,17 @@ class FieldTable:
 
 
 def compare_fields(
-    first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, Any]], seed: int = 0
+    first: Iterable[Prediction], second: Iterable[Prediction], seed: int = 0
 ) -> dict[str, Difference]:
-    """The paired bootstrap of every target path's F1, for rows (id, text, target) of the same examples.
+    """Compare the F1 of every target path by a paired bootstrap, for predictions of the same examples.
 
     Of twenty fields one can be expected to exceed the noise by chance: each interval is a 95 % one by
     itself, and NaN for fields of fewer than MIN_EXAMPLES examples. Raises ValueError where the targets' paths differ.
     """
     tables = [FieldTable(seed), FieldTable(seed)]
-    for table, rows in zip(tables, (first, second)):
-        for row in rows:
-            table.update(read(row["text"]).value or {}, row["target"], str(row["id"]))
+    for table, predictions in zip(tables, (first, second)):
+        for prediction in predictions:
+            table.update(prediction.document, prediction.target, prediction.id)
     before, after = tables
     paths = sorted(before._paths.keys() - before._foreign)
     if paths != sorted(after._paths.keys() - after._foreign):

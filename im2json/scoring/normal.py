@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from im2json.scoring.text import MAX_DEPTH
+from im2json.jsontext import MAX_DEPTH
 
 Normal = dict[str, list[Any]]
 """An object in normal form: key -> items, each a str (a leaf) or a Normal (a row)."""

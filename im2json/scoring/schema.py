@@ -20,7 +20,8 @@ from typing import Any
 from genson import SchemaBuilder
 from genson.schema.strategies import Object
 
-from im2json.scoring.text import MAX_DEPTH, repeated_key
+from im2json.errors import UserError
+from im2json.jsontext import MAX_DEPTH, load_json
 
 Schema = dict[str, Any]
 NOTES = {"$schema", "$id", "$comment", "title", "description", "default", "examples"}
@@ -103,25 +104,17 @@ def read_schema(path: Path) -> Schema:
     """A schema that decoding can be held to, from a file.
 
     Raises:
-        ValueError: naming the file, the place in it and what is wrong there.
+        UserError: naming the file, the place in it and what is wrong there.
     """
     try:
-        schema = json.loads(path.read_text("utf-8"), object_pairs_hook=_object)
+        schema = load_json(path.read_bytes(), f"schema {path}")
     except OSError as error:
-        raise ValueError(f"schema {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"schema {path} is not JSON: {error}") from error
+        raise UserError(f"schema {path} cannot be read: {error.strerror}") from error
     if not isinstance(schema, dict) or types_of(schema) != ["object"]:
-        raise ValueError(f'schema {path}: a target is an object, so it begins with {{"type": "object"')
+        raise UserError(f'schema {path}: a target is an object, so it begins with {{"type": "object"')
     for problem in _problems(schema, "#"):
-        raise ValueError(f"schema {path}: {problem}")
+        raise UserError(f"schema {path}: {problem}")
     return schema
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if key := repeated_key(pairs):
-        raise ValueError(f"an object has the key {key!r} twice")
-    return dict(pairs)
 
 
 def _problems(schema: Any, place: str) -> Iterator[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from im2json.jsontext import Reading, read
 from im2json.scoring.catalogue import METRICS
 from im2json.scoring.errors import ErrorCounts, example_errors
 from im2json.scoring.evaluator import StreamingEvaluator
 from im2json.scoring.fieldtable import FieldTable
-from im2json.scoring.jsontext import read
 
 
 class Scorecard:
@@ -19,9 +19,9 @@ class Scorecard:
         self.fields = FieldTable()
         self.errors = ErrorCounts()
 
-    def update(self, prediction: str, target: dict[str, Any], id: str | None = None) -> dict[str, float]:
-        """Counts one example, and returns its own scores; raises as `StreamingEvaluator.update` does."""
-        reading = read(prediction)
+    def update(self, prediction: str | Reading, target: dict[str, Any], id: str | None = None) -> dict[str, float]:
+        """Count one example, and return its own scores; raises as `StreamingEvaluator.update` does."""
+        reading = read(prediction) if isinstance(prediction, str) else prediction
         scores = self.metrics.update(reading, target, id)
         self.fields.update(reading.value or {}, target)
         self.errors.update(example_errors(reading, target))

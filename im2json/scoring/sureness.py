@@ -13,11 +13,11 @@ from im2json.scoring.confidence import (
     Leaf,
     area_under_risk_coverage,
     calibration_error,
-    judged,
+    judge_leaves,
     kept,
     threshold_for,
 )
-from im2json.scoring.examples import calibration_rows, kept_predictions, read_calibration
+from im2json.scoring.examples import calibration_predictions, kept_predictions, read_calibration
 from im2json.scoring.normal import fields, normal_items
 
 ALL = "(all)"
@@ -62,16 +62,17 @@ def run_sureness(run: RunFolder, split: str, target_precision: float | None = No
     """What a run was sure of on a split after training; rows without a confidence are left out.
 
     The threshold for a target precision is found on the answers that the calibration was fitted to.
-    Raises ValueError where calibration.json is not one of ours.
+    Raises UserError where calibration.json is not one of ours.
     """
     calibration, step = read_calibration(run) or (Calibration(), None)
-    rows = [row for row in kept_predictions(run, split) if "confidence" in row]
-    leaves = calibrated((leaf for row in rows for leaf in judged(row)), calibration)
+    kept_here = [prediction for prediction in kept_predictions(run, split) if prediction.has_confidence]
+    leaves = calibrated((leaf for prediction in kept_here for leaf in judge_leaves(prediction)), calibration)
     threshold = None
     if target_precision is not None and step is not None:
-        known = calibrated((leaf for row in calibration_rows(run, step) for leaf in judged(row)), calibration)
+        validated = calibration_predictions(run, step)
+        known = calibrated((leaf for prediction in validated for leaf in judge_leaves(prediction)), calibration)
         threshold = threshold_for([leaf.confidence for leaf in known], [leaf.right for leaf in known], target_precision)
-    wanted = {path for row in rows for path, _ in fields(normal_items(row["target"]))}
+    wanted = {path for prediction in kept_here for path, _ in fields(normal_items(prediction.target))}
     by_path: dict[str, list[Leaf]] = {}
     for leaf in leaves:
         by_path.setdefault(leaf.path if leaf.path in wanted else NO_TARGET, []).append(leaf)

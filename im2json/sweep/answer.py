@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -12,8 +11,10 @@ from typing import Any
 
 import click
 
+from im2json.errors import UserError
+from im2json.files import atomically, lock, read_json, write_json
 from im2json.report.table import before_after_table, table
-from im2json.runs import RunFolder, atomically, write_json
+from im2json.runs import RunFolder
 from im2json.sweep.grid import Plan
 from im2json.sweep.halving import Dropped
 from im2json.sweep.launch import Job
@@ -34,7 +35,7 @@ def answer(
         score: where it is None, no test split is scored, and only one that was is told.
 
     Raises:
-        ValueError: if the winner's test split could not be scored.
+        UserError: if the winner's test split could not be scored.
     """
     board = make_board(plan, jobs, dropped)
     if board is None:
@@ -75,7 +76,7 @@ def text(board: Board) -> str:
     rows = []
     for setting in board.settings:
         low, high = setting.evaluator.intervals()[board.metric]
-        seconds = sum(result["seconds"] for result in setting.results) / len(setting.results)
+        seconds = sum(result.seconds for result in setting.results) / len(setting.results)
         rows.append([setting.name, len(setting.runs), setting.value(board.metric), low, high, duration(seconds)])
     lines = [table(rows, ["config", "runs", board.metric, "low", "high", "time"]), ""]
     lines += [axis["sentence"] for axis in board.axes]
@@ -85,19 +86,19 @@ def text(board: Board) -> str:
 def known_test(winner: RunFolder, sweep: Path) -> dict[str, Any] | None:
     """What `score_test` has kept; None where that is not of this winner."""
     kept = sweep / "test.json"
-    test = json.loads(kept.read_text("utf-8")) if kept.exists() else None
-    return test if test is not None and test["point"] == winner.path.name else None
+    test = read_json(kept) if kept.exists() else None
+    return test if isinstance(test, dict) and test.get("point") == winner.path.name else None
 
 
 def score_test(winner: RunFolder, sweep: Path, score: Score) -> dict[str, Any]:
     """{"point", "before", "after"}: metrics of the base and of the winner, kept in test.json for the next call.
 
     Raises:
-        ValueError: if evaluate.py fails, with the end of what it said.
+        UserError: if evaluate.py fails, with the end of what it said.
     """
     log = sweep / "test.log"
     with log.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # waits for a sweep beside this one, and takes what that has found
+        lock(file, wait=True)  # for a sweep beside this one, whose result is then taken
         return known_test(winner, sweep) or _scored(winner, sweep, score, log)
 
 
@@ -105,7 +106,7 @@ def _scored(winner: RunFolder, sweep: Path, score: Score, log: Path) -> dict[str
     status, printed = score(winner, log)
     if status != 0:
         last = log.read_text("utf-8", "replace").strip().rsplit("\n", 1)[-1]
-        raise ValueError(f"the test split of {winner.path} could not be scored: {last} ({log})")
+        raise UserError(f"the test split of {winner.path} could not be scored: {last} ({log})")
     test = {"point": winner.path.name, **json.loads(printed)}
     write_json(sweep / "test.json", test)
     return test

@@ -13,8 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from im2json.cli import first_line
-from im2json.sweep.launch import ASKED, POLL_SECONDS, Job, command, is_locked, launch, lock, output_of, signal_group
+from im2json.errors import UserError, first_line
+from im2json.sweep.launch import (
+    POLL_SECONDS,
+    STOP_REQUESTED,
+    Job,
+    command,
+    is_locked,
+    launch,
+    lock,
+    output_of,
+    signal_group,
+)
 
 ANSWER_SECONDS = 5  # for a cluster to take a connection; Ray itself tries for minutes
 RETRIES = 3  # of a point whose worker or machine was lost; it goes on from its checkpoint
@@ -26,26 +36,26 @@ class Cluster:
     def __init__(self, address: str, train: Path, capacity: int, gpus_per_run: int | None) -> None:
         """
         Raises:
-            ValueError: if Ray is not installed, no cluster answers, or no machine has as many GPUs.
+            UserError: if Ray is not installed, no cluster answers, or no machine has as many GPUs.
         """
         check_address(address)
         try:
             import ray
         except ImportError:
-            raise ValueError("--ray needs Ray: pip install 'im2json[ray]'") from None
+            raise UserError("--ray needs Ray: pip install 'im2json[ray]'") from None
         self.ray, self.train, self.capacity = ray, train, capacity
         self.tasks: dict[str, Any] = {}  # by point
         handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
-            raise ValueError(f"--ray {address}: no Ray cluster answers there ({first_line(error)})") from None
+            raise UserError(f"--ray {address}: no Ray cluster answers there ({first_line(error)})") from None
         finally:
             signal.signal(signal.SIGTERM, handler)  # which Ray has replaced by its own
         most = max(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
         self.gpus = gpus_per_run or min(1, int(most))
         if self.gpus > most:
-            raise ValueError(f"--gpus-per-run {self.gpus}: no machine of the cluster has more than {most:g} GPU(s)")
+            raise UserError(f"--gpus-per-run {self.gpus}: no machine of the cluster has more than {most:g} GPU(s)")
 
     def has_room(self, beside: Sequence[Job]) -> bool:
         return len(beside) < self.capacity
@@ -84,16 +94,16 @@ class Cluster:
 
 
 def check_address(address: str) -> None:
-    """Raises ValueError where there is no cluster to be found, which Ray would take minutes to say."""
+    """Raises UserError where there is no cluster to be found, which Ray would take minutes to say."""
     found = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:([0-9]+)", address)
     if address != "auto" and found is None:
-        raise ValueError(f"--ray {address}: expected the HOST:PORT of a cluster, or auto for the one on this machine")
+        raise UserError(f"--ray {address}: expected the HOST:PORT of a cluster, or auto for the one on this machine")
     if found is not None:
         host, port = found.groups()
         try:
             socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
         except (OSError, OverflowError, UnicodeError) as error:
-            raise ValueError(f"--ray {address}: no Ray cluster answers there ({error})") from None
+            raise UserError(f"--ray {address}: no Ray cluster answers there ({error})") from None
 
 
 def run_point(job: Job, train: Path, processes: int, threads: int | None) -> None:
@@ -128,7 +138,7 @@ def start_guard(job: Job, group: int) -> subprocess.Popen:
     It waits for the line in a grandchild: Ray kills the children of a worker that it kills.
     """
     note = shlex.quote(str(job.group))
-    ask = f"grep -qx '{ASKED}' {note} || {{ kill -TERM -{group} && echo '{ASKED}' >> {note}; }}"
+    ask = f"grep -qx '{STOP_REQUESTED}' {note} || {{ kill -TERM -{group} && echo '{STOP_REQUESTED}' >> {note}; }}"
     return subprocess.Popen(
         ["sh", "-c", f"exec 3<&0; (read _ <&3 || {{ {ask}; }}) &"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True,

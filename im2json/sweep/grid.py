@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from im2json.errors import UserError
+from im2json.files import read_json
 from im2json.options import FIELDS, PRESETS, TrainConfig, check, flag_name, scalar_type
-from im2json.runs import fresh_options
-from im2json.scoring.text import repeated_key
+from im2json.resume import fresh_options
 
 PARTS = ("preset", "base", "grid", "ablate", "seeds")
 NOT_HERE = {  # options that a grid may not hold, and why
@@ -50,33 +51,27 @@ def read_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
     """The plan of a grid file, with some of its base replaced by NAME=VALUE.
 
     Raises:
-        ValueError: naming the file, and the key or line that is wrong.
+        UserError: naming the file, and the key or line that is wrong.
     """
+    stored = read_json(path)
     try:
-        stored = json.loads(path.read_text("utf-8"), object_pairs_hook=_no_key_twice)
         if not isinstance(stored, dict):
-            raise ValueError('a grid is a JSON object, like {"base": {"steps": 300}, "grid": {"r": [8, 16]}}')
+            raise UserError('a grid is a JSON object, like {"base": {"steps": 300}, "grid": {"r": [8, 16]}}')
         return make_plan(stored, dict(map(parse_override, overrides)))
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: not JSON: nested too deep") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
     """NAME=VALUE as (name, value), the value read as its option's type wants it.
 
     Raises:
-        ValueError: where there is no `=`.
+        UserError: where there is no `=`.
     """
     name, equals, value = text.partition("=")
     name = name.removeprefix("--").replace("-", "_")
     if not equals:
-        raise ValueError(f"--set {text}: expected NAME=VALUE, like steps=50")
+        raise UserError(f"--set {text}: expected NAME=VALUE, like steps=50")
     if name in FIELDS and scalar_type(name)[0] is str:
         return name, value
     try:
@@ -90,21 +85,21 @@ def make_plan(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> Plan:
     for part in stored:
         if part not in PARTS:
             hint = "; options go into base, grid or ablate" if part in FIELDS else ""
-            raise ValueError(f"unknown key {part!r}: a grid holds {', '.join(PARTS)}{hint}")
+            raise UserError(f"unknown key {part!r}: a grid holds {', '.join(PARTS)}{hint}")
     preset = stored.get("preset")
     if preset is not None and preset not in list(PRESETS):  # a list, as what JSON holds may not be hashable
-        raise ValueError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
+        raise UserError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
     if "grid" in stored and "ablate" in stored:
-        raise ValueError("grid and ablate: give one of the two, a grid crosses its axes, ablate varies one at a time")
+        raise UserError("grid and ablate: give one of the two, a grid crosses its axes, ablate varies one at a time")
     part = "ablate" if "ablate" in stored else "grid"
     base = {**_checked_base(stored.get("base", {})), **_checked_base(overrides, "--set")}
     axes, seeds = _checked_axes(stored.get(part, {}), part), _checked_seeds(stored)
     for name in base:
         if part == "grid" and name in axes:
-            raise ValueError(f"{name} is in base (or --set) and an axis of grid: leave one out")
+            raise UserError(f"{name} is in base (or --set) and an axis of grid: leave one out")
     for where, names in (("base", base), (part, axes)):
         if "seeds" in stored and "seed" in names:
-            raise ValueError(f"{where}.seed and seeds: leave one out")
+            raise UserError(f"{where}.seed and seeds: leave one out")
 
     places = _ablated(base, axes, preset) if part == "ablate" else _crossed(axes)
     points = [
@@ -114,7 +109,7 @@ def make_plan(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> Plan:
     ]
     _refuse_copies(points)
     if any(point.config.train.eval_every == 0 for point in points):
-        raise ValueError("eval_every: 0 leaves nothing to rank the points by: at least 1")
+        raise UserError("eval_every: 0 leaves nothing to rank the points by: at least 1")
     around = places[0][0] if part == "ablate" else None
     ordered = {name: _ordered([place[name] for place, _ in places], values) for name, values in axes.items()}
     return Plan(points, ordered, points[0].config.train.metric, around)
@@ -142,7 +137,7 @@ def _ablated(base: Values, axes: Mapping[str, list[Any]], preset: str | None) ->
     for name, values in axes.items():
         same = [value for value in values if point_id(_resolve({**base, name: value}, preset)) == point_id(centre)]
         if len(same) > 1:
-            raise ValueError(f"ablate.{name}: {same[0]!r} and {same[1]!r} are the same point")
+            raise UserError(f"ablate.{name}: {same[0]!r} and {same[1]!r} are the same point")
         middle[name] = same[0] if same else middle[name]
         changes += [(name, value) for value in values if value not in same]
     follows = base.get("alpha", "2r")
@@ -217,7 +212,7 @@ def _flag(name: str, value: Any) -> list[str]:
 
 def _checked_base(values: Any, where: str = "base") -> Values:
     if not isinstance(values, dict):
-        raise ValueError(f'{where}: expected an object of options, like {{"steps": 300}}')
+        raise UserError(f'{where}: expected an object of options, like {{"steps": 300}}')
     for name, value in values.items():
         _check(f"{where}.{name}" if where == "base" else f"{where} {name}", name, value)
     return values
@@ -225,12 +220,12 @@ def _checked_base(values: Any, where: str = "base") -> Values:
 
 def _checked_axes(axes: Any, part: str) -> dict[str, list[Any]]:
     if not isinstance(axes, dict):
-        raise ValueError(f'{part}: expected an object of axes, like {{"r": [8, 16, 32]}}')
+        raise UserError(f'{part}: expected an object of axes, like {{"r": [8, 16, 32]}}')
     for name, values in axes.items():
         _check_values(f"{part}.{name}", name, values)
         if name == "metric" or FIELDS[name].metadata["free"]:
             why = "points are ranked by one metric" if name == "metric" else "it does not change the result"
-            raise ValueError(f"{part}.{name}: {why}; it belongs into base")
+            raise UserError(f"{part}.{name}: {why}; it belongs into base")
     return axes
 
 
@@ -243,27 +238,27 @@ def _checked_seeds(stored: Mapping[str, Any]) -> list[Values]:
 
 def _check_values(where: str, name: str, values: Any) -> None:
     if not isinstance(values, list) or not values:
-        raise ValueError(f"{where}: expected a list of values, like [8, 16, 32], not {json.dumps(values)}")
+        raise UserError(f"{where}: expected a list of values, like [8, 16, 32], not {json.dumps(values)}")
     for value in values:
         _check(where, name, value)
     for first, second in itertools.combinations(values, 2):
         if first == second:
-            raise ValueError(f"{where}: {json.dumps(second)} comes twice")
+            raise UserError(f"{where}: {json.dumps(second)} comes twice")
 
 
 def _check(where: str, name: str, value: Any) -> None:
     if name in NOT_HERE:
-        raise ValueError(f"{where}: leave it out, {NOT_HERE[name]}")
+        raise UserError(f"{where}: leave it out, {NOT_HERE[name]}")
     if name == "alpha" and isinstance(value, str):
         if not re.fullmatch(r"([0-9]+\.?[0-9]*)?r", value):
-            raise ValueError(f'{where}: {value!r} is neither a number nor a multiple of r, like "2r"')
+            raise UserError(f'{where}: {value!r} is neither a number nor a multiple of r, like "2r"')
         value = _times(value)
     if name == "preset":
-        raise ValueError(f"{where}: it stands beside base, not among the options")
+        raise UserError(f"{where}: it stands beside base, not among the options")
     if isinstance(value, str) and not _fits_a_command(value):
-        raise ValueError(f"{where}: {value!r} holds a character that no command line can")
+        raise UserError(f"{where}: {value!r} holds a character that no command line can")
     if problem := check(name, value):
-        raise ValueError(f"{where}: {problem.removeprefix(f'{flag_name(name)}: ')}")
+        raise UserError(f"{where}: {problem.removeprefix(f'{flag_name(name)}: ')}")
 
 
 def _fits_a_command(text: str) -> bool:
@@ -277,10 +272,4 @@ def _refuse_copies(points: list[Point]) -> None:
     known: dict[str, Point] = {}
     for point in points:
         if (other := known.setdefault(point.id, point)) is not point:
-            raise ValueError(f"{other.name} and {point.name} are the same point: leave one out")
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> Values:
-    if (name := repeated_key(pairs)) is not None:
-        raise ValueError(f"key {name!r} comes twice")
-    return dict(pairs)
+            raise UserError(f"{other.name} and {point.name} are the same point: leave one out")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from im2json.runs import read_lines
+from im2json.errors import UserError
 from im2json.scoring import METRICS
 from im2json.sweep.grid import Point
 from im2json.sweep.launch import Job
@@ -28,10 +28,10 @@ class Dropped:
 
 
 def check_rungs(points: Sequence[Point]) -> None:
-    """Raises ValueError where the points are not validated at the same steps, so that none could be a rung."""
+    """Raises UserError where the points are not validated at the same steps, so that none could be a rung."""
     found = sorted({point.config.train.eval_every for point in points})
     if len(found) > 1:
-        raise ValueError(f"--halve compares validations at the same step, so eval_every may not differ: {found}")
+        raise UserError(f"--halve compares validations at the same step, so eval_every may not differ: {found}")
 
 
 def halve(jobs: Sequence[Job], metric: str, run: Callable[[], None], dropped: list[Dropped]) -> None:
@@ -75,5 +75,4 @@ def _aim(alive: dict[str, list[Job]], stop_after: int | None) -> None:
 
 def value_at(job: Job, metric: str, step: int) -> float:
     """A validation metric at this step, or at the last validation before it."""
-    rows = (row for row in read_lines(job.run.metrics) if row["split"] == "validation" and row["step"] <= step)
-    return [row["values"][metric] for row in rows][-1]
+    return [line.values[metric] for line in job.run.log("validation") if line.step <= step][-1]

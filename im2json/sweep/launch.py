@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import signal
 import socket
@@ -18,12 +17,14 @@ from typing import BinaryIO, Protocol
 import click
 import psutil
 
-from im2json.runs import RunFolder, read_lines
+from im2json.errors import UserError
+from im2json.files import is_locked, lock
+from im2json.runs import RunFolder
 from im2json.sweep.grid import Point
 
 POLL_SECONDS = 0.5
 TAIL_LINES = 6
-ASKED = "asked to stop"
+STOP_REQUESTED = "asked to stop"
 NOTICE = "stopping: every point finishes its step and writes a checkpoint; once more stops at once"
 
 
@@ -45,7 +46,7 @@ class Job:
     @property
     def group(self) -> Path:
         """Who runs the point, for the sweep that comes after a killed one: a line each for the number of the process
-        group, its machine and its GPUs, and a last one, ASKED, once it was asked to stop."""
+        group, its machine and its GPUs, and a last one, STOP_REQUESTED, once it was asked to stop."""
         return self.run.path.with_name(f"{self.run.path.name}.pid")
 
     def holder(self) -> tuple[int, set[str], bool] | None:
@@ -53,8 +54,9 @@ class Job:
         if not is_locked(self.log):  # the number may be that of others by now
             return None
         try:
-            number, machine, gpus, *asked = self.group.read_text().splitlines()
-            return (int(number), set(gpus_of(gpus)), asked == [ASKED]) if machine == socket.gethostname() else None
+            number, machine, gpus, *more = self.group.read_text().splitlines()
+            here = machine == socket.gethostname()
+            return (int(number), set(gpus_of(gpus)), more == [STOP_REQUESTED]) if here else None
         except (OSError, ValueError):  # it is about to be written, or has just been removed
             return None
 
@@ -70,7 +72,7 @@ class Job:
 
     def validated(self) -> int:
         """The step of the last validation; 0 before the first."""
-        return max((row["step"] for row in read_lines(self.run.metrics) if row["split"] == "validation"), default=0)
+        return max((line.step for line in self.run.log("validation")), default=0)
 
     def complain(self, why: str) -> None:
         """Have the log end with an error that train.py could not tell itself."""
@@ -97,7 +99,7 @@ class Place(Protocol):
         """Start a job, or go on with it; False where a sweep beside this one has it.
 
         Raises:
-            OSError, ValueError: if its program cannot be started.
+            OSError, UserError: if its program cannot be started.
         """
 
     def is_running(self, job: Job) -> bool:
@@ -136,18 +138,18 @@ def make_slots(jobs: int | None, gpus_per_run: int | None) -> tuple[list[dict[st
     """Where points can run at the same time: (environments, processes a point, CPU threads a point).
 
     Raises:
-        ValueError: if there are not as many GPUs.
+        UserError: if there are not as many GPUs.
     """
     gpus = visible_gpus()
     if not gpus:
         if gpus_per_run is not None:
-            raise ValueError(f"--gpus-per-run {gpus_per_run}: no GPU was found here")
+            raise UserError(f"--gpus-per-run {gpus_per_run}: no GPU was found here")
         count = jobs or 1
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return [{}] * count, 1, max(1, cores // count)
     share = gpus_per_run or 1
     if share > len(gpus):
-        raise ValueError(f"--gpus-per-run {share}: {len(gpus)} GPU(s) were found here")
+        raise UserError(f"--gpus-per-run {share}: {len(gpus)} GPU(s) were found here")
     groups = [gpus[first : first + share] for first in range(0, len(gpus) - share + 1, share)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups[:jobs]], share, None
 
@@ -223,10 +225,13 @@ def launch(job: Job, arguments: list[str], log: BinaryIO, environment: dict[str,
     job.group.unlink(missing_ok=True)
     environment = {**os.environ, "TQDM_MININTERVAL": "5", **environment}
     # a session of its own: Ctrl-C in the terminal is for the sweep alone, which then asks each point once
-    process = subprocess.Popen(
-        arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        env=environment,
-    )  # fmt: skip
+    try:
+        process = subprocess.Popen(
+            arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env=environment,
+        )  # fmt: skip
+    except ValueError as error:  # a null character in an option
+        raise UserError(str(error)) from error
     gpus = environment.get("CUDA_VISIBLE_DEVICES", "")
     job.group.write_text(f"{process.pid}\n{socket.gethostname()}\n{gpus}\n")
     return process
@@ -251,7 +256,7 @@ def signal_group(job: Job, number: int) -> None:
                 process.kill()
         if number == signal.SIGTERM:
             with job.group.open("a") as file:
-                file.write(f"{ASKED}\n")
+                file.write(f"{STOP_REQUESTED}\n")
 
 
 def run_jobs(jobs: list[Job], place: Place, show: Callable[[], None]) -> None:
@@ -310,7 +315,7 @@ def start(job: Job, place: Place, running: Sequence[Job]) -> None:
     try:
         job.started = now if place.start(job, running) else 0.0
         job.state = "running"
-    except (OSError, ValueError) as error:  # as where an option is too long for a command line
+    except (OSError, UserError) as error:  # as where an option is too long for a command line
         job.complain(f"its program could not be started: {error}")
         job.state = "failed"
 
@@ -321,22 +326,6 @@ def finish(job: Job, stopping: bool) -> None:
     job.state = job.state_on_disk()
     if job.state not in ("done", "paused") and ours and not stopping:
         job.state = "failed"
-
-
-def lock(file: BinaryIO, how: int = fcntl.LOCK_EX) -> bool:
-    """Lock an open file, for all processes that inherit it; False where it is locked already."""
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def is_locked(path: Path) -> bool:
-    if not path.exists():
-        return False
-    with path.open("rb") as file:  # a shared lock takes no right to write
-        return not lock(file, fcntl.LOCK_SH)
 
 
 @contextlib.contextmanager

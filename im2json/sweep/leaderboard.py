@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from im2json.runs import RunFolder, read_lines
+from im2json.errors import UserError
+from im2json.jsontext import scoring_text
+from im2json.records import RunResult
+from im2json.runs import RunFolder
 from im2json.scoring import METRICS, StreamingEvaluator, compare
 from im2json.scoring.catalogue import labelled
-from im2json.scoring.text import scoring_text
 from im2json.sweep.grid import Plan, Values, shown
 from im2json.sweep.halving import Dropped
 from im2json.sweep.launch import Job
@@ -28,13 +29,13 @@ class Setting:
     place: Values
     options: Values
     runs: list[RunFolder]
-    results: list[dict[str, Any]]  # what each run's result.json holds
+    results: list[RunResult]
     examples: dict[int, dict[str, str]]  # seed -> the id of each validation example -> its target
     evaluator: StreamingEvaluator  # of the validation answers that all runs kept from their best steps
 
     def values(self, metric: str) -> list[float]:
         """A validation metric, seed by seed."""
-        return [result["validation"][metric] for result in self.results]
+        return [result.validation[metric] for result in self.results]
 
     def value(self, metric: str) -> float:
         return sum(self.values(metric)) / len(self.results)
@@ -62,7 +63,7 @@ def make_board(plan: Plan, jobs: Sequence[Job], dropped: Sequence[Dropped] = ())
     """The leaderboard of the points that have a result; None where none has.
 
     Raises:
-        ValueError: if a run folder does not hold what a finished run leaves.
+        UserError: if a run folder does not hold what a finished run leaves.
     """
     grouped: dict[str, list[Job]] = {}
     for job in jobs:
@@ -83,14 +84,14 @@ def read_setting(jobs: Sequence[Job]) -> Setting:
     """What the runs of a setting left, its validation answers scored anew for the bootstrap."""
     evaluator, results, examples = StreamingEvaluator(), [], {}
     for job in jobs:
-        result = json.loads(job.run.result.read_text("utf-8"))
+        result = job.run.read_result()
+        assert result is not None
         seen: dict[str, str] = {}
-        for row in read_lines(job.run.predictions):
-            if (row["split"], row["stage"], row["step"]) == ("validation", "during", result["best_step"]):
-                evaluator.update(row["text"], row["target"], row["id"])
-                seen[row["id"]] = scoring_text(row["target"])
-        if not seen or "validation" not in result:
-            raise ValueError(f"{job.run.path} holds no validation answers of its best step: remove it to run it again")
+        for prediction in job.run.predictions("validation", "during", result.best_step):
+            evaluator.update(prediction.reading, prediction.target, prediction.id)
+            seen[prediction.id] = scoring_text(prediction.target)
+        if not seen or result.best_step is None:
+            raise UserError(f"{job.run.path} holds no validation answers of its best step: remove it to run it again")
         results.append(result)
         examples[job.point.config.train.seed] = seen
     point = jobs[0].point
@@ -155,14 +156,14 @@ def rows(board: Board) -> list[dict[str, Any]]:
     for rank, setting in enumerate(board.settings, start=1):
         row: dict[str, Any] = {"rank": rank, "config": setting.name}
         row |= {name: setting.options[name] for name in names}
-        row |= {"runs": len(setting.runs), "trainable": setting.results[0]["trainable"]}
+        row |= {"runs": len(setting.runs), "trainable": setting.results[0].trainable}
         bounds = setting.evaluator.intervals()
         for name in METRICS:
             row |= {name: setting.value(name), f"{name}_low": bounds[name][0], f"{name}_high": bounds[name][1]}
             if len(setting.runs) > 1:
                 row |= {f"{name}_min": min(setting.values(name)), f"{name}_max": max(setting.values(name))}
-        row["seconds"] = sum(result["seconds"] for result in setting.results) / len(setting.results)
-        row["peak_memory_bytes"] = max(result["peak_memory_bytes"] for result in setting.results)
+        row["seconds"] = sum(result.seconds for result in setting.results) / len(setting.results)
+        row["peak_memory_bytes"] = max(result.peak_memory_bytes for result in setting.results)
         table.append(row)
     return table
 

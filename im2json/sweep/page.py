@@ -8,7 +8,6 @@ from typing import Any
 from im2json.report.page import html_page, html_table
 from im2json.report.plot import Curve, Estimate, curve_plot, estimate_plot, legend, thinned
 from im2json.report.table import BEFORE_AFTER, before_after_rows, cell_text
-from im2json.runs import read_lines
 from im2json.scoring import METRICS
 from im2json.scoring.catalogue import labelled
 from im2json.sweep.grid import Values, shown
@@ -95,9 +94,8 @@ def _training(board: Board) -> str:
     for style, setting in enumerate(board.settings):
         for run, seed in zip(setting.runs, setting.examples):
             name = setting.name if len(setting.runs) == 1 else f"{setting.name} seed={seed}"
-            logged = list(read_lines(run.metrics))
-            scores = [(row["step"], row["values"][board.metric]) for row in logged if row["split"] == "validation"]
-            loss = [(row["step"], row["values"]["loss"]) for row in logged if row["split"] == "train"]
+            scores = [(line.step, line.values[board.metric]) for line in run.log("validation")]
+            loss = [(line.step, line.values["loss"]) for line in run.log("train")]
             validation.append(Curve(name, style, scores))
             losses.append(Curve(name, style, thinned(loss)))
     plots = [

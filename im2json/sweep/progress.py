@@ -10,7 +10,6 @@ import time
 import click
 
 from im2json.report.table import table
-from im2json.runs import read_lines
 from im2json.sweep.launch import Job, is_locked
 
 HEADERS = ["point", "state", "step", "of", "metric", "left"]
@@ -68,15 +67,15 @@ class Progress:
 
     def _row(self, job: Job) -> list[str]:
         """The cells under HEADERS."""
-        rows = list(read_lines(job.run.metrics)) if job.state != "to do" else []
-        steps = [row for row in rows if row["split"] == "train"]
-        values = [row["values"][self.metric] for row in rows if row["split"] == "validation"]
-        step, total = (steps[-1]["step"] if steps else 0), total_steps(job)
+        lines = list(job.run.log()) if job.state != "to do" else []
+        steps = [line for line in lines if line.split == "train"]
+        values = [line.values[self.metric] for line in lines if line.split == "validation"]
+        step, total = (steps[-1].step if steps else 0), total_steps(job)
         left = ""
         # of a point that another sweep has started it is not known since when it runs
-        recent = [row for row in steps if row["time"] >= job.started] if job.started else []
+        recent = [line for line in steps if line.time >= job.started] if job.started else []
         if job.state == "running" and total and len(recent) > 1:
-            pace = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
+            pace = (recent[-1].time - recent[0].time) / (recent[-1].step - recent[0].step)
             end = total if job.stop_after is None else min(job.stop_after, total)
             left = f"{duration(pace * max(0, end - step))} left"
         value = f"{values[-1]:.3f}" if values else ""

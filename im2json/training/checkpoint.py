@@ -17,21 +17,10 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PaliGemmaProcessor
 
-from im2json.cli import first_line
+from im2json.errors import UserError, WriteError, first_line
+from im2json.files import atomically, damage, folder_atomically, write_json
 from im2json.model.lora import read_adapter_weights, write_adapter_weights
-from im2json.runs import (
-    ASKED,
-    WEIGHTS,
-    RunFolder,
-    atomically,
-    complete_checkpoints,
-    damage,
-    folder_atomically,
-    read_lines,
-    rewind,
-    step_of,
-    write_json,
-)
+from im2json.runs import USAGE, WEIGHTS, RunFolder, complete_checkpoints, rewind, step_of
 from im2json.scoring.schema import Schema
 from im2json.training.state import TrainState
 
@@ -62,7 +51,7 @@ def begin(
                 path.rename(put_aside)
                 accelerator.print(f"{path} is damaged ({problem}): passed over, and kept as {put_aside.name}")
         whole = complete_checkpoints(run.checkpoints)  # what is left of them
-        if not whole and any(row["step"] for row in read_lines(run.metrics)):
+        if not whole and any(line.step for line in run.log()):
             accelerator.print("there is no whole checkpoint to go on from: this run begins anew")
         rewind(run, step_of(whole[-1]) if whole else 0)
         run.adapter.mkdir(exist_ok=True)
@@ -71,7 +60,7 @@ def begin(
             model.peft_config["default"].save_pretrained(str(run.adapter))
         if not run.schema.exists():
             write_json(run.schema, schema)
-        write_json(run.adapter / ASKED, asked)
+        write_json(run.adapter / USAGE, asked)
     accelerator.wait_for_everyone()
     return next(reversed(complete_checkpoints(run.checkpoints)), None)
 
@@ -84,14 +73,16 @@ def write_adapter(model: PeftModel, run: RunFolder) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Have a full disk reported as the system does: torch, safetensors and tokenizers each raise an error of their own,
-    the last a bare Exception."""
+    """Report a file that a library could not write as a WriteError.
+
+    On a full disk torch raises a RuntimeError, safetensors an error of its own, and tokenizers a bare Exception.
+    """
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
-        raise OSError(f"{path} cannot be written: {first_line(error)}") from error
+        if type(error) is not Exception and not isinstance(error, RuntimeError | SafetensorError):
+            raise
+        raise WriteError(f"{path} cannot be written: {first_line(error)}") from error
 
 
 def save_checkpoint(
@@ -147,7 +138,7 @@ def load_checkpoint(
     """Put weights, optimizer and the best adapter back to what they were when this checkpoint was written.
 
     Raises:
-        ValueError: if a file of the checkpoint is missing or damaged.
+        UserError: if a file of the checkpoint is missing or damaged.
     """
     device = "cpu" if accelerator.device.type == "cpu" else accelerator.device  # torch.load knows no cpu:1
     try:
@@ -161,7 +152,7 @@ def load_checkpoint(
             with atomically(run.adapter / WEIGHTS) as aside:
                 shutil.copyfile(path / BEST, aside)
     except _DAMAGED as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read ({first_line(error)}): remove it to resume from the checkpoint before"
         ) from error
     restore_paging(optimizer.optimizer)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from im2json.data.collate import IGNORE, Batch, Collator
 from im2json.data.loader import StepLoader
+from im2json.errors import UserError
 from im2json.model.lora import trained
 from im2json.model.loss import label_positions, loss_at
 from im2json.model.replay import Forward
@@ -32,7 +33,7 @@ from im2json.training.tracking import Tracker
 MAX_SKIPPED_RUNNING = 10  # fp16 overflows in a row after which the scale is not the problem
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(UserError):
     """A loss or gradient is NaN or infinite."""
 
 
@@ -83,7 +84,7 @@ def fit(
 
     Raises:
         NonFiniteError: a loss or gradient is not finite.
-        ValueError: the checkpoint cannot be read, the first step shows that something is not learned, or the run has
+        UserError: the checkpoint cannot be read, the first step shows that something is not learned, or the run has
             passed `stop_after`.
         KeyboardInterrupt: Ctrl-C or SIGTERM asked for it; the step was finished and a checkpoint written.
     """
@@ -98,7 +99,7 @@ def fit(
     total = loader.order.total(options)
     microbatch = Microbatch(loader.microbatch)
     if stop_after is not None and stop_after <= state.step:
-        raise ValueError(f"--stop-after {stop_after}: this run has taken {state.step} steps already")
+        raise UserError(f"--stop-after {stop_after}: this run has taken {state.step} steps already")
     if out_of_patience(state, options):  # resumed after its last step
         total = state.step
 
@@ -270,7 +271,7 @@ def check_labels(batches: list[Batch], collator: Collator) -> None:
     """Hold a step's labels to what the loss is meant to be taken on: the whole target, EOS last, and nothing before.
 
     Raises:
-        ValueError: naming the first example where they are not.
+        UserError: naming the first example where they are not.
     """
     start, eos = len(collator.prefix_ids), collator.processor.tokenizer.eos_token_id
     for batch in batches:
@@ -278,7 +279,7 @@ def check_labels(batches: list[Batch], collator: Collator) -> None:
         for id, labels, suffix in zip(batch.ids, batch.labels, causal):
             learned = labels != IGNORE  # S
             if learned[:start].any() or not torch.equal(learned.long(), suffix) or labels[learned][-1] != eos:
-                raise ValueError(f"example {id}: its labels are not exactly the target's tokens with EOS at their end")
+                raise UserError(f"example {id}: its labels are not exactly the target's tokens with EOS at their end")
 
 
 def check_gradients(model: PeftModel) -> None:
@@ -286,12 +287,12 @@ def check_gradients(model: PeftModel) -> None:
     second matrix of a pair, and of DoRA's magnitudes.
 
     Raises:
-        ValueError: naming the layers that none reaches, which would be saved as trained.
+        UserError: naming the layers that none reaches, which would be saved as trained.
     """
     telling = [(name, p.grad) for name, p in model.named_parameters() if p.requires_grad and ".lora_A." not in name]
     missing = [name for name, gradient in telling if gradient is None or not gradient.any()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"no gradient reaches {len(missing)} of {len(telling)} LoRA matrices, {missing[0]} among them: "
             "leave these layers out with --target-modules"
         )

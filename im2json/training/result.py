@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate.utils import gather_object
 
+from im2json.files import write_json
 from im2json.model.lora import count_parameters
-from im2json.runs import RunFolder, read_lines, write_json
+from im2json.runs import RunFolder
 from im2json.training.loop import peak_memory_bytes
 from im2json.training.state import TrainState
 from im2json.training.tracking import Tracker
 
 
-def known_before(run: RunFolder) -> dict[str, float] | None:
-    """The base's test metrics, where this run had measured them when it was stopped."""
-    rows = (row for row in read_lines(run.metrics) if row["split"] == "test" and row.get("stage") == "before")
-    return next((row["values"] for row in rows), None)
+def known_before(run: RunFolder) -> Mapping[str, float] | None:
+    """Return the base's test metrics, if this run had measured them when it was stopped."""
+    return next((line.values for line in run.log("test", "before")), None)
 
 
 def finish(

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from im2json.errors import LostProcessError, UserError
+
 GRACE_SECONDS = 5.0  # for a process to end by itself after another one has
 NEVER = datetime.timedelta(days=3650)
 NOTICE = b"\nstopping after this step, with a checkpoint; once more stops at once\n"
@@ -60,9 +62,9 @@ def watched_peers(accelerator: Accelerator, advice: str) -> Iterator[Watch]:
     process that has not left GRACE_SECONDS after a peer has failed is ended, with a line that says which one.
 
     Raises:
-        ConnectionError: a process was lost, in place of a RuntimeError, as gloo's collectives raise, or of the
+        LostProcessError: a process was lost, in place of a RuntimeError, as gloo's collectives raise, or of the
             launcher's request to stop.
-        ValueError: a process stopped with an error, which it tells itself, in place of a RuntimeError.
+        UserError: a process stopped with an error, which it tells itself, in place of a RuntimeError.
     """
     own, count = accelerator.process_index, accelerator.num_processes
     peers = [rank for rank in range(count) if rank != own]
@@ -75,8 +77,8 @@ def watched_peers(accelerator: Accelerator, advice: str) -> Iterator[Watch]:
     def reason() -> Exception:
         peer, lost = failures[0]
         if lost:
-            return ConnectionError(f"process {peer} of {count} was lost; {watched.advice}")
-        return ValueError(f"process {peer} of {count} stopped with an error")
+            return LostProcessError(f"process {peer} of {count} was lost; {watched.advice}")
+        return UserError(f"process {peer} of {count} stopped with an error")
 
     def tell(peer: int, failure: bool) -> None:
         with telling, contextlib.suppress(RuntimeError):  # it may be gone

@@ -17,8 +17,10 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from im2json.data.lengths import TargetLengths
+from im2json.files import append_lines
 from im2json.options import FIELDS, TrainConfig
-from im2json.runs import RunFolder, append_lines, step_of
+from im2json.records import EvaluationKey, LogLine
+from im2json.runs import RunFolder, step_of
 
 Scalars = dict[str, float]
 
@@ -44,11 +46,11 @@ class Tracker:
         if config.train.track:
             accelerator.init_trackers("im2json", config={k: _plain(v) for k, v in config.flat().items()})
 
-    def scalars(self, split: str, step: int, values: Scalars, **more: Any) -> None:
-        """Log values as `split/name`. `more` and num, the examples, go into metrics.jsonl only."""
+    def scalars(self, split: str, step: int, values: Scalars, stage: str | None = None) -> None:
+        """Log values as `split/name`. The stage of an evaluation and num, its examples, go into metrics.jsonl only."""
         if self.writer is None:
             return
-        append_lines(self.run.metrics, [{"step": step, "split": split, **more, "values": values, "time": time.time()}])
+        append_lines(self.run.metrics_file, [LogLine(step, split, values, time.time(), stage).to_json()])
         curves = {f"{split}/{name}": value for name, value in values.items() if name != "num"}
         for name, value in curves.items():
             self.writer.add_scalar(name, value, step)
@@ -65,13 +67,16 @@ class Tracker:
         for split, counts in lengths.by_split.items():
             self.writer.add_histogram(f"target_tokens/{split}", np.asarray(counts), 0)
 
-    def picture(self, tag: str, draw: Callable[[], Image.Image], step: int) -> None:
-        """Draw and log a picture in a thread, so that no process waits for it. What goes wrong there comes out of a
-        later call."""
+    def picture(self, key: EvaluationKey, index: int, draw: Callable[[], Image.Image]) -> None:
+        """Draw and log the picture of an evaluated example in a thread, so that no process waits for it.
+
+        A later call raises what went wrong there.
+        """
         if self.writer is not None:
             while self.drawn and self.drawn[0].done():
                 self.drawn.pop(0).result()
-            self.drawn.append(self.drawing.submit(self._picture, self.writer, tag, draw, step))
+            tag = f"{key.split}_{key.stage}/{index}"
+            self.drawn.append(self.drawing.submit(self._picture, self.writer, tag, draw, key.step))
 
     def _picture(self, writer: SummaryWriter, tag: str, draw: Callable[[], Image.Image], step: int) -> None:
         picture, encoded = draw().convert("RGB"), BytesIO()

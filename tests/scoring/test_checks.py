@@ -6,6 +6,7 @@ import json
 from decimal import Decimal
 
 import pytest
+from predictions import prediction
 
 from im2json.scoring.checks import CheckCounts, SumCheck, amount, count_checks, parse_checks
 
@@ -71,9 +72,10 @@ def test_checks_are_counted_beside_what_is_wrong():
     equation = "menu.price + menu.sub.price = total.total_price"
     misread = {**BILL, "total": {"total_price": "12,600"}}
     other = {**BILL, "total": {**BILL["total"], "cash": "1"}}  # of no matter to the equation
-    rows = [
-        {"text": json.dumps(said), "target": BILL, "checks": {equation: SumCheck.parse(equation).holds(said)}}
+    check = SumCheck.parse(equation)
+    predictions = [
+        prediction({"text": json.dumps(said), "target": BILL, "checks": {equation: check.holds(said)}})
         for said in (BILL, misread, other, {"total": {}})
     ]
-    assert count_checks(rows) == {equation: CheckCounts(holds=2, fails=1, cannot_say=1, wrong=2, caught=1)}
-    assert count_checks([{"text": "{}", "target": {}}]) == {}
+    assert count_checks(predictions) == {equation: CheckCounts(holds=2, fails=1, cannot_say=1, wrong=2, caught=1)}
+    assert count_checks([prediction({"text": "{}", "target": {}})]) == {}

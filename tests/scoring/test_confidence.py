@@ -9,22 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from predictions import prediction
 
+from im2json.jsontext import canonical, leaf_spans, map_leaves, read
 from im2json.scoring.confidence import (
     Calibration,
     area_under_risk_coverage,
     calibration_error,
-    judged,
+    judge_leaves,
     kept,
     leaf_confidence,
     reliability,
     risk_coverage,
     threshold_for,
 )
-from im2json.scoring.jsontext import leaf_spans, map_leaves, read
 from im2json.scoring.metrics import matches
 from im2json.scoring.normal import fields, normal_items
-from im2json.scoring.text import canonical
 
 
 def a_document(rng: random.Random, depth: int = 3) -> Any:
@@ -94,17 +94,17 @@ def test_leaves_are_right_as_often_as_field_f1_has_matches(seed):
     document, target = DOCUMENTS[seed], DOCUMENTS[-1 - seed % 7]
     text = canonical(document)
     row = {"id": "a", "text": text, "confidence": map_leaves(document, lambda _: 0.5), "target": target}
-    leaves, pairs = judged(row), fields(normal_items(document))
+    leaves, pairs = judge_leaves(prediction(row)), fields(normal_items(document))
     assert sorted((leaf.path, leaf.value) for leaf in leaves) == sorted(pairs)
     assert sum(leaf.right for leaf in leaves) == matches(pairs, fields(normal_items(target)))
 
 
 def test_a_row_without_confidence_is_named():
     with pytest.raises(ValueError, match="'x' has no confidence"):
-        judged({"id": "x", "text": '{"a":["1","2"]}', "confidence": {"a": [0.5]}, "target": {}})
+        judge_leaves(prediction({"text": '{"a":["1","2"]}', "confidence": {"a": [0.5]}, "target": {}}))
     with pytest.raises(ValueError, match="'x' has no confidence"):
-        judged({"id": "x", "text": '{"a":"1"}', "target": {}})
-    assert judged({"id": "x", "text": "nothing", "confidence": None, "target": {"a": "1"}}) == []
+        judge_leaves(prediction({"text": '{"a":"1"}', "target": {}}))
+    assert judge_leaves(prediction({"text": "nothing", "confidence": None, "target": {"a": "1"}})) == []
 
 
 def drawn(count: int, slope: float, intercept: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

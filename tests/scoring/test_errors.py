@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 from oracles import edited, random_pair, random_receipt
 
+from im2json.jsontext import read
 from im2json.scoring import StreamingEvaluator
 from im2json.scoring.errors import ERRORS, ErrorCounts, digit_slip, example_errors
-from im2json.scoring.jsontext import read
 
 TARGET = {
     "menu": [{"nm": "tea", "price": "5.00"}, {"nm": "pie", "price": "17.00"}, {"nm": "rice", "price": "3.00"}],

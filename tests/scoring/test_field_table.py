@@ -5,7 +5,9 @@ import random
 import pytest
 from oracles import edited, pairs, random_pair, random_receipt
 from oracles import normal as oracle_normal
+from predictions import prediction
 
+from im2json.records import Prediction
 from im2json.scoring import StreamingEvaluator
 from im2json.scoring.fieldtable import MAX_FOREIGN, MIN_EXAMPLES, FieldRow, FieldTable, compare_fields
 from im2json.scoring.scorecard import Scorecard
@@ -15,8 +17,8 @@ Pair = tuple[dict[str, object], dict[str, object]]
 
 def table(part: list[Pair]) -> FieldTable:
     found = FieldTable()
-    for prediction, target in part:
-        found.update(prediction, target)
+    for said, target in part:
+        found.update(said, target)
     return found
 
 
@@ -43,9 +45,9 @@ def test_by_hand() -> None:
 def test_the_rows_add_up_to_the_field_metrics() -> None:
     evaluator, found = StreamingEvaluator(), FieldTable()
     rng = random.Random(9)
-    for prediction, target in [random_pair(rng) for _ in range(200)]:
-        evaluator.update(json.dumps(prediction), target)
-        found.update(prediction, target)
+    for said, target in [random_pair(rng) for _ in range(200)]:
+        evaluator.update(json.dumps(said), target)
+        found.update(said, target)
     rows = found.compute()
     support, predicted = sum(row.support for row in rows), sum(row.predicted for row in rows)
     matched = sum(row.predicted * (row.precision or 0) for row in rows)
@@ -65,8 +67,8 @@ def test_support_counts_every_value_of_the_targets() -> None:
 @pytest.mark.parametrize("parts", [2, 5, 40])
 def test_any_split_and_order_gives_the_same_rows(parts: int) -> None:
     rng = random.Random(10)
-    part = [({**prediction, **{f"key {rng.randrange(400)}": 1 for _ in range(9)}}, target)
-            for prediction, target in receipts(40)]  # fmt: skip
+    part = [({**said, **{f"key {rng.randrange(400)}": 1 for _ in range(9)}}, target)
+            for said, target in receipts(40)]  # fmt: skip
     whole = table(part)
     merged = FieldTable()
     shuffled = rng.sample(part, len(part))
@@ -100,9 +102,9 @@ def test_tables_of_different_seeds_do_not_mix() -> None:
         FieldTable(1).merge(FieldTable(2))
 
 
-def rows(texts: list[dict[str, object]], targets: list[dict[str, object]]) -> list[dict[str, object]]:
+def rows(texts: list[dict[str, object]], targets: list[dict[str, object]]) -> list[Prediction]:
     return [
-        {"id": str(i), "text": json.dumps(text), "target": target}
+        prediction({"id": str(i), "text": json.dumps(text), "target": target})
         for i, (text, target) in enumerate(zip(texts, targets))
     ]
 

@@ -3,11 +3,14 @@ import json
 import math
 import pickle
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from oracles import random_pair
+from predictions import prediction
 
+from im2json.records import Prediction
 from im2json.scoring import METRICS, StreamingEvaluator, compare, compare_predictions
 from im2json.scoring.bootstrap import REPLICATES, example_key, interval, poisson_weights
 
@@ -109,15 +112,15 @@ def test_seeds_differ_and_do_not_mix() -> None:
         run(part, 1).merge(run(part, 2))
 
 
-def pages(count: int, correct: float, seed: int) -> list[dict[str, object]]:
-    """Rows whose value is read correctly by a share of runs, page by page from hopeless to easy."""
+def pages(count: int, correct: float, seed: int) -> list[Prediction]:
+    """Predictions whose value is read correctly by a share of runs, page by page from hopeless to easy."""
     rng = random.Random(seed)
-    rows = []
+    rows: list[Prediction] = []
     for i in range(count):
         target = {"a": f"value {i}", "b": [str(n) for n in range(i % 7)]}
         easy = i % 2 == 0 or rng.random() < correct
         text = json.dumps(target if easy else {"a": "?"})
-        rows.append({"id": f"page {i}", "text": text, "target": target})
+        rows.append(prediction({"id": f"page {i}", "text": text, "target": target}))
     return rows
 
 
@@ -143,13 +146,14 @@ def test_a_better_run_is_told_from_noise() -> None:
 
 def test_pairing_narrows_the_interval() -> None:
     rows = pages(200, 0.3, 1)
-    changed = [dict(row) for row in rows]
-    for row in changed[1:40:2]:
-        row["text"] = json.dumps(row["target"])
+    changed = list(rows)
+    for i in range(1, 40, 2):
+        right = {"id": rows[i].id, "text": json.dumps(rows[i].target), "target": rows[i].target}
+        changed[i] = prediction(right)
     found = compare_predictions(rows, changed)["exact_match"]
     evaluator = StreamingEvaluator()
     for row in rows:
-        evaluator.update(row["text"], row["target"], row["id"])  # type: ignore[arg-type]
+        evaluator.update(row.text, row.target, row.id)
     low, high = evaluator.intervals()["exact_match"]
     assert found.high - found.low < 0.6 * (high - low) * math.sqrt(2)
 
@@ -161,7 +165,7 @@ def test_only_the_same_examples_compare() -> None:
     with pytest.raises(ValueError, match="twice"):
         compare_predictions(rows, [*rows, rows[0]])
     with pytest.raises(ValueError, match="'page 3'"):
-        compare_predictions(rows, [{**row, "target": {}} if row["id"] == "page 3" else row for row in rows])
+        compare_predictions(rows, [replace(row, target={}) if row.id == "page 3" else row for row in rows])
     one, other = StreamingEvaluator(), StreamingEvaluator()
     one.update("{}", {}, "1")
     other.update("{}", {}, "2")

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from im2json.scoring.text import MAX_DEPTH, canonical, parse, scoring_text
+from im2json.jsontext import MAX_DEPTH, canonical, parse, scoring_text
 
 
 def test_canonical_keeps_order_and_characters() -> None:

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from im2json.jsontext import canonical, read
 from im2json.scoring import METRICS, StreamingEvaluator
-from im2json.scoring.jsontext import read
-from im2json.scoring.text import canonical
 from im2json.scoring.tree import tree_edit_accuracy, tree_edit_distance
 
 KEYS = st.sampled_from(["nm", "price", "sub", "a.b", "", "税"]) | st.text(max_size=3)

@@ -4,8 +4,7 @@ import time
 
 import pytest
 
-from im2json.scoring.jsontext import MAX_REPAIRED, read
-from im2json.scoring.text import MAX_DEPTH
+from im2json.jsontext import MAX_DEPTH, MAX_REPAIRED, read
 
 DOCUMENT = {
     "menu": [{"nm": 'té "x" \\ \n', "price": "5.00", "n": -12.5e3, "b": True, "z": None}, {"nm": "b"}],

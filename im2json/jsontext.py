@@ -1,23 +1,139 @@
-"""Tolerant reading of predictions: what a text that is not strict JSON was evidently meant to say.
+"""JSON as text: what a model learns to write, files of it, and reading what a model wrote.
 
-A single pass over the tokens rewrites a text as JSON: it starts at the first brace, reads Python's literals
-and quotes, leaves out commas before a closing bracket, stops where the object ends, and where the text ends
-first it drops what was begun and not finished and closes what is open. Nothing is guessed: what is still not
-strict JSON after that is unreadable.
+Reading a prediction is tolerant of texts that are not strict JSON: a single pass over the tokens rewrites a text as
+JSON. It starts at the first brace, reads Python's literals and quotes, leaves out commas before a closing bracket, and
+stops where the object ends. Where the text ends first, it drops what was begun and not finished and closes what is
+open. Nothing is guessed: what is still not strict JSON after that is unreadable.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from im2json.scoring.text import MAX_DEPTH, parse
+from im2json.errors import UserError
+
+MAX_DEPTH = 100
+"""Levels of objects and lists that a document may nest. Deeper ones are refused, so that every walk over a
+document can recurse without reaching the interpreter's limit, wherever it is called from."""
 
 MAX_REPAIRED = 1_000_000
 """Characters; a longer text is read as strict JSON or not at all, which bounds the time."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def canonical(obj: Any) -> str:
+    """The text a model learns to write: compact JSON, the source's key order, non-ASCII as it is.
+
+    Lone surrogates, which no UTF-8 file can hold, are written as JSON escapes. Raises ValueError where
+    `obj` is not JSON (NaN and infinities included) or nests deeper than MAX_DEPTH.
+    """
+    return _dump(obj, sort_keys=False)
+
+
+def scoring_text(obj: Any) -> str:
+    """`canonical` with the keys sorted: two objects that differ in key order alone have the same text."""
+    return _dump(obj, sort_keys=True)
+
+
+def _dump(obj: Any, sort_keys: bool) -> str:
+    try:
+        text = json.dumps(obj, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=sort_keys)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"not a JSON value: {error}") from error
+    if _may_be_too_deep(text) and _too_deep(obj):
+        raise ValueError(f"the value nests deeper than {MAX_DEPTH} levels")
+    if text.isascii():
+        return text
+    return _SURROGATE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+
+
+def parse(text: str) -> dict[str, Any] | None:
+    """The object that a prediction is, or None where it is no object in strict JSON. Never raises on a str.
+
+    White space around the object is allowed. None for: anything but an object at the top (a list of objects
+    too, since a target is an object), NaN, Infinity and numbers that overflow to it, integers beyond the
+    interpreter's limit (4,300 digits), nesting beyond MAX_DEPTH, raw control characters within strings, text
+    before or behind. Of a key that occurs twice the last value holds, as in most JSON readers. Lone
+    surrogates from escapes are kept.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict) or (_may_be_too_deep(text) and _too_deep(value)):
+        return None
+    return value
+
+
+def load_json(text: str | bytes, where: str) -> Any:
+    """Return the value of a JSON text that a user may have written. `where`, a file or a row, begins the error.
+
+    Raises:
+        UserError: if the text is not UTF-8 or not JSON, is longer or deeper than Python's reader takes, or an object
+            holds a key twice, of which json.loads would drop one.
+    """
+    try:
+        decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
+        return json.loads(decoded, object_pairs_hook=_unique_keys)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: is not UTF-8 text (byte {error.start})") from None
+    except _RepeatedKeyError as error:
+        raise UserError(f"{where}: the key {error.args[0]!r} stands twice in one object") from None
+    except json.JSONDecodeError as error:
+        near = decoded[max(0, error.pos - 15) : error.pos + 15]
+        at = f"line {error.lineno}, column {error.colno}" if "\n" in decoded.strip() else f"column {error.colno}"
+        raise UserError(f"{where}: is not JSON: {error.msg} at {at}, near {near!r}") from None
+    except RecursionError:
+        raise UserError(f"{where}: is not JSON that can be read: it nests too deep") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise UserError(f"{where}: is not JSON that can be read: {error}") from None
+
+
+class _RepeatedKeyError(Exception):
+    pass
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise _RepeatedKeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return document
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError("a number too large for a float")
+    return value
+
+
+def _may_be_too_deep(text: str) -> bool:
+    """A cheap test of the text that spares nearly every document the walk."""
+    return text.count("{") + text.count("[") > MAX_DEPTH
+
+
+def _too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        containers = [item for item in level if isinstance(item, dict | list | tuple)]
+        if not containers:
+            return False
+        level = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
+    return True
+
+
+# --- tolerant reading
 
 _TOKEN = re.compile(
     r"""(?P<space>\s+)
@@ -62,20 +178,22 @@ def read(text: str) -> Reading:
     return Reading(value, "repaired", bool(rewriting.open))
 
 
-def leaf_spans(text: str) -> dict[str, Any] | None:
-    """The object that `read` finds, with where each leaf stands, (start, end) in the text, in the leaf's place.
+def leaf_spans(text: str, reading: Reading | None = None) -> dict[str, Any] | None:
+    """Return the object that `read` finds, with each leaf replaced by its (start, end) in the text.
 
-    None where `read` finds none, and for what is longer than MAX_REPAIRED.
+    None if `read` finds no object, or the text is longer than MAX_REPAIRED. `reading` is that of the text, if it was
+    read already.
     """
     rewriting = _Rewriting()
-    if len(text) > MAX_REPAIRED or read(text).value is None or not rewriting.run(text, text.find("{")):
+    found = read(text) if reading is None else reading
+    if len(text) > MAX_REPAIRED or found.value is None or not rewriting.run(text, text.find("{")):
         return None
     # read as the text is, repeated keys and all, but with a number in place of each leaf
     pieces = (str(i) if i in rewriting.spans else piece for i, piece in enumerate(rewriting.pieces))
     numbered = parse("".join(pieces))
     assert numbered is not None
-    found: dict[str, Any] = map_leaves(numbered, rewriting.spans.__getitem__)
-    return found
+    spans: dict[str, Any] = map_leaves(numbered, rewriting.spans.__getitem__)
+    return spans
 
 
 def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:

@@ -1,0 +1,181 @@
+"""The options that a run, an adapter or a sweep's point goes on with, from what was given and what is stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from im2json.errors import UserError
+from im2json.files import read_json, sha256
+from im2json.options import FIELDS, LANGUAGE_MODULES, PRESETS, TrainConfig, flag_name
+from im2json.runs import ADAPTER_CONFIG, WEIGHTS, RunFolder, adapter_folder, adapter_usage, home_of, step_of
+
+PATHS = {"model": "tiny", "dataset": "receipts", "adapter": None, "schema": None}
+"""The options that may be paths, each with the one value that is none."""
+WARM_START_OPTIONS = ("prompt", "letterbox")
+"""What --adapter takes from the adapter unless it is given."""
+READING_OPTIONS = ("model", "quant", "precision", "prompt", "letterbox", "max_new_tokens", "constrain", "check_sum")
+"""The options that decide what is read in a picture, besides the adapter."""
+
+
+def resumed_config(run: RunFolder, given: dict[str, Any], preset: str | None = None) -> TrainConfig:
+    """Return a stopped run's options, with those that may change replaced by the given ones.
+
+    Raises:
+        UserError: if the run is finished and not made longer, or an option differs that may not change.
+    """
+    try:
+        config = run.read_config()
+    except UserError as error:
+        raise UserError(f"--resume {error}") from error
+    given = _absolute(given if preset is None else {**PRESETS[preset], **given})
+    if given.get("output") not in (None, str(run.path)):
+        raise UserError(f"--resume {run.path} goes on in that folder: leave --output out")
+    stored = config.flat()
+    fixed = {name for name, field in FIELDS.items() if not (field.metadata["free"] or field.metadata["later"])}
+    differing = [name for name, value in given.items() if value != stored[name] and name in fixed]
+    if differing:
+        said = ", ".join(f"{flag_name(name)} was {stored[name]}, not {given[name]}" for name in differing)
+        raise UserError(f"--resume {run.path} goes on with the options it began with: {said}; start a new run instead")
+    resumed = config.replace(**given)
+    _check_length(run, config, resumed)
+    return resumed
+
+
+def _check_length(run: RunFolder, before: TrainConfig, after: TrainConfig) -> None:
+    """Refuse to resume a run to an end that it has passed.
+
+    Raises:
+        UserError: saying which value of --steps or --epochs would be right.
+    """
+    checkpoint = run.latest_checkpoint()
+    done = step_of(checkpoint) if checkpoint else 0
+    if run.done and checkpoint is None:
+        raise UserError(
+            f"--resume {run.path}: this run is finished. It has no complete checkpoint, so it cannot be trained longer."
+        )
+    finished = f"--resume {run.path}: this run is already finished. To train it longer, pass"
+    if after.train.steps is None:
+        if run.done and after.train.epochs <= before.train.epochs:
+            raise UserError(f"{finished} --epochs above {before.train.epochs:g}.")
+    elif after.train.steps <= done:
+        if run.done:
+            raise UserError(f"{finished} --steps above {done}.")
+        if after.train.steps < done:
+            raise UserError(
+                f"--resume {run.path}: --steps {after.train.steps} is less than the {done} that the run has taken"
+            )
+
+
+def fresh_options(given: dict[str, Any], preset: str | None = None) -> dict[str, Any]:
+    """Return the options of a new run: the given ones, and those that --adapter settles.
+
+    An adapter settles the shape of LoRA, and the base, the prompt and letterboxing unless they are given (or, for the
+    base, a preset names one). Folders are made absolute, so that the run can be resumed from any directory.
+
+    Raises:
+        UserError: if --adapter holds no LoRA adapter, or an option given contradicts it.
+    """
+    given = _absolute(given)
+    if given.get("adapter") is None:
+        return given
+    try:
+        shape, more = _adapter_options(adapter_folder(Path(given["adapter"])))
+    except UserError as error:
+        raise UserError(f"--adapter {error}") from error
+    if preset is not None and "model" in PRESETS.get(preset, {}):
+        more.pop("model", None)
+    for name, value in shape.items():
+        if name in given and given[name] != value and name != "target_modules":
+            raise UserError(f"{flag_name(name)} {given[name]}: --adapter {given['adapter']} was made with {value}")
+    modules = given.get("target_modules", shape["target_modules"])
+    if _names(modules) != _names(shape["target_modules"]):
+        raise UserError(
+            f"--target-modules {modules}: --adapter {given['adapter']} was made with {shape['target_modules']}"
+        )
+    return {**more, **given, **shape}
+
+
+def _names(modules: str) -> list[str]:
+    return sorted(name.strip() for name in modules.split(","))
+
+
+def _absolute(given: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: os.path.abspath(value)
+        if name in PATHS and value not in (None, PATHS[name]) and Path(value).exists()
+        else value
+        for name, value in given.items()
+    }
+
+
+def _adapter_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the shape of an adapter's LoRA, and its base, prompt and letterboxing as far as the adapter names them.
+
+    Raises:
+        UserError: if its files do not describe a LoRA adapter.
+    """
+    path = folder / ADAPTER_CONFIG
+    config = read_json(path)
+    try:
+        if config["peft_type"] != "LORA":
+            raise UserError(f"{path} does not describe a LoRA adapter: its type is {config['peft_type']}, not LORA")
+        modules = config["target_modules"]
+        shape = {
+            "r": int(config["r"]),
+            "alpha": float(config["lora_alpha"]),
+            "dropout": float(config["lora_dropout"]),
+            "rslora": bool(config.get("use_rslora")),
+            "dora": bool(config.get("use_dora")),
+            "target_modules": ",".join(sorted(modules)) if isinstance(modules, list) else modules,
+        }
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not describe a LoRA adapter: {error}") from error
+    if modules == LANGUAGE_MODULES:
+        shape["target_modules"] = "language"
+    base = {"model": config["base_model_name_or_path"]} if config.get("base_model_name_or_path") else {}
+    usage = adapter_usage(folder) or {}
+    return shape, base | {name: usage[name] for name in WARM_START_OPTIONS if name in usage}
+
+
+def reading_config(path: Path, given: dict[str, Any]) -> TrainConfig:
+    """Return the options for reading pictures with the adapter of a run or of an adapter folder; the given ones win.
+
+    An adapter that was made elsewhere is used on the unquantised base and with the default prompt, unless the given
+    options say otherwise.
+
+    Raises:
+        UserError: if there is no LoRA adapter, or it does not say for which base.
+    """
+    folder = adapter_folder(path)
+    shape, more = _adapter_options(folder)
+    usage = adapter_usage(folder)
+    known = {"quant": "none"} if usage is None else {name: usage[name] for name in READING_OPTIONS if name in usage}
+    run = RunFolder(path)
+    if folder == run.adapter and run.config.is_file():
+        more = run.read_config().flat()
+    values = {**more, **shape, **known, "schema": str(home_of(folder).schema), **given, "adapter": str(folder)}
+    if "model" not in values:
+        raise UserError(f"{folder / ADAPTER_CONFIG} names no base model: give --model")
+    config = TrainConfig.resolve(values, preset="tiny")
+    if "schema" in given and not config.decode.constrain:
+        raise UserError("--schema goes with --constrain")
+    return config
+
+
+def reading_digest(config: TrainConfig) -> str:
+    """Return 12 hexadecimal digits that differ where the adapter, its calibration, its base or an option that decides
+    what is read differs."""
+    assert config.model.adapter is not None
+    adapter = Path(config.model.adapter)
+    decisive = [adapter / WEIGHTS, home_of(adapter).calibration]
+    if config.decode.constrain:
+        decisive.append(Path(config.decode.schema or ""))
+    files = [sha256(path) for path in decisive if path.is_file()]
+    decides = {name: config.flat()[name] for name in READING_OPTIONS}
+    return hashlib.sha256(json.dumps([files, decides], sort_keys=True).encode()).hexdigest()[:12]
