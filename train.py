@@ -14,7 +14,16 @@ from typing import Any
 
 import click
 
-from im2json.cli import FloatRange, GroupedCommand, option_flags, preset_flag, quiet_libraries, user_errors
+from im2json.cli import (
+    FloatRange,
+    GroupedCommand,
+    Interrupted,
+    option_flags,
+    preset_flag,
+    quiet_libraries,
+    resume_advice,
+    user_errors,
+)
 from im2json.options import TrainConfig
 from im2json.resume import fresh_options, resumed_config
 from im2json.runs import RunFolder, check_output
@@ -63,14 +72,21 @@ def main(
             if not (only_check or only_plan):
                 check_output(config.train.output)
         quiet_libraries()
-        from im2json import programs  # torch with it, which takes seconds
-
+        # each imports torch, which takes seconds
         if only_check:
-            sys.exit(0 if programs.check(config) else 1)
+            from im2json.commands.check import check
+
+            sys.exit(0 if check(config) else 1)
         elif only_plan:
-            programs.plan(config, price_per_hour)
+            from im2json.commands.plan import plan
+
+            plan(config, price_per_hour)
         else:
-            programs.train(config, stopped, stop_after)
+            from im2json.commands.train import Ending, train
+
+            ending, run = train(config, stopped, stop_after)
+            if ending is Ending.ASKED:
+                raise Interrupted(f"interrupted: {resume_advice(run.path)}")
 
 
 if __name__ == "__main__":

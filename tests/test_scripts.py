@@ -636,9 +636,10 @@ def test_a_model_that_lacks_weights_is_refused(cli, base_args, small_model, tmp_
 @pytest.mark.slow
 def test_merged_and_unmerged_answer_alike(train, tmp_path):
     """The test split by the merged copy that evaluations decode, and by the 4-bit layers with LoRA beside them."""
+    from im2json.inference.workbench import set_up, start_accelerator
+
     from im2json.inference.decode import Decoder
     from im2json.inference.evaluate import evaluate_split
-    from im2json.inference.workbench import set_up, start_accelerator
 
     run = train(tmp_path / "run", base=["--steps", "70", "--eval-every", "70", "--eval-examples", "8"])
     reset_accelerate()

@@ -124,7 +124,7 @@ def write_merged(run: RunFolder, folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
-        max_new_tokens=extractor.max_new_tokens,
+        max_new_tokens=extractor.settings.max_new_tokens,
     )
     model.to(torch.bfloat16)
     model.save_pretrained(folder, state_dict=hub_layout(model.state_dict()), save_original_format=False)

@@ -98,9 +98,14 @@ class Setting:
 
     @classmethod
     def of(
-        cls, config: TrainConfig, precision: str, model: torch.nn.Module, checkpointing: bool, compiled: bool = False
+        cls,
+        config: TrainConfig,
+        precision: str,
+        model: torch.nn.Module,
+        checkpointing: bool = False,
+        compiled: bool = False,
     ) -> Setting:
-        """That of a model which has its LoRA layers already."""
+        """Return the setting of a model that has its LoRA layers already."""
         adapted = [name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name]
         text, vision = (
             tuple(sorted({name.rsplit(".", 1)[-1] for name in adapted if tower in name}))
