@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import clear_error, write_dataset
+from helpers import clear_error, write_dataset
 from PIL import Image
 
 from im2json.data.check import check_split

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import clear_error
+from helpers import clear_error
 from PIL import Image
 from transformers import PaliGemmaProcessor
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import reset_accelerate, slow, write_dataset
+from helpers import reset_accelerate, slow, write_dataset
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 import im2json.inference.evaluate as room

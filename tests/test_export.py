@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import clear_error
+from helpers import clear_error
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
-from test_loop import RESUMED, assert_same_runs
-from test_processes import environment, launch, launcher
+from helpers import RESUMED, ROOT, assert_same_runs, environment, launch, launcher
 
 from im2json.runs import RunFolder, complete_checkpoints, read_lines
 

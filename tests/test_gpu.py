@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-
-from tests.small_model import save_small_paligemma
+from small_model import save_small_paligemma
 
 if TYPE_CHECKING:
     from im2json.inference.workbench import Workbench

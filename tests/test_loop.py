@@ -20,7 +20,21 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import MEASURED, ROOT, clear_error, metrics, reset_accelerate, slow, write_dataset
+from helpers import (
+    MEASURED,
+    QLORA,
+    RESUMED,
+    ROOT,
+    assert_same,
+    assert_same_runs,
+    checkpoint,
+    clear_error,
+    dtypes,
+    metrics,
+    reset_accelerate,
+    slow,
+    write_dataset,
+)
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -42,7 +56,6 @@ from im2json.training.loop import train_step
 from im2json.training.optimizer import learning_rate, make_optimizer
 
 CPU = torch.device("cpu")
-QLORA = ("--quant", "nf4", "--optimizer", "paged_adamw_8bit", "--r", 64, "--dropout", 0.2)  # matrices of 4,096: 8 bits
 
 
 class Stopped(Exception):
@@ -373,69 +386,6 @@ def test_a_run_that_patience_stopped_does_not_train_on_when_resumed(train, resum
 # --- stopping, resuming, evaluating: nothing changes
 
 
-def assert_same(one: Any, other: Any, *, equal: bool = True) -> None:
-    """Equal to the bit, tensors included."""
-    assert same(one, other) is equal
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
-def dtypes(value: Any) -> set[torch.dtype]:
-    if isinstance(value, torch.Tensor):
-        return {value.dtype}
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-    return {dtype for item in values for dtype in dtypes(item)}
-
-
-def checkpoint(run: RunFolder, step: int) -> dict[str, Any]:
-    folder = run.checkpoints / f"step-{step}"
-    state = json.loads((folder / "state.json").read_text())
-    state.pop("seconds")
-    best = folder / "best.safetensors"
-    return {
-        "adapter": load_file(folder / "adapter_model.safetensors"),
-        "config": adapter_config(folder),
-        "best": load_file(best) if best.exists() else None,
-        "optimizer": torch.load(folder / "optimizer.pt", weights_only=True),
-        "state": state,
-    }
-
-
-def adapter_config(folder: Path) -> dict[str, Any]:
-    stored = json.loads((folder / "adapter_config.json").read_text())
-    return {**stored, "target_modules": sorted(stored["target_modules"])}  # PEFT holds a set
-
-
-def leftovers(run: RunFolder) -> dict[str, Any]:
-    """All that a run leaves, without times."""
-    result = json.loads(run.result.read_text())
-    for name in ("seconds", "examples_per_second", "peak_memory_bytes"):
-        del result[name]
-    steps = [int(path.name.removeprefix("step-")) for path in complete_checkpoints(run.checkpoints)]
-    return {
-        "metrics": metrics(run),
-        "predictions": list(read_lines(run.predictions)),
-        "result": result,
-        "adapter": load_file(run.adapter / "adapter_model.safetensors"),
-        "adapter config": adapter_config(run.adapter),
-        "checkpoints": {step: checkpoint(run, step) for step in steps},
-    }
-
-
-def assert_same_runs(one: RunFolder, other: RunFolder) -> None:
-    first, second = leftovers(one), leftovers(other)
-    for name in first:
-        assert_same(first[name], second[name])
-
-
 @pytest.mark.parametrize("precision", ["fp32", *slow("bf16")])
 def test_evaluating_changes_nothing(train, tmp_path, precision):
     flags = (*QLORA, "--precision", precision, "--steps", 6, "--save-every", 6)
@@ -467,9 +417,6 @@ def stop_at(monkeypatch, step: int, stage: str = "during") -> None:
 
     monkeypatch.setattr(Evaluation, "__call__", call)
     monkeypatch.setattr(room, "generate", generate)
-
-
-RESUMED = (*QLORA, "--steps", 6, "--save-every", 1, "--eval-batch-size", 2, "--metric", "edit_distance", "--keep", 3)
 
 
 @pytest.fixture(scope="module")

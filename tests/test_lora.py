@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from bitsandbytes.functional import dequantize_4bit
-from conftest import clear_error, reset_accelerate, slow
+from helpers import clear_error, reset_accelerate, slow
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration

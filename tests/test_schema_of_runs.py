@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from conftest import clear_error, metrics
+from helpers import clear_error, metrics
 
 from im2json.data.sources import load_splits
 from im2json.runs import RunFolder, read_lines

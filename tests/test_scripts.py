@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import COUNTS, MEASURED, ROOT, clear_error, metrics, reset_accelerate, slow, write_dataset
+from helpers import COUNTS, MEASURED, ROOT, clear_error, metrics, reset_accelerate, slow, write_dataset
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

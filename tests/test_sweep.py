@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, clear_error
+from helpers import ROOT, clear_error
 
 from im2json.options import FIELDS, TrainConfig
 from im2json.runs import RunFolder, append_lines, read_lines
