@@ -165,6 +165,8 @@ def resumable(path: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(resume_advice(path)) from None
     except (OSError, WriteError) as error:
+        if not path.exists():
+            raise UserError(f"{error}; {path} was removed while the run was writing to it") from error
         if isinstance(error, OSError) and error.errno not in SYSTEM_ERRORS:
             raise
         raise UserError(f"{error}; what was saved is kept: {resume_advice(path)}") from error

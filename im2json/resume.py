@@ -122,7 +122,7 @@ def _adapter_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config = read_json(path)
     try:
         if config["peft_type"] != "LORA":
-            raise UserError(f"{path} does not describe a LoRA adapter: its type is {config['peft_type']}, not LORA")
+            raise UserError(f"{path} describes no LoRA adapter: its peft_type is {config['peft_type']}, not LORA")
         modules = config["target_modules"]
         shape = {
             "r": int(config["r"]),
@@ -135,7 +135,7 @@ def _adapter_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except UserError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not describe a LoRA adapter: {error}") from error
+        raise UserError(f"{path} describes no LoRA adapter: {error}") from error
     if modules == LANGUAGE_MODULES:
         shape["target_modules"] = "language"
     base = {"model": config["base_model_name_or_path"]} if config.get("base_model_name_or_path") else {}

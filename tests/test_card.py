@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import clear_error
 
 from im2json.model.card import check_card, precision_note
 
@@ -62,8 +63,6 @@ def test_cards_that_are_not_served_are_named_with_the_build_that_serves_them(car
 
 
 def test_a_card_that_is_not_served_stops_a_run_before_anything_is_loaded(card, cli, tmp_path):
-    from conftest import clear_error
-
     card("Tesla V100-SXM2-16GB", (7, 0), CUDA_13)
     error = clear_error(cli("train", "--dataset", tmp_path / "nowhere", "--output", tmp_path / "run"))
     assert error.startswith("Tesla V100-SXM2-16GB (compute capability 7.0) is not served")

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-
-from tests.small_model import save_small_paligemma
+from small_model import save_small_paligemma
 
 if TYPE_CHECKING:
     from im2json.inference.workbench import Workbench
@@ -67,6 +66,7 @@ def test_auto_precision_is_bf16_where_the_gpu_has_it(tmp_path: Path) -> None:
 
 def test_fp16_overflow_halves_the_scale_and_leaves_the_update_out(tmp_path: Path) -> None:
     from im2json.inference.workbench import set_up, start_accelerator
+
     from im2json.model.lora import trained
     from im2json.model.replay import Forward
     from im2json.options import TrainConfig
@@ -130,6 +130,7 @@ def test_resuming_on_a_gpu_continues_the_same_run(tmp_path: Path) -> None:
 
 def make_bench(tmp_path: Path, **options: object) -> Workbench:
     from im2json.inference.workbench import set_up, start_accelerator
+
     from im2json.options import TrainConfig
 
     save_small_paligemma(tmp_path / "model")
@@ -156,6 +157,7 @@ def test_recorded_passes_are_no_larger_than_keeps_a_gpu_busy(tmp_path: Path) -> 
 def test_microbatch_auto_takes_what_has_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The forecast against the room that the process is held to, as if the card were so small."""
     from im2json.inference.workbench import Manner
+
     from im2json.model.memory import MARGIN, free_bytes
 
     bench = make_bench(tmp_path, launch="single")

@@ -46,7 +46,7 @@ def parsed(monkeypatch):
 
     def parse(flags: list[str]) -> TrainConfig:
         configs: list[TrainConfig] = []
-        monkeypatch.setattr("im2json.programs.train", lambda config, *more: configs.append(config))
+        monkeypatch.setattr("im2json.commands.train.train", lambda config, *more: (configs.append(config), config))
         train.main(flags, standalone_mode=False)
         return configs[0]
 

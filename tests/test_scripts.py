@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import COUNTS, MEASURED, ROOT, clear_error, metrics, reset_accelerate, slow, write_dataset
+from helpers import COUNTS, MEASURED, ROOT, clear_error, metrics, reset_accelerate, slow, write_dataset
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -515,7 +515,7 @@ def test_out_of_memory_says_what_takes_less(cli, base_args, tmp_path, monkeypatc
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words")
 
-    monkeypatch.setattr("im2json.training.loop.train_step", full)
+    monkeypatch.setattr("im2json.training.update.Update.__call__", full)
     error = clear_error(cli("train", *base_args, "--no-test", "--output", tmp_path / "run"))
     assert error.startswith("CUDA out of memory. Tried to allocate 2.00 GiB. ")
     assert all(flag in error for flag in ("--microbatch", "--gradient-checkpointing", "--eval-batch-size"))
@@ -602,7 +602,7 @@ def test_ctrl_c_before_the_first_step(cli, monkeypatch, tmp_path):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("im2json.programs.set_up", interrupted)
+    monkeypatch.setattr("im2json.commands.train.open_workspace", interrupted)
     result = cli("train", "--output", tmp_path / "run")
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "Error: interrupted: no step was taken yet"
@@ -636,19 +636,20 @@ def test_a_model_that_lacks_weights_is_refused(cli, base_args, small_model, tmp_
 @pytest.mark.slow
 def test_merged_and_unmerged_answer_alike(train, tmp_path):
     """The test split by the merged copy that evaluations decode, and by the 4-bit layers with LoRA beside them."""
-    from im2json.inference.workbench import set_up, start_accelerator
-
+    from im2json.data.example import FirstExamples
     from im2json.inference.decode import Decoder
     from im2json.inference.evaluate import evaluate_split
+    from im2json.records import EvaluationKey
+    from im2json.workspace import open_workspace, start_accelerator
 
     run = train(tmp_path / "run", base=["--steps", "70", "--eval-every", "70", "--eval-examples", "8"])
     reset_accelerate()
     config = run.read_config()
-    bench = set_up(config, *start_accelerator(config), adapter=run.adapter)
-    decoder, texts = Decoder(bench.model.get_base_model().eval(), bench.collator), []
+    space = open_workspace(config, *start_accelerator(config), adapter=run.adapter)
+    decoder, texts = Decoder(space.model.get_base_model().eval(), space.collator), []
     metrics = evaluate_split(
-        lambda: decoder, bench.collator, bench.splits["test"], bench.accelerator, count=40, batch_size=40,
-        max_new_tokens=bench.max_new_tokens, on_rows=lambda _, rows: texts.extend(row["text"] for row in rows),
+        EvaluationKey(70, "test", "after"), lambda: decoder, space.collator, FirstExamples(space.splits["test"], 40),
+        space.accelerator, space.settings, lambda _, predictions: texts.extend(each.text for each in predictions),
     )  # fmt: skip
     kept = [row for row in read_lines(run.predictions_file) if (row["split"], row["stage"]) == ("test", "after")][:40]
     assert sum(row["text"] == text for row, text in zip(kept, texts, strict=True)) >= 36

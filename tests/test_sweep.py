@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, clear_error
+from helpers import ROOT, clear_error
 
 from im2json.files import append_lines, read_lines
 from im2json.options import FIELDS, TrainConfig
@@ -127,7 +127,7 @@ def test_the_flags_of_a_point_make_its_config(preset, microbatch, monkeypatch):
     base["microbatch"] = microbatch
     (point,) = plan(preset=preset, base={**base, "r": 32, "lr": 1.23456789e-4}).points
     configs: list[TrainConfig] = []
-    monkeypatch.setattr("im2json.programs.train", lambda config, *more: configs.append(config))
+    monkeypatch.setattr("im2json.commands.train.train", lambda config, *more: (configs.append(config), config))
     train.main(point.flags, standalone_mode=False)
     assert configs == [point.config]
     assert configs[0].train.test is False
@@ -208,7 +208,7 @@ def test_a_mistake_in_set_is_one_line_too(cli, tmp_path):
 def test_the_line_of_malformed_json_is_named(cli, tmp_path):
     (tmp_path / "g.json").write_text('{"base":\n {"r": 8 "lr": 1}}')
     error = clear_error(cli("sweep", tmp_path / "g.json"))
-    assert "g.json: is not JSON" in error and "at line 2, column 9" in error
+    assert "g.json: is not JSON" in error and "at line 2, column 10" in error
 
 
 @pytest.mark.parametrize("name", ["grid.json", "grid-cord.json"])
