@@ -29,8 +29,8 @@ from im2json.inference.evaluate import Evaluation, Sink
 from im2json.inference.settings import DecodeSettings
 from im2json.jsontext import canonical
 from im2json.model.base import DTYPES, load_processor, positions, resolve_precision
-from im2json.model.card import precision_note
 from im2json.model.features import Features, feature_bytes, is_frozen
+from im2json.model.gpu import precision_note
 from im2json.model.loading import choose_device, load_adapted
 from im2json.model.memory import Setting, Sizes, free_bytes
 from im2json.model.replay import Forward, make_forward
@@ -114,8 +114,8 @@ class Workspace:
 
     def forward(self, strategy: Strategy, work: Workload) -> Forward:
         """Return the model's pass in training, which leaves the memory that an evaluation needs."""
-        room = work.forecast(strategy).evaluation
-        return make_forward(self.model, strategy.launch, strategy.checkpointing, room)
+        reserve = work.forecast(strategy).evaluation
+        return make_forward(self.model, strategy.launch, strategy.checkpointing, reserve)
 
     def step_loader(self, strategy: Strategy, features: Features | None = None) -> StepLoader:
         """Return what feeds the training loop on this process."""

@@ -275,9 +275,9 @@ def test_a_batch_is_loaded_while_the_one_before_is_written(extractor, pictures, 
     seen: list[int] = []  # how many were being loaded when a batch's prefixes were on their way
     begin, load, call = _Batch.begin, im2json.Extractor._load, Decoder.__call__
 
-    def loading(self: Any, place: int, picture: Any) -> Any:
-        begun[place].set()
-        return load(self, place, picture)
+    def loading(self: Any, index: int, picture: Any) -> Any:
+        begun[index].set()
+        return load(self, index, picture)
 
     def noting(*given: Any) -> None:
         begin(*given)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import clear_error
 
-from im2json.model.card import check_card, precision_note
+from im2json.model.gpu import check_gpu, precision_note
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -41,7 +41,7 @@ def card(monkeypatch):
 )
 def test_cards_that_are_served(card, capability, built):
     card("a card", capability, built)
-    check_card()
+    check_gpu()
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_cards_that_are_served(card, capability, built):
 def test_cards_that_are_not_served_are_named_with_the_build_that_serves_them(card, name, capability, built, advice):
     card(name, capability, built)
     with pytest.raises(ValueError, match=name) as error:
-        check_card()
+        check_gpu()
     text = str(error.value)
     assert f"{capability[0]}.{capability[1]}" in text and text.endswith(advice)
     assert "\n" not in text
