@@ -16,24 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from im2json.catalogue import METRICS
 from im2json.errors import UserError
 
 SEED_TARGET_MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 LANGUAGE_MODULES = rf".*language_model.*\.({SEED_TARGET_MODULES.replace(',', '|')})"  # what `language` stands for
-METRIC_NAMES = (
-    "field_f1",
-    "field_precision",
-    "field_recall",
-    "ted_accuracy",
-    "json_validity",
-    "json_repaired",
-    "exact_match",
-    "key_f1",
-    "structure_similarity",
-    "value_accuracy",
-    "value_similarity",
-    "edit_distance",
-)
 
 
 def option(
@@ -203,7 +190,7 @@ class TrainOptions:
     eval_examples: int | None = option(
         None, "validation examples used each time; all unless given", unit="examples", at_least=1
     )
-    metric: str = option("field_f1", "what the best adapter and --patience go by", choices=METRIC_NAMES)
+    metric: str = option("field_f1", "what the best adapter and --patience go by", choices=tuple(METRICS))
     patience: int | None = option(
         None, "stop after this many evaluations without a gain", unit="evaluations", at_least=1, later=True
     )

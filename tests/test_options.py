@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 import train
-from im2json.options import FIELDS, METRIC_NAMES, PRESETS, TrainConfig, flag_name, scalar_type
-from im2json.scoring import METRICS
+from im2json.catalogue import METRICS
+from im2json.options import FIELDS, PRESETS, TrainConfig, flag_name, scalar_type
 
 OTHER_VALUES = {
     "dataset": "a-folder", "dataset_config": "en", "revision": "v2", "train_split": "training",
@@ -173,8 +173,9 @@ def test_an_unknown_preset_is_refused():
         TrainConfig.resolve({}, "nord")
 
 
-def test_metric_names_are_those_of_scoring():
-    assert sorted(METRIC_NAMES) == sorted(METRICS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_any_metric_may_select_the_best_adapter(metric):
+    assert TrainConfig.resolve({"metric": metric}).train.metric == metric
 
 
 def test_types_of_the_defaults():
