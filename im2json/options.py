@@ -19,8 +19,9 @@ from typing import Any
 from im2json.catalogue import METRICS
 from im2json.errors import UserError
 
-SEED_TARGET_MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-LANGUAGE_MODULES = rf".*language_model.*\.({SEED_TARGET_MODULES.replace(',', '|')})"  # what `language` stands for
+DEFAULT_TARGET_MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+LANGUAGE_MODULES = rf".*language_model.*\.({DEFAULT_TARGET_MODULES.replace(',', '|')})"
+"""The regular expression that `--target-modules language` stands for."""
 
 
 def option(
@@ -86,7 +87,7 @@ class ModelOptions:
     alpha: float | None = option(None, "LoRA's alpha: its output is scaled by alpha / r; 2r unless given", above=0)
     dropout: float = option(0.0, "dropout before the LoRA matrices", at_least=0, at_most=0.999)
     target_modules: str = option(
-        SEED_TARGET_MODULES,
+        DEFAULT_TARGET_MODULES,
         "which linear layers get LoRA: names joined by commas (in both towers where they match), `language` for "
         "the same in the language model alone, or a regular expression over full module names",
     )
@@ -228,7 +229,7 @@ ROOMS: dict[str, type] = {
 FIELDS: dict[str, dataclasses.Field] = {f.name: f for room in ROOMS.values() for f in dataclasses.fields(room)}
 _TYPES: dict[str, Any] = {name: hint for room in ROOMS.values() for name, hint in typing.get_type_hints(room).items()}
 
-# The seed's best settings for PaliGemma-3B on receipts, as published with its ablations.
+# The best settings for PaliGemma-3B on receipts in the ablations of the study that this project follows.
 _PALIGEMMA_RECIPE: dict[str, Any] = dict(
     r=32,
     alpha=64.0,
