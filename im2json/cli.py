@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from im2json.errors import UserError, WriteError, first_line
-from im2json.options import FIELDS, PRESETS, ROOMS, check, flag_name, scalar_type
+from im2json.options import FIELDS, GROUPS, PRESETS, check, flag_name, scalar_type
 
 
 def option_flags(*names: str) -> Callable[[Callable], Callable]:
@@ -35,19 +35,19 @@ def option_flags(*names: str) -> Callable[[Callable], Callable]:
 
 
 class GroupedCommand(click.Command):
-    """A command whose help lists the options room by room."""
+    """A command whose help lists the options group by group."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        rooms = {field.name: room for room, options in ROOMS.items() for field in dataclasses.fields(options)}
-        groups: dict[str, list[tuple[str, str]]] = {room: [] for room in ("run", *ROOMS)}
+        groups = {field.name: group for group, options in GROUPS.items() for field in dataclasses.fields(options)}
+        records: dict[str, list[tuple[str, str]]] = {group: [] for group in ("run", *GROUPS)}
         for parameter in self.get_params(context):
             record = parameter.get_help_record(context)
             if record is not None:
-                groups[rooms.get(parameter.name or "", "run")].append(record)
-        for room, records in groups.items():
-            if records:
-                with formatter.section(f"{room.capitalize()} options"):
-                    formatter.write_dl(records)
+                records[groups.get(parameter.name or "", "run")].append(record)
+        for group, rows in records.items():
+            if rows:
+                with formatter.section(f"{group.capitalize()} options"):
+                    formatter.write_dl(rows)
 
 
 def _flag(name: str) -> Callable:

@@ -1,8 +1,8 @@
 """Every option of every script, declared once.
 
 The command-line flags, a run folder's config.json, the axes of a sweep and the checks of all three are derived
-from the dataclasses below. A flag is the field's name with dashes. To add an option, add a field to the room that
-uses it; to add a recipe, add an entry to PRESETS.
+from the dataclasses below. A flag is the field's name with dashes. To add an option, add a field to the group that
+uses it. To add a recipe, add an entry to PRESETS.
 """
 
 from __future__ import annotations
@@ -220,14 +220,16 @@ class TrainOptions:
     )
 
 
-ROOMS: dict[str, type] = {
+GROUPS: dict[str, type] = {
     "data": DataOptions,
     "model": ModelOptions,
     "decode": DecodeOptions,
     "train": TrainOptions,
 }
-FIELDS: dict[str, dataclasses.Field] = {f.name: f for room in ROOMS.values() for f in dataclasses.fields(room)}
-_TYPES: dict[str, Any] = {name: hint for room in ROOMS.values() for name, hint in typing.get_type_hints(room).items()}
+FIELDS: dict[str, dataclasses.Field] = {f.name: f for group in GROUPS.values() for f in dataclasses.fields(group)}
+_TYPES: dict[str, Any] = {
+    name: hint for group in GROUPS.values() for name, hint in typing.get_type_hints(group).items()
+}
 
 # The best settings for PaliGemma-3B on receipts in the ablations of the study that this project follows.
 _PALIGEMMA_RECIPE: dict[str, Any] = dict(
@@ -250,7 +252,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All options of a run, by room; every value has passed its checks and alpha is resolved."""
+    """All options of a run, by group. Every value has passed its checks, and alpha is resolved."""
 
     data: DataOptions
     model: ModelOptions
@@ -281,15 +283,15 @@ class TrainConfig:
         values = {name: coerce(name, value) for name, value in values.items()}
         if values.get("alpha") is None:
             values["alpha"] = 2.0 * values.get("r", FIELDS["r"].default)
-        rooms = {
-            room: options(**{f.name: values[f.name] for f in dataclasses.fields(options) if f.name in values})
-            for room, options in ROOMS.items()
+        groups = {
+            group: options(**{f.name: values[f.name] for f in dataclasses.fields(options) if f.name in values})
+            for group, options in GROUPS.items()
         }
-        return cls(**rooms)
+        return cls(**groups)
 
     def flat(self) -> dict[str, Any]:
         """Option name to value, the form of config.json, of the flags and of a sweep's axes."""
-        return {name: value for room in ROOMS for name, value in dataclasses.asdict(getattr(self, room)).items()}
+        return {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(self, group)).items()}
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with some options changed (and checked)."""

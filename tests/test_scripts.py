@@ -521,7 +521,7 @@ def test_out_of_memory_says_what_takes_less(cli, base_args, tmp_path, monkeypatc
     assert all(flag in error for flag in ("--microbatch", "--gradient-checkpointing", "--eval-batch-size"))
 
 
-def test_help_lists_every_option_room_by_room(cli):
+def test_help_lists_every_option_group_by_group(cli):
     result = cli("train", "--help")
     assert [line for line in result.output.splitlines() if line.endswith("options:")] == [
         "Run options:", "Data options:", "Model options:", "Decode options:", "Train options:",
