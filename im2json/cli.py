@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import gc
 import logging
@@ -19,7 +18,7 @@ from typing import Any
 import click
 
 from im2json.errors import UserError, WriteError, first_line
-from im2json.options import FIELDS, GROUPS, PRESETS, check, flag_name, scalar_type
+from im2json.options import GROUPS, OPTIONS, PRESETS, check, flag_name
 
 
 def option_flags(*names: str) -> Callable[[Callable], Callable]:
@@ -27,7 +26,7 @@ def option_flags(*names: str) -> Callable[[Callable], Callable]:
     are in the context's `obj`."""
 
     def add(command: Callable) -> Callable:
-        for name in reversed(names or list(FIELDS)):
+        for name in reversed(names or list(OPTIONS)):
             command = _flag(name)(command)
         return command
 
@@ -38,12 +37,12 @@ class GroupedCommand(click.Command):
     """A command whose help lists the options group by group."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        groups = {field.name: group for group, options in GROUPS.items() for field in dataclasses.fields(options)}
         records: dict[str, list[tuple[str, str]]] = {group: [] for group in ("run", *GROUPS)}
         for parameter in self.get_params(context):
             record = parameter.get_help_record(context)
             if record is not None:
-                records[groups.get(parameter.name or "", "run")].append(record)
+                option = OPTIONS.get(parameter.name or "")
+                records[option.group if option else "run"].append(record)
         for group, rows in records.items():
             if rows:
                 with formatter.section(f"{group.capitalize()} options"):
@@ -51,22 +50,21 @@ class GroupedCommand(click.Command):
 
 
 def _flag(name: str) -> Callable:
-    field = FIELDS[name]
-    kind, _ = scalar_type(name)
+    option = OPTIONS[name]
     flag = flag_name(name)
-    choices, metavar = field.metadata["choices"], field.metadata["unit"] or None
-    help = field.metadata["help"]
-    if len(choices) > 4:  # too long to be spelled out beside the flag
-        metavar, help = "NAME", f"{help}: one of {', '.join(choices)}"
-    if field.default is not None:
-        help += f"  [default: {_shown_default(name, field.default)}]"
+    metavar, help = option.unit or None, option.help
+    if len(option.choices) > 4:  # too long to be spelled out beside the flag
+        metavar, help = "NAME", f"{help}: one of {', '.join(option.choices)}"
+    if option.default is not None:
+        help += f"  [default: {_shown_default(option.default)}]"
     settings: dict[str, Any] = dict(help=help, expose_value=False, callback=_collect)
-    if kind is bool:
+    if option.kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, **settings)
-    word = field.metadata["word"]
-    if word is not None:
-        metavar = f"{metavar or kind.__name__}|{word}"
-    type = click.Choice(choices) if choices else _NumberOrWord() if word is not None else kind
+    type: Any = option.kind
+    if option.choices:
+        type = click.Choice(option.choices)
+    elif option.word is not None:
+        type, metavar = _NumberOrWord(), f"{metavar}|{option.word}"
     return click.option(flag, name, type=type, metavar=metavar, **settings)
 
 
@@ -82,7 +80,7 @@ class _NumberOrWord(click.ParamType):
             return value
 
 
-def _shown_default(name: str, default: Any) -> str:
+def _shown_default(default: Any) -> str:
     if isinstance(default, bool):
         return "on" if default else "off"
     return f"{default:g}" if isinstance(default, float) else str(default)

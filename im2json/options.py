@@ -12,7 +12,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,28 +24,92 @@ LANGUAGE_MODULES = rf".*language_model.*\.({DEFAULT_TARGET_MODULES.replace(',', 
 """The regular expression that `--target-modules language` stands for."""
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    unit: str = "",
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    choices: tuple[str, ...] = (),
-    word: str | None = None,
-    free: bool = False,
-    later: bool = False,
-) -> Any:
-    """A dataclass field that knows how to explain and check itself.
+@dataclass(frozen=True)
+class Option:
+    """Describe one option: what it means, which values it takes and when it may change.
 
-    `word` may be given in place of a number, as `auto` for one that is found when the run begins.
-    `free` marks an option that changes how a run is carried out but not what it computes: it may differ on --resume
-    and takes no part in a sweep point's identity. `later` marks one that does change the result, and may be given
-    another value on --resume all the same, which holds from there on.
+    Attributes:
+        name: the name of the field, and the key in config.json.
+        group: the key in GROUPS.
+        kind: the type of a value: bool, int, float or str.
+        optional: whether the value may be None.
+        default: the value if the user gives none. Where it is None, the help says what happens instead.
+        help: a phrase that explains the option to somebody who reads only this line.
+        unit: what a number counts, in the plural.
+        at_least: the smallest number allowed.
+        above: a number that is just too small.
+        at_most: the largest number allowed.
+        choices: the texts allowed. Empty if any text is.
+        word: a text that is allowed instead of a number, such as `auto`.
+        affects_result: False if the option changes how a run is carried out but not what it computes. It then takes no
+            part in the identity of a sweep's point.
+        changeable_on_resume: whether --resume accepts another value, which holds from there on. Always true of options
+            that do not affect the result.
     """
-    bounds = dict(at_least=at_least, above=above, at_most=at_most, choices=choices, word=word)
-    return dataclasses.field(default=default, metadata=dict(help=help, unit=unit, free=free, later=later, **bounds))
+
+    name: str
+    group: str
+    kind: type
+    optional: bool
+    default: Any
+    help: str
+    unit: str = ""
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    choices: tuple[str, ...] = ()
+    word: str | None = None
+    affects_result: bool = True
+    changeable_on_resume: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """Return what is wrong with a value and what would be right, in one line, or None."""
+        flag = flag_name(self.name)
+        if value is None:
+            return None if self.optional else f"{flag}: a value is needed"
+        if self.word is not None and value == self.word:
+            return None
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if whole and abs(value) > sys.float_info.max:
+            return f"{flag}: a whole number of more than 300 digits is too large"
+        fits = {
+            bool: isinstance(value, bool),
+            int: whole,
+            float: (whole or isinstance(value, float)) and math.isfinite(value),
+            str: isinstance(value, str),
+        }[self.kind]
+        if not fits:
+            return f"{flag}: {value!r} is not {_KINDS[self.kind]}{f' or {self.word}' if self.word else ''}"
+        if self.choices and value not in self.choices:
+            return f"{flag}: {value!r} is not one of {', '.join(self.choices)}"
+        if self.kind in (int, float):
+            if self.at_least is not None and value < self.at_least:
+                return f"{flag}: {value} is too small: at least {self.at_least}"
+            if self.above is not None and value <= self.above:
+                return f"{flag}: {value} is too small: more than {self.above}"
+            if self.at_most is not None and value > self.at_most:
+                return f"{flag}: {value} is too large: at most {self.at_most}"
+        return None
+
+    def coerce(self, value: Any) -> Any:
+        """Return the value as a float where JSON or a preset wrote an int for one."""
+        return float(value) if self.kind is float and value is not None else value
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+
+
+def option(
+    default: Any, help: str, *, affects_result: bool = True, changeable_on_resume: bool = False, **described: Any
+) -> Any:
+    """Declare an option as a field of its group.
+
+    Args:
+        described: further attributes of `Option`. The name, the group and the types follow from the field.
+    """
+    changeable = changeable_on_resume or not affects_result
+    described |= dict(help=help, affects_result=affects_result, changeable_on_resume=changeable)
+    return dataclasses.field(default=default, metadata=described)
 
 
 @dataclass(frozen=True)
@@ -68,7 +132,7 @@ class DataOptions:
         at_least=1,
     )
     workers: int | None = option(
-        None, "processes that decode pictures; 4 on a GPU, else 0", unit="processes", at_least=0, free=True
+        None, "processes that decode pictures; 4 on a GPU, else 0", unit="processes", at_least=0, affects_result=False
     )
 
 
@@ -107,21 +171,21 @@ class ModelOptions:
         "layers, still faster after a minute of compiling; auto: graphs, compiled in long runs; where gradients are "
         "checkpointed nothing is recorded",
         choices=("auto", "single", "graphs", "compiled"),
-        free=True,
+        affects_result=False,
     )
     dequantize: str = option(
         "auto",
         "keep what the 4-bit weights stand for, instead of working it out in every pass: the same numbers, 4 times the "
         "memory; auto does where there is plenty",
         choices=("auto", "on", "off"),
-        free=True,
+        affects_result=False,
     )
     gradient_checkpointing: str = option(
         "auto",
         "recompute activations in the backward pass: less memory, but slower; auto: where a GPU has no room for those "
         "of one example",
         choices=("auto", "on", "off"),
-        free=True,
+        affects_result=False,
     )
     cache_features: float = option(
         8.0,
@@ -129,7 +193,7 @@ class ModelOptions:
         "them in a scratch file of up to so much on each machine; 0: in every step",
         unit="GiB",
         at_least=0,
-        free=True,
+        affects_result=False,
     )
 
 
@@ -142,19 +206,19 @@ class DecodeOptions:
         at_least=1,
     )
     constrain: bool = option(
-        False, "write nothing but JSON of the run's schema.json; needs the extra [constrain]", later=True
+        False, "write nothing but JSON of the run's schema.json; needs the extra [constrain]", changeable_on_resume=True
     )
     schema: str | None = option(
         None, "a JSON Schema to take in place of the one that is induced from the training targets"
     )
     eval_batch_size: int = option(
-        64, "answers generated at a time, per process", unit="examples", at_least=1, free=True
+        64, "answers generated at a time, per process", unit="examples", at_least=1, affects_result=False
     )
     check_sum: str | None = option(
         None,
         "amounts that should add up, as `menu.price + menu.sub.price = total.total_price`, several joined by "
         "semicolons: says of each answer whether they do, and changes none",
-        free=True,
+        affects_result=False,
     )
 
 
@@ -166,9 +230,15 @@ class TrainOptions:
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", at_least=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
     epochs: float = option(
-        3.0, "passes over the training split, unless --steps says otherwise", unit="epochs", above=0, later=True
+        3.0,
+        "passes over the training split, unless --steps says otherwise",
+        unit="epochs",
+        above=0,
+        changeable_on_resume=True,
     )
-    steps: int | None = option(None, "optimizer updates; wins over --epochs", unit="steps", at_least=1, later=True)
+    steps: int | None = option(
+        None, "optimizer updates; wins over --epochs", unit="steps", at_least=1, changeable_on_resume=True
+    )
     batch_size: int = option(
         4, "examples per step, all processes and microbatches together", unit="examples", at_least=1
     )
@@ -178,7 +248,7 @@ class TrainOptions:
         unit="examples",
         at_least=1,
         word="auto",
-        free=True,
+        affects_result=False,
     )
     optimizer: str = option(
         "paged_adamw_8bit",
@@ -186,37 +256,41 @@ class TrainOptions:
         choices=("paged_adamw_8bit", "adamw_8bit", "adamw"),
     )
     eval_every: int = option(
-        100, "validate generated text every N steps; 0: never", unit="steps", at_least=0, later=True
+        100, "validate generated text every N steps; 0: never", unit="steps", at_least=0, changeable_on_resume=True
     )
     eval_examples: int | None = option(
         None, "validation examples used each time; all unless given", unit="examples", at_least=1
     )
     metric: str = option("field_f1", "what the best adapter and --patience go by", choices=tuple(METRICS))
     patience: int | None = option(
-        None, "stop after this many evaluations without a gain", unit="evaluations", at_least=1, later=True
+        None,
+        "stop after this many evaluations without a gain",
+        unit="evaluations",
+        at_least=1,
+        changeable_on_resume=True,
     )
     save_every: int | None = option(
         None,
         "write a checkpoint every N steps; at every evaluation unless given; 0: never",
         unit="steps",
         at_least=0,
-        free=True,
+        affects_result=False,
     )
-    keep: int = option(2, "checkpoints kept", unit="checkpoints", at_least=1, free=True)
+    keep: int = option(2, "checkpoints kept", unit="checkpoints", at_least=1, affects_result=False)
     seed: int = option(0, "of LoRA's first values, the order of the examples and dropout", at_least=0)
-    test: bool = option(True, "score the test split before and after training", later=True)
-    output: str | None = option(None, "run folder; a fresh one under runs/ unless given", free=True)
+    test: bool = option(True, "score the test split before and after training", changeable_on_resume=True)
+    output: str | None = option(None, "run folder; a fresh one under runs/ unless given", affects_result=False)
     track: str | None = option(
         None,
         "send the scalars to these trackers too, joined by commas: wandb and others that accelerate knows",
-        free=True,
+        affects_result=False,
     )
     threads: int | None = option(
         None,
         "CPU threads per process; the cores over the processes unless given",
         unit="threads",
         at_least=1,
-        free=True,
+        affects_result=False,
     )
 
 
@@ -226,10 +300,21 @@ GROUPS: dict[str, type] = {
     "decode": DecodeOptions,
     "train": TrainOptions,
 }
-FIELDS: dict[str, dataclasses.Field] = {f.name: f for group in GROUPS.values() for f in dataclasses.fields(group)}
-_TYPES: dict[str, Any] = {
-    name: hint for group in GROUPS.values() for name, hint in typing.get_type_hints(group).items()
+
+
+def _declared(group: str, options: type) -> Iterator[Option]:
+    """Yield the options that the fields of a group declare."""
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        hint = hints[field.name]
+        kind, *others = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        yield Option(field.name, group, kind, types.NoneType in others, field.default, **field.metadata)
+
+
+OPTIONS: dict[str, Option] = {
+    option.name: option for group, options in GROUPS.items() for option in _declared(group, options)
 }
+"""Every option by name, in the order of the flags."""
 
 # The best settings for PaliGemma-3B on receipts in the ablations of the study that this project follows.
 _PALIGEMMA_RECIPE: dict[str, Any] = dict(
@@ -280,9 +365,9 @@ class TrainConfig:
         problems = [problem for name, value in values.items() if (problem := check(name, value))]
         if problems:
             raise UserError("\n".join(problems))
-        values = {name: coerce(name, value) for name, value in values.items()}
+        values = {name: OPTIONS[name].coerce(value) for name, value in values.items()}
         if values.get("alpha") is None:
-            values["alpha"] = 2.0 * values.get("r", FIELDS["r"].default)
+            values["alpha"] = 2.0 * values.get("r", OPTIONS["r"].default)
         groups = {
             group: options(**{f.name: values[f.name] for f in dataclasses.fields(options) if f.name in values})
             for group, options in GROUPS.items()
@@ -298,55 +383,11 @@ class TrainConfig:
         return TrainConfig.resolve({**self.flat(), **changes}, preset="tiny")
 
 
-def scalar_type(name: str) -> tuple[type, bool]:
-    """An option's type without None or the str of its word, and whether None is allowed."""
-    hint = _TYPES[name]
-    if isinstance(hint, types.UnionType):
-        return hint.__args__[0], types.NoneType in hint.__args__
-    return hint, False
-
-
-def coerce(name: str, value: Any) -> Any:
-    """The value in its option's type, where JSON or a preset wrote an int for a float."""
-    return float(value) if scalar_type(name)[0] is float and value is not None else value
-
-
 def check(name: str, value: Any) -> str | None:
-    """What is wrong with this value for this option, in one line, or None."""
-    if name not in FIELDS:
-        return f"unknown option {name!r}: {suggestion(name, FIELDS)}"
-    kind, optional = scalar_type(name)
-    flag = flag_name(name)
-    if value is None:
-        return None if optional else f"{flag}: a value is needed"
-    word = FIELDS[name].metadata["word"]
-    if word is not None and value == word:
-        return None
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if whole and abs(value) > sys.float_info.max:
-        return f"{flag}: a whole number of more than 300 digits is too large"
-    fits = {
-        bool: isinstance(value, bool),
-        int: whole,
-        float: (whole or isinstance(value, float)) and math.isfinite(value),
-        str: isinstance(value, str),
-    }[kind]
-    if not fits:
-        return f"{flag}: {value!r} is not {_KIND_WORDS[kind]}{f' or {word}' if word else ''}"
-    meta = FIELDS[name].metadata
-    if meta["choices"] and value not in meta["choices"]:
-        return f"{flag}: {value!r} is not one of {', '.join(meta['choices'])}"
-    if kind in (int, float):
-        if meta["at_least"] is not None and value < meta["at_least"]:
-            return f"{flag}: {value} is too small: at least {meta['at_least']}"
-        if meta["above"] is not None and value <= meta["above"]:
-            return f"{flag}: {value} is too small: more than {meta['above']}"
-        if meta["at_most"] is not None and value > meta["at_most"]:
-            return f"{flag}: {value} is too large: at most {meta['at_most']}"
-    return None
-
-
-_KIND_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+    """Return what is wrong with this value for this option, in one line, or None."""
+    if name not in OPTIONS:
+        return f"unknown option {name!r}: {suggestion(name, OPTIONS)}"
+    return OPTIONS[name].problem(value)
 
 
 def flag_name(name: str) -> str:
@@ -354,7 +395,7 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def suggestion(name: str, known: typing.Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
     """`did you mean ...?` for a mistyped name, or where the names are listed."""
     import difflib
 

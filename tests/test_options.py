@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import train
 from im2json.catalogue import METRICS
-from im2json.options import FIELDS, PRESETS, TrainConfig, flag_name, scalar_type
+from im2json.options import OPTIONS, PRESETS, TrainConfig, check, flag_name
 
 OTHER_VALUES = {
     "dataset": "a-folder", "dataset_config": "en", "revision": "v2", "train_split": "training",
@@ -55,7 +55,7 @@ def parsed(monkeypatch):
 
 def test_every_field_has_a_flag_that_sets_it(parsed, monkeypatch):
     monkeypatch.setattr(train, "fresh_options", lambda given, preset: given)  # there is no adapter to take options from
-    assert OTHER_VALUES.keys() == FIELDS.keys()
+    assert OTHER_VALUES.keys() == OPTIONS.keys()
     otherwise = TrainConfig.resolve({"model": "somewhere else"}).flat()
     assert [name for name, value in OTHER_VALUES.items() if value == otherwise[name]] == []
     assert parsed(as_flags(OTHER_VALUES)).flat() == OTHER_VALUES
@@ -63,9 +63,9 @@ def test_every_field_has_a_flag_that_sets_it(parsed, monkeypatch):
 
 def test_help_shows_every_flag_with_its_explanation():
     text = " ".join(CliRunner().invoke(train.main, ["--help"], terminal_width=200).output.split())
-    for name, field in FIELDS.items():
+    for name, option in OPTIONS.items():
         assert flag_name(name) in text
-        assert " ".join(field.metadata["help"].split()) in text, name
+        assert " ".join(option.help.split()) in text, name
 
 
 def test_defaults_and_alpha(parsed):
@@ -178,14 +178,22 @@ def test_any_metric_may_select_the_best_adapter(metric):
     assert TrainConfig.resolve({"metric": metric}).train.metric == metric
 
 
-def test_types_of_the_defaults():
-    for name, field in FIELDS.items():
-        kind, optional = scalar_type(name)
-        assert isinstance(field.default, kind) or (optional and field.default is None), name
+def test_defaults_pass_their_own_checks():
+    for name, option in OPTIONS.items():
+        assert check(name, option.default) is None, name
+        assert isinstance(option.default, option.kind) or (option.optional and option.default is None), name
+
+
+def test_options_that_may_change_on_resume():
+    """An option that does not affect the result may always change; these are the others."""
+    also = {"constrain", "epochs", "steps", "eval_every", "patience", "test"}
+    for name, option in OPTIONS.items():
+        assert option.changeable_on_resume == (name in also or not option.affects_result), name
+        assert not (name in also and not option.affects_result), name
 
 
 def test_flags_of_booleans_come_in_pairs(parsed):
-    names = [name for name in FIELDS if scalar_type(name)[0] is bool]
+    names = [name for name, option in OPTIONS.items() if option.kind is bool]
     assert "test" in names
     for name in names:
         for value in (True, False):
