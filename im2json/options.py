@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from im2json.catalogue import METRICS
 from im2json.errors import UserError
@@ -105,7 +105,8 @@ def option(
     """Declare an option as a field of its group.
 
     Args:
-        described: further attributes of `Option`. The name, the group and the types follow from the field.
+        described: further attributes of `Option`. The name, the group, the type and the texts that the type lists
+            follow from the field.
     """
     changeable = changeable_on_resume or not affects_result
     described |= dict(help=help, affects_result=affects_result, changeable_on_resume=changeable)
@@ -157,34 +158,28 @@ class ModelOptions:
     )
     rslora: bool = option(False, "scale by alpha / sqrt(r) (rank-stabilised LoRA)")
     dora: bool = option(False, "learn magnitude and direction apart (DoRA)")
-    quant: str = option(
-        "nf4", "the frozen weights: 4-bit NF4 with double quantisation, or none", choices=("nf4", "none")
-    )
-    precision: str = option(
+    quant: Literal["nf4", "none"] = option("nf4", "the frozen weights: 4-bit NF4 with double quantisation, or none")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto",
         "of the computation: auto is bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU",
-        choices=("auto", "bf16", "fp16", "fp32"),
     )
-    launch: str = option(
+    launch: Literal["auto", "single", "graphs", "compiled"] = option(
         "auto",
         "how a GPU gets its work: kernel by kernel (single), passes recorded as CUDA graphs, or graphs of compiled "
         "layers, still faster after a minute of compiling; auto: graphs, compiled in long runs; where gradients are "
         "checkpointed nothing is recorded",
-        choices=("auto", "single", "graphs", "compiled"),
         affects_result=False,
     )
-    dequantize: str = option(
+    dequantize: Literal["auto", "on", "off"] = option(
         "auto",
         "keep what the 4-bit weights stand for, instead of working it out in every pass: the same numbers, 4 times the "
         "memory; auto does where there is plenty",
-        choices=("auto", "on", "off"),
         affects_result=False,
     )
-    gradient_checkpointing: str = option(
+    gradient_checkpointing: Literal["auto", "on", "off"] = option(
         "auto",
         "recompute activations in the backward pass: less memory, but slower; auto: where a GPU has no room for those "
         "of one example",
-        choices=("auto", "on", "off"),
         affects_result=False,
     )
     cache_features: float = option(
@@ -225,7 +220,7 @@ class DecodeOptions:
 @dataclass(frozen=True)
 class TrainOptions:
     lr: float = option(5e-3, "peak learning rate", above=0)
-    schedule: str = option("cosine", "of the learning rate after warmup", choices=("cosine", "linear", "constant"))
+    schedule: Literal["cosine", "linear", "constant"] = option("cosine", "of the learning rate after warmup")
     warmup: float = option(0.03, "share of the steps that raise the learning rate from 0", at_least=0, at_most=1)
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", at_least=0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
@@ -242,18 +237,16 @@ class TrainOptions:
     batch_size: int = option(
         4, "examples per step, all processes and microbatches together", unit="examples", at_least=1
     )
-    microbatch: int | str = option(
+    microbatch: int | Literal["auto"] = option(
         4,
         "examples per forward and backward pass, per process; auto: as many as the GPU's memory has room for",
         unit="examples",
         at_least=1,
-        word="auto",
         affects_result=False,
     )
-    optimizer: str = option(
+    optimizer: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = option(
         "paged_adamw_8bit",
         "AdamW with its state in 8 bits and paged, in 8 bits, or plain",
-        choices=("paged_adamw_8bit", "adamw_8bit", "adamw"),
     )
     eval_every: int = option(
         100, "validate generated text every N steps; 0: never", unit="steps", at_least=0, changeable_on_resume=True
@@ -303,12 +296,21 @@ GROUPS: dict[str, type] = {
 
 
 def _declared(group: str, options: type) -> Iterator[Option]:
-    """Yield the options that the fields of a group declare."""
+    """Yield the options that the fields of a group declare.
+
+    A field's type says what a value may be: a number, a number or a word, any text, or one of a Literal's texts. It may
+    add None.
+    """
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         hint = hints[field.name]
-        kind, *others = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        yield Option(field.name, group, kind, types.NoneType in others, field.default, **field.metadata)
+        members = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        texts = tuple(text for each in members if typing.get_origin(each) is Literal for text in typing.get_args(each))
+        kind = next((each for each in members if each in (bool, int, float, str)), str)
+        described: dict[str, Any] = dict(field.metadata)
+        if texts:
+            described |= dict(choices=texts) if kind is str else dict(word=texts[0])
+        yield Option(field.name, group, kind, types.NoneType in members, field.default, **described)
 
 
 OPTIONS: dict[str, Option] = {
