@@ -19,6 +19,7 @@ from typing import Any, Literal
 from im2json.catalogue import METRICS
 from im2json.errors import UserError
 
+EMBEDDED_MODEL = "tiny"
 DEFAULT_TARGET_MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 LANGUAGE_MODULES = rf".*language_model.*\.({DEFAULT_TARGET_MODULES.replace(',', '|')})"
 """The regular expression that `--target-modules language` stands for."""
@@ -140,7 +141,7 @@ class DataOptions:
 @dataclass(frozen=True)
 class ModelOptions:
     model: str = option(
-        "tiny",
+        EMBEDDED_MODEL,
         "tiny (embedded), a folder, or a PaliGemma on the hub; any but tiny takes the other values of --preset cord "
         "unless --preset says otherwise",
     )
@@ -348,22 +349,31 @@ class TrainConfig:
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any], preset: str | None = None) -> TrainConfig:
-        """The config for the values a user gave, over a preset's, over the defaults.
+        """Return the config for what a user typed: the given values, over those of a preset, over the defaults.
 
-        A model other than the embedded one takes PaliGemma's recipe where neither preset nor value says otherwise.
+        Without a preset, a model other than the embedded one takes PaliGemma's recipe.
 
         Raises:
-            UserError: naming every unknown option and every wrong value at once.
+            UserError: if there is no such preset. Otherwise it names every unknown option and every wrong value.
         """
         if preset is not None and preset not in PRESETS:
             raise UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
-        if preset is None:
-            preset_values = _PALIGEMMA_RECIPE if given.get("model", "tiny") != "tiny" else PRESETS["tiny"]
+        if preset is not None:
+            recipe = PRESETS[preset]
         else:
-            preset_values = PRESETS[preset]
-        values = {**preset_values, **given}
+            recipe = {} if given.get("model", EMBEDDED_MODEL) == EMBEDDED_MODEL else _PALIGEMMA_RECIPE
+        values = {**recipe, **given}
         if "r" in given and "alpha" not in given:
-            values.pop("alpha", None)  # a preset's alpha belongs to the preset's r
+            values.pop("alpha", None)  # a recipe's alpha belongs to the recipe's r
+        return cls.from_values(values)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Return the config with these values, over the defaults. No preset or recipe adds to them.
+
+        Raises:
+            UserError: which names every unknown option and every wrong value.
+        """
         problems = [problem for name, value in values.items() if (problem := check(name, value))]
         if problems:
             raise UserError("\n".join(problems))
@@ -377,12 +387,16 @@ class TrainConfig:
         return cls(**groups)
 
     def flat(self) -> dict[str, Any]:
-        """Option name to value, the form of config.json, of the flags and of a sweep's axes."""
+        """Return every value by the name of its option, as config.json, the flags and a sweep's axes have them."""
         return {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(self, group)).items()}
 
     def replace(self, **changes: Any) -> TrainConfig:
-        """A copy with some options changed (and checked)."""
-        return TrainConfig.resolve({**self.flat(), **changes}, preset="tiny")
+        """Return a copy with some values changed.
+
+        Raises:
+            UserError: which names every unknown option and every wrong value.
+        """
+        return TrainConfig.from_values({**self.flat(), **changes})
 
 
 def check(name: str, value: Any) -> str | None:

@@ -162,7 +162,7 @@ def reading_config(path: Path, given: dict[str, Any]) -> TrainConfig:
     values = {**more, **shape, **known, "schema": str(home_of(folder).schema), **given, "adapter": str(folder)}
     if "model" not in values:
         raise UserError(f"{folder / ADAPTER_CONFIG} names no base model: give --model")
-    config = TrainConfig.resolve(values, preset="tiny")
+    config = TrainConfig.from_values(values)
     if "schema" in given and not config.decode.constrain:
         raise UserError("--schema goes with --constrain")
     return config

@@ -107,11 +107,23 @@ def test_another_model_takes_the_recipe_of_cord_but_not_its_data(parsed):
 def test_a_config_survives_its_flat_form():
     for preset in PRESETS:
         config = TrainConfig.resolve({}, preset)
-        assert TrainConfig.resolve(config.flat(), "tiny") == config
+        assert TrainConfig.from_values(config.flat()) == config
         assert config.replace(seed=5).train.seed == 5
         assert config.replace(seed=5).replace(seed=0) == config
     assert TrainConfig.resolve({"lr": 1}) == TrainConfig.resolve({"lr": 1.0})
     assert type(TrainConfig.resolve({"lr": 1}).train.lr) is float
+
+
+def test_values_are_taken_as_they_are_without_a_preset():
+    values = {"model": "google/paligemma2-3b-pt-448", "r": 4}
+    config = TrainConfig.from_values(values)
+    assert config.train == TrainConfig.from_values({}).train
+    assert config.train.lr != TrainConfig.resolve(values).train.lr
+    assert (config.model.r, config.model.alpha) == (4, 8.0)
+    assert config.replace(r=2).model.alpha == 8.0
+    assert config.replace(r=2, alpha=None).model.alpha == 4.0
+    with pytest.raises(ValueError, match="did you mean 'batch_size'"):
+        TrainConfig.from_values({"bach_size": 3})
 
 
 def test_all_problems_are_named_at_once():
@@ -134,7 +146,7 @@ def test_microbatch_is_a_number_or_auto(parsed):
     assert parsed(["--preset", "cord"]).train.microbatch == "auto"
     assert parsed(["--preset", "cord", "--microbatch", "2"]).train.microbatch == 2
     config = TrainConfig.resolve({"microbatch": "auto"})
-    assert TrainConfig.resolve(json.loads(json.dumps(config.flat())), "tiny") == config
+    assert TrainConfig.from_values(json.loads(json.dumps(config.flat()))) == config
     with pytest.raises(ValueError, match="--microbatch: 'all' is not a whole number or auto"):
         TrainConfig.resolve({"microbatch": "all"})
     with pytest.raises(ValueError, match=r"--r: 'auto' is not a whole number$"):

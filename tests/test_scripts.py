@@ -40,7 +40,7 @@ def test_config_json(finished, small_model, dataset):
     assert (stored["options"]["model"], stored["options"]["dataset"]) == (small_model, dataset)
     assert (stored["options"]["r"], stored["options"]["alpha"]) == (4, 8.0)
     assert stored["versions"]["torch"] == importlib.metadata.version("torch")
-    assert TrainConfig.resolve(stored["options"], "tiny") == finished.read_config()
+    assert TrainConfig.from_values(stored["options"]) == finished.read_config()
 
 
 def test_metrics_jsonl(finished):
