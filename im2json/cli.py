@@ -18,12 +18,14 @@ from typing import Any
 import click
 
 from im2json.errors import UserError, WriteError, first_line
-from im2json.options import GROUPS, OPTIONS, PRESETS, check, flag_name
+from im2json.options import GROUPS, OPTIONS, PRESETS, Option, check, flag_name
 
 
 def option_flags(*names: str) -> Callable[[Callable], Callable]:
-    """Add a flag for each of these options, or for every one. The values given on the command line, and only those,
-    are in the context's `obj`."""
+    """Return a decorator that adds a flag for each of these options, or for every option if none is named.
+
+    The context's `obj` holds the values that the user gave on the command line, and no others.
+    """
 
     def add(command: Callable) -> Callable:
         for name in reversed(names or list(OPTIONS)):
@@ -34,7 +36,7 @@ def option_flags(*names: str) -> Callable[[Callable], Callable]:
 
 
 class GroupedCommand(click.Command):
-    """A command whose help lists the options group by group."""
+    """List the options group by group in --help."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         records: dict[str, list[tuple[str, str]]] = {group: [] for group in ("run", *GROUPS)}
@@ -49,18 +51,23 @@ class GroupedCommand(click.Command):
                     formatter.write_dl(rows)
 
 
+_METAVARS = {int: "N", float: "FLOAT", str: "TEXT"}
+
+
 def _flag(name: str) -> Callable:
+    """Return the click option for an option of ours."""
     option = OPTIONS[name]
     flag = flag_name(name)
-    metavar, help = option.unit or None, option.help
-    if len(option.choices) > 4:  # too long to be spelled out beside the flag
-        metavar, help = "NAME", f"{help}: one of {', '.join(option.choices)}"
+    help = option.help
+    if option.choices and option.metavar:  # else click spells the choices out beside the flag
+        help += f" One of {', '.join(option.choices)}."
     if option.default is not None:
-        help += f"  [default: {_shown_default(option.default)}]"
+        help += f"  [default: {_shown_default(option)}]"
     settings: dict[str, Any] = dict(help=help, expose_value=False, callback=_collect)
     if option.kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, **settings)
     type: Any = option.kind
+    metavar = option.metavar or (None if option.choices else _METAVARS[option.kind])
     if option.choices:
         type = click.Choice(option.choices)
     elif option.word is not None:
@@ -69,7 +76,7 @@ def _flag(name: str) -> Callable:
 
 
 class _NumberOrWord(click.ParamType):
-    """A whole number where it reads as one; else the text, for `check` to take or to refuse."""
+    """Read a whole number if the text is one. Otherwise leave the text to `check`, which accepts only the word."""
 
     name = "number or word"
 
@@ -80,14 +87,19 @@ class _NumberOrWord(click.ParamType):
             return value
 
 
-def _shown_default(default: Any) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    return f"{default:g}" if isinstance(default, float) else str(default)
+def _shown_default(option: Option) -> str:
+    if option.kind is bool:
+        return "on" if option.default else "off"
+    shown = f"{option.default:g}" if isinstance(option.default, float) else str(option.default)
+    return f"{shown} {option.unit}".rstrip()
 
 
 def _collect(context: click.Context, parameter: click.Parameter, value: Any) -> None:
-    """Keep a value that was given; one that its option refuses is a usage error at this flag."""
+    """Keep the value that the user gave for a flag.
+
+    Raises:
+        click.BadParameter: if the option does not allow the value.
+    """
     given = context.ensure_object(dict)
     if value is None:
         return
@@ -101,7 +113,8 @@ def _collect(context: click.Context, parameter: click.Parameter, value: Any) -> 
 preset_flag = click.option(
     "--preset",
     type=click.Choice(list(PRESETS)),
-    help="a named recipe; any flag overrides: tiny is the embedded base, cord is PaliGemma-3B on CORD v2.",
+    help="Named recipe, which other flags override. tiny: the default of every option, with the embedded base model. "
+    "cord: PaliGemma-3B on CORD v2.",
 )
 
 

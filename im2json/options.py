@@ -35,8 +35,9 @@ class Option:
         kind: the type of a value: bool, int, float or str.
         optional: whether the value may be None.
         default: the value if the user gives none. Where it is None, the help says what happens instead.
-        help: a phrase that explains the option to somebody who reads only this line.
-        unit: what a number counts, in the plural.
+        help: a phrase that stands alone in --help. Further sentences may follow it.
+        unit: what a number counts, in the plural. --help shows it with the default.
+        metavar: what --help shows for the value, such as PATH or NAME, instead of its kind or choices.
         at_least: the smallest number allowed.
         above: a number that is just too small.
         at_most: the largest number allowed.
@@ -55,6 +56,7 @@ class Option:
     default: Any
     help: str
     unit: str = ""
+    metavar: str = ""
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
@@ -117,24 +119,34 @@ def option(
 @dataclass(frozen=True)
 class DataOptions:
     dataset: str = option(
-        "receipts", "receipts (embedded, synthetic), a folder, a file of JSON lines, or a data set on the hub"
+        "receipts",
+        "Data set: `receipts` (embedded, synthetic), a folder, a JSON-lines file, or a data set on the hub.",
+        metavar="NAME|PATH",
     )
-    dataset_config: str | None = option(None, "which configuration of the data set, where it has several")
-    revision: str | None = option(None, "branch, tag or commit of a data set on the hub")
-    train_split: str = option("train", "the split to train on")
-    image_column: str | None = option(None, "the column of the pictures or their paths; found unless given")
-    target_column: str | None = option(None, "the column of the targets; found unless given")
-    skip_bad: int = option(0, "leave out up to this many rows that cannot be used", unit="rows", at_least=0)
-    letterbox: bool = option(False, "pad pictures to a square with white instead of squashing them")
-    prompt: str = option("extract JSON.", "what the model is asked; kept with the adapter")
+    dataset_config: str | None = option(None, "Configuration of the data set, if it has several.", metavar="NAME")
+    revision: str | None = option(None, "Branch, tag or commit of a data set on the hub.", metavar="NAME")
+    train_split: str = option("train", "Split to train on.", metavar="NAME")
+    image_column: str | None = option(
+        None, "Column that holds the pictures or their paths. Default: detected.", metavar="NAME"
+    )
+    target_column: str | None = option(None, "Column that holds the targets. Default: detected.", metavar="NAME")
+    skip_bad: int = option(
+        0, "Leave out up to this many unusable rows. With more, the run stops.", unit="rows", at_least=0
+    )
+    letterbox: bool = option(False, "Pad pictures to a square with white instead of squashing them.")
+    prompt: str = option("extract JSON.", "Prompt that the model gets with every picture. It is kept with the adapter.")
     max_target_tokens: int | None = option(
         None,
-        "refuse targets longer than this instead of learning them; none is ever cut",
+        "Refuse to train if a target is longer than this many tokens. Targets are never cut. Default: no limit.",
         unit="tokens",
         at_least=1,
     )
     workers: int | None = option(
-        None, "processes that decode pictures; 4 on a GPU, else 0", unit="processes", at_least=0, affects_result=False
+        None,
+        "Processes that decode pictures. Default: 4 on a GPU, otherwise 0.",
+        unit="processes",
+        at_least=0,
+        affects_result=False,
     )
 
 
@@ -142,51 +154,61 @@ class DataOptions:
 class ModelOptions:
     model: str = option(
         EMBEDDED_MODEL,
-        "tiny (embedded), a folder, or a PaliGemma on the hub; any but tiny takes the other values of --preset cord "
-        "unless --preset says otherwise",
+        f"Base model: `{EMBEDDED_MODEL}` (embedded), a folder, or a PaliGemma on the hub. Without --preset, any model "
+        f"but {EMBEDDED_MODEL} takes the other values of --preset cord, except its data set.",
+        metavar="NAME|PATH",
     )
     adapter: str | None = option(
         None,
-        "an adapter or run to start from, with its LoRA options, base and prompt; `before` is the base alone",
+        "Adapter or run folder to start from, with its LoRA options, base model, prompt and letterboxing. The scores "
+        "called `before` remain those of the base model alone. Default: a new adapter.",
+        metavar="PATH",
     )
-    r: int = option(16, "rank of the LoRA matrices", at_least=1)
-    alpha: float | None = option(None, "LoRA's alpha: its output is scaled by alpha / r; 2r unless given", above=0)
-    dropout: float = option(0.0, "dropout before the LoRA matrices", at_least=0, at_most=0.999)
+    r: int = option(16, "Rank of the LoRA matrices.", at_least=1)
+    alpha: float | None = option(
+        None, "LoRA's alpha. The output of LoRA is multiplied by alpha / r. Default: 2r.", above=0
+    )
+    dropout: float = option(0.0, "Dropout probability before the LoRA matrices.", at_least=0, at_most=0.999)
     target_modules: str = option(
         DEFAULT_TARGET_MODULES,
-        "which linear layers get LoRA: names joined by commas (in both towers where they match), `language` for "
-        "the same in the language model alone, or a regular expression over full module names",
+        "Linear layers that get LoRA: names joined by commas (in both towers where they match), `language` for the "
+        "default names in the language model alone, or a regular expression over full module names.",
+        metavar="NAMES",
     )
-    rslora: bool = option(False, "scale by alpha / sqrt(r) (rank-stabilised LoRA)")
-    dora: bool = option(False, "learn magnitude and direction apart (DoRA)")
-    quant: Literal["nf4", "none"] = option("nf4", "the frozen weights: 4-bit NF4 with double quantisation, or none")
+    rslora: bool = option(False, "Multiply the output of LoRA by alpha / sqrt(r) instead (rank-stabilised LoRA).")
+    dora: bool = option(False, "Learn the magnitude and the direction of the weights separately (DoRA).")
+    quant: Literal["nf4", "none"] = option(
+        "nf4", "Quantisation of the frozen weights: nf4 (4-bit NF4 with double quantisation) or none."
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto",
-        "of the computation: auto is bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU",
+        "Floating-point type of the computation. auto: bf16 on GPUs that support it, fp16 on older ones, fp32 on a "
+        "CPU.",
     )
     launch: Literal["auto", "single", "graphs", "compiled"] = option(
         "auto",
-        "how a GPU gets its work: kernel by kernel (single), passes recorded as CUDA graphs, or graphs of compiled "
-        "layers, still faster after a minute of compiling; auto: graphs, compiled in long runs; where gradients are "
-        "checkpointed nothing is recorded",
+        "How a GPU receives its work. single: kernel by kernel. graphs: whole passes, recorded as CUDA graphs. "
+        "compiled: graphs of compiled layers, which are faster still after a minute of compiling. auto: graphs, or "
+        "compiled in long runs. Nothing is recorded while gradient checkpointing is on.",
         affects_result=False,
     )
     dequantize: Literal["auto", "on", "off"] = option(
         "auto",
-        "keep what the 4-bit weights stand for, instead of working it out in every pass: the same numbers, 4 times the "
-        "memory; auto does where there is plenty",
+        "Keep the dequantized values of the 4-bit weights in memory instead of computing them in every pass. The "
+        "values are the same and take 4 times the memory. auto: on where there is plenty of memory.",
         affects_result=False,
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = option(
         "auto",
-        "recompute activations in the backward pass: less memory, but slower; auto: where a GPU has no room for those "
-        "of one example",
+        "Recompute activations in the backward pass, which saves memory and costs time. auto: on if even the smallest "
+        "possible microbatch would not fit into the GPU's memory otherwise.",
         affects_result=False,
     )
     cache_features: float = option(
         8.0,
-        "where the vision tower is frozen and each picture comes twice or more, work out its features once, and keep "
-        "them in a scratch file of up to so much on each machine; 0: in every step",
+        "Size limit, in GiB, of the scratch file on each machine that keeps the features of every training picture, so "
+        "that they are computed only once. It is used if the vision tower is frozen and each picture is seen at least "
+        "twice. 0: compute features in every step.",
         unit="GiB",
         at_least=0,
         affects_result=False,
@@ -197,91 +219,112 @@ class ModelOptions:
 class DecodeOptions:
     max_new_tokens: int | None = option(
         None,
-        "longest answer that is generated; the longest target and an eighth unless given; at most what the model holds",
+        "Longest answer to generate, in tokens, within what the model can hold. Default: an eighth more than the "
+        "longest target.",
         unit="tokens",
         at_least=1,
     )
     constrain: bool = option(
-        False, "write nothing but JSON of the run's schema.json; needs the extra [constrain]", changeable_on_resume=True
+        False,
+        "Generate only JSON that the run's schema.json allows. Needs the extra [constrain].",
+        changeable_on_resume=True,
     )
     schema: str | None = option(
-        None, "a JSON Schema to take in place of the one that is induced from the training targets"
+        None, "JSON Schema to use instead of the one induced from the training targets.", metavar="PATH"
     )
     eval_batch_size: int = option(
-        64, "answers generated at a time, per process", unit="examples", at_least=1, affects_result=False
+        64, "Answers generated at a time, per process.", unit="examples", at_least=1, affects_result=False
     )
     check_sum: str | None = option(
         None,
-        "amounts that should add up, as `menu.price + menu.sub.price = total.total_price`, several joined by "
-        "semicolons: says of each answer whether they do, and changes none",
+        "Amounts that should add up, such as `menu.price + menu.sub.price = total.total_price`, several joined by "
+        "semicolons. The result says of each answer whether they do. No answer is changed.",
         affects_result=False,
     )
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    lr: float = option(5e-3, "peak learning rate", above=0)
-    schedule: Literal["cosine", "linear", "constant"] = option("cosine", "of the learning rate after warmup")
-    warmup: float = option(0.03, "share of the steps that raise the learning rate from 0", at_least=0, at_most=1)
-    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", at_least=0)
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
+    lr: float = option(5e-3, "Peak learning rate.", above=0)
+    schedule: Literal["cosine", "linear", "constant"] = option(
+        "cosine", "Course of the learning rate after the warmup."
+    )
+    warmup: float = option(0.03, "Share of the steps in which the learning rate rises from 0.", at_least=0, at_most=1)
+    weight_decay: float = option(0.0, "Decoupled weight decay of AdamW.", at_least=0)
+    max_grad_norm: float = option(1.0, "Largest norm of the gradients. Larger ones are scaled down to it.", above=0)
     epochs: float = option(
         3.0,
-        "passes over the training split, unless --steps says otherwise",
+        "Passes over the training split. Ignored if --steps is given.",
         unit="epochs",
         above=0,
         changeable_on_resume=True,
     )
     steps: int | None = option(
-        None, "optimizer updates; wins over --epochs", unit="steps", at_least=1, changeable_on_resume=True
+        None,
+        "Optimizer updates. Overrides --epochs.",
+        unit="steps",
+        at_least=1,
+        changeable_on_resume=True,
     )
-    batch_size: int = option(
-        4, "examples per step, all processes and microbatches together", unit="examples", at_least=1
-    )
+    batch_size: int = option(4, "Examples per step, over all processes and microbatches.", unit="examples", at_least=1)
     microbatch: int | Literal["auto"] = option(
         4,
-        "examples per forward and backward pass, per process; auto: as many as the GPU's memory has room for",
+        "Examples per forward and backward pass, per process. auto: as many as fit into the GPU's memory.",
         unit="examples",
         at_least=1,
         affects_result=False,
     )
     optimizer: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = option(
         "paged_adamw_8bit",
-        "AdamW with its state in 8 bits and paged, in 8 bits, or plain",
+        "AdamW with its state in 8 bits and paged (paged_adamw_8bit), in 8 bits (adamw_8bit), or plain (adamw).",
     )
     eval_every: int = option(
-        100, "validate generated text every N steps; 0: never", unit="steps", at_least=0, changeable_on_resume=True
+        100,
+        "Steps between evaluations of generated text on the validation split. 0: never.",
+        unit="steps",
+        at_least=0,
+        changeable_on_resume=True,
     )
     eval_examples: int | None = option(
-        None, "validation examples used each time; all unless given", unit="examples", at_least=1
+        None, "Validation examples per evaluation. Default: all.", unit="examples", at_least=1
     )
-    metric: str = option("field_f1", "what the best adapter and --patience go by", choices=tuple(METRICS))
+    metric: str = option(
+        "field_f1",
+        "Metric that selects the best adapter and that --patience watches.",
+        choices=tuple(METRICS),
+        metavar="NAME",
+    )
     patience: int | None = option(
         None,
-        "stop after this many evaluations without a gain",
+        "Stop after this many evaluations without an improvement. Default: never.",
         unit="evaluations",
         at_least=1,
         changeable_on_resume=True,
     )
     save_every: int | None = option(
         None,
-        "write a checkpoint every N steps; at every evaluation unless given; 0: never",
+        "Steps between checkpoints. 0: never. Default: at every evaluation.",
         unit="steps",
         at_least=0,
         affects_result=False,
     )
-    keep: int = option(2, "checkpoints kept", unit="checkpoints", at_least=1, affects_result=False)
-    seed: int = option(0, "of LoRA's first values, the order of the examples and dropout", at_least=0)
-    test: bool = option(True, "score the test split before and after training", changeable_on_resume=True)
-    output: str | None = option(None, "run folder; a fresh one under runs/ unless given", affects_result=False)
+    keep: int = option(
+        2, "How many of the latest checkpoints to keep.", unit="checkpoints", at_least=1, affects_result=False
+    )
+    seed: int = option(0, "Seed for LoRA initialisation, example order and dropout.", at_least=0)
+    test: bool = option(True, "Score the test split before and after training.", changeable_on_resume=True)
+    output: str | None = option(
+        None, "Run folder. Default: a new one under runs/.", metavar="PATH", affects_result=False
+    )
     track: str | None = option(
         None,
-        "send the scalars to these trackers too, joined by commas: wandb and others that accelerate knows",
+        "Trackers that also get the scalars, joined by commas: wandb and others that accelerate supports.",
+        metavar="NAMES",
         affects_result=False,
     )
     threads: int | None = option(
         None,
-        "CPU threads per process; the cores over the processes unless given",
+        "CPU threads per process. Default: the cores divided by the processes, at most 4 on a GPU.",
         unit="threads",
         at_least=1,
         affects_result=False,

@@ -65,7 +65,20 @@ def test_help_shows_every_flag_with_its_explanation():
     text = " ".join(CliRunner().invoke(train.main, ["--help"], terminal_width=200).output.split())
     for name, option in OPTIONS.items():
         assert flag_name(name) in text
-        assert " ".join(option.help.split()) in text, name
+        assert option.help in text, name
+
+
+def test_help_is_a_phrase_with_a_type_and_units():
+    text = " ".join(CliRunner().invoke(train.main, ["--help"], terminal_width=200).output.split())
+    for name, option in OPTIONS.items():
+        assert option.help[0].isupper(), name
+        assert option.help.endswith("."), name
+    for shown in (
+        "--steps N Optimizer updates.", "--epochs FLOAT Passes", "--microbatch N|auto Examples", "--output PATH ",
+        "--quant [nf4|none] ", "--metric NAME ", "--prompt TEXT ", "--test / --no-test ",
+        "[default: 3 epochs]", "[default: 8 GiB]", "[default: 16]", "[default: on]", "[default: field_f1]",
+    ):  # fmt: skip
+        assert shown in text
 
 
 def test_defaults_and_alpha(parsed):

@@ -528,7 +528,7 @@ def test_help_lists_every_option_group_by_group(cli):
     ]  # fmt: skip
     assert all(f" {flag_name(name)}" in result.output for name in OPTIONS)
     said = " ".join(cli("train", "--help").output.split())
-    assert "go by: one of json_validity, json_repaired" in said and "edit_distance [default: field_f1]" in said
+    assert "watches. One of json_validity, json_repaired" in said and "edit_distance. [default: field_f1]" in said
 
 
 def test_an_output_that_holds_a_run(finished, cli, base_args, tmp_path):
