@@ -55,7 +55,7 @@ _METAVARS = {int: "N", float: "FLOAT", str: "TEXT"}
 
 
 def _flag(name: str) -> Callable:
-    """Return the click option for an option of ours."""
+    """Return a decorator that adds the flag of one option."""
     option = OPTIONS[name]
     flag = flag_name(name)
     help = option.help

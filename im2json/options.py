@@ -1,8 +1,8 @@
 """Every option of every script, declared once.
 
-The command-line flags, a run folder's config.json, the axes of a sweep and the checks of all three are derived
-from the dataclasses below. A flag is the field's name with dashes. To add an option, add a field to the group that
-uses it. To add a recipe, add an entry to PRESETS.
+The command-line flags, a run folder's config.json, the axes of a sweep and the checks of all three follow from the
+dataclasses below. A flag is the field's name with dashes. To add an option, add a field to the group that uses it. To
+add a recipe, add an entry to PRESETS.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from im2json.catalogue import METRICS
 from im2json.errors import UserError
 
 EMBEDDED_MODEL = "tiny"
+"""The --model that is part of the package."""
 DEFAULT_TARGET_MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 LANGUAGE_MODULES = rf".*language_model.*\.({DEFAULT_TARGET_MODULES.replace(',', '|')})"
 """The regular expression that `--target-modules language` stands for."""
@@ -39,7 +40,7 @@ class Option:
         unit: what a number counts, in the plural. --help shows it with the default.
         metavar: what --help shows for the value, such as PATH or NAME, instead of its kind or choices.
         at_least: the smallest number allowed.
-        above: a number that is just too small.
+        above: the largest number that is too small.
         at_most: the largest number allowed.
         choices: the texts allowed. Empty if any text is.
         word: a text that is allowed instead of a number, such as `auto`.
@@ -95,7 +96,7 @@ class Option:
         return None
 
     def coerce(self, value: Any) -> Any:
-        """Return the value as a float where JSON or a preset wrote an int for one."""
+        """Return the value as a float if the option is a float and JSON or a preset wrote an int."""
         return float(value) if self.kind is float and value is not None else value
 
 
@@ -450,12 +451,12 @@ def check(name: str, value: Any) -> str | None:
 
 
 def flag_name(name: str) -> str:
-    """The command-line flag of an option."""
+    """Return the command-line flag of an option."""
     return "--" + name.replace("_", "-")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """`did you mean ...?` for a mistyped name, or where the names are listed."""
+    """Return a question that names the known name closest to a mistyped one, or else where the names are listed."""
     import difflib
 
     close = difflib.get_close_matches(name, list(known), n=1)
