@@ -13,8 +13,8 @@ from pathlib import Path
 
 import click
 
+from im2json.catalogue import METRICS
 from im2json.cli import user_errors
-from im2json.options import METRIC_NAMES
 from im2json.runs import RunFolder, check_folder, make_folder
 from im2json.sweep.grid import read_plan
 from im2json.sweep.launch import Here, Job, Place, command, make_jobs, make_slots, run_jobs
@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
     "--halve",
     "halving",
     metavar="METRIC",
-    type=click.Choice(METRIC_NAMES),
+    type=click.Choice(list(METRICS)),
     help="drop the worse half of the settings, by this metric, at each rung of validations (successive halving)",
 )
 @click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="replace an option of the grid's base")

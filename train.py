@@ -32,17 +32,24 @@ from im2json.runs import RunFolder, check_output
 @click.command(cls=GroupedCommand)
 @preset_flag
 @option_flags()
-@click.option("--resume", metavar="RUN", help="go on with a stopped run, from its last checkpoint")
+@click.option("--resume", metavar="PATH", help="Run folder of a stopped run to continue from its last checkpoint.")
 @click.option(
     "--stop-after",
     type=click.IntRange(1),
-    metavar="STEP",
-    help="leave the run after this step, with a checkpoint; the schedule stays that of the whole run",
+    metavar="N",
+    help="Stop after this step and keep a checkpoint. The learning rate follows the schedule of the whole run.",
 )
-@click.option("--check", "only_check", is_flag=True, help="look at the data without training, and write a page of it")
-@click.option("--plan", "only_plan", is_flag=True, help="say what a run takes: steps, memory, time from a few steps")
 @click.option(
-    "--price-per-hour", type=FloatRange(0), metavar="PRICE", help="of the machine: --plan says what a run costs"
+    "--check", "only_check", is_flag=True, help="Check the data and write an HTML report on it, without training."
+)
+@click.option(
+    "--plan", "only_plan", is_flag=True, help="Forecast the steps, memory and time of the run from a few steps."
+)
+@click.option(
+    "--price-per-hour",
+    type=FloatRange(0),
+    metavar="FLOAT",
+    help="Price of the machine for an hour. --plan then also says what the run costs.",
 )
 @click.pass_context
 def main(

@@ -34,7 +34,7 @@ from im2json.model.lora import (
     trained,
     write_adapter_weights,
 )
-from im2json.options import LANGUAGE_MODULES, SEED_TARGET_MODULES, ModelOptions
+from im2json.options import DEFAULT_TARGET_MODULES, LANGUAGE_MODULES, ModelOptions
 from im2json.resume import fresh_options
 from im2json.runs import RunFolder
 
@@ -403,7 +403,7 @@ def test_a_warm_start_takes_base_and_prompt_of_its_adapter(finished, tmp_path):
         ("prompt", "mine"), ("model", "a/b"), ("r", 4),
     }  # fmt: skip
     assert "model" not in fresh_options({"adapter": str(folder)}, "cord")  # the preset's it is
-    names = SEED_TARGET_MODULES.replace(",", ", ")
+    names = DEFAULT_TARGET_MODULES.replace(",", ", ")
     assert fresh_options({"adapter": str(folder), "target_modules": names})["r"] == 4
     config = json.loads((folder / "adapter_config.json").read_text()) | {"target_modules": LANGUAGE_MODULES}
     (folder / "adapter_config.json").write_text(json.dumps(config))

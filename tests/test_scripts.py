@@ -24,7 +24,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from im2json.files import append_lines, read_lines
 from im2json.jsontext import parse
 from im2json.model.base import load_processor
-from im2json.options import FIELDS, TrainConfig, flag_name
+from im2json.options import OPTIONS, TrainConfig, flag_name
 from im2json.runs import RunFolder, locked
 from im2json.scoring import METRICS, StreamingEvaluator
 
@@ -36,11 +36,11 @@ VALUES = {*METRICS, "num"}
 
 def test_config_json(finished, small_model, dataset):
     stored = json.loads(finished.config.read_text())
-    assert stored["options"].keys() == FIELDS.keys()
+    assert stored["options"].keys() == OPTIONS.keys()
     assert (stored["options"]["model"], stored["options"]["dataset"]) == (small_model, dataset)
     assert (stored["options"]["r"], stored["options"]["alpha"]) == (4, 8.0)
     assert stored["versions"]["torch"] == importlib.metadata.version("torch")
-    assert TrainConfig.resolve(stored["options"], "tiny") == finished.read_config()
+    assert TrainConfig.from_values(stored["options"]) == finished.read_config()
 
 
 def test_metrics_jsonl(finished):
@@ -154,7 +154,7 @@ def test_tensorboard_is_one_run_with_its_hyperparameters(finished, events):
     assert named <= set(events.Tags()["scalars"])
     values = plugin["_hparams_/session_start_info"].session_start_info.hparams
     given = finished.read_config().flat().items()
-    assert set(values) == {name for name, value in given if value is not None and not FIELDS[name].metadata["free"]}
+    assert set(values) == {name for name, value in given if value is not None and OPTIONS[name].affects_result}
     assert values["r"].number_value == 4
     assert values["dora"].bool_value is False
     assert values["precision"].string_value == "fp32"
@@ -521,14 +521,14 @@ def test_out_of_memory_says_what_takes_less(cli, base_args, tmp_path, monkeypatc
     assert all(flag in error for flag in ("--microbatch", "--gradient-checkpointing", "--eval-batch-size"))
 
 
-def test_help_lists_every_option_room_by_room(cli):
+def test_help_lists_every_option_group_by_group(cli):
     result = cli("train", "--help")
     assert [line for line in result.output.splitlines() if line.endswith("options:")] == [
         "Run options:", "Data options:", "Model options:", "Decode options:", "Train options:",
     ]  # fmt: skip
-    assert all(f" {flag_name(name)}" in result.output for name in FIELDS)
+    assert all(f" {flag_name(name)}" in result.output for name in OPTIONS)
     said = " ".join(cli("train", "--help").output.split())
-    assert "go by: one of field_f1, field_precision" in said and "edit_distance [default: field_f1]" in said
+    assert "watches. One of json_validity, json_repaired" in said and "edit_distance. [default: field_f1]" in said
 
 
 def test_an_output_that_holds_a_run(finished, cli, base_args, tmp_path):

@@ -20,7 +20,7 @@ import pytest
 from helpers import ROOT, clear_error
 
 from im2json.files import append_lines, read_lines
-from im2json.options import FIELDS, TrainConfig
+from im2json.options import OPTIONS, TrainConfig
 from im2json.runs import RunFolder
 from im2json.scoring import StreamingEvaluator
 from im2json.sweep.answer import answer, score_test, write_board
@@ -219,7 +219,7 @@ def test_the_grids_of_the_repository(name):
     assert options(found.points[3:4], "r", "alpha") == [(32, 32)]
     assert set(options(found.points, "dropout")) == {(0.0,), (0.05,)}
     rates = {lr for (lr,) in options(found.points, "lr")}
-    assert rates == ({2e-4, 2e-5} if "cord" in name else {FIELDS["lr"].default, FIELDS["lr"].default / 10})
+    assert rates == ({2e-4, 2e-5} if "cord" in name else {OPTIONS["lr"].default, OPTIONS["lr"].default / 10})
 
 
 # --- the commands

@@ -13,7 +13,7 @@ from typing import Any
 
 from im2json.errors import UserError
 from im2json.files import read_json
-from im2json.options import FIELDS, PRESETS, TrainConfig, check, flag_name, scalar_type
+from im2json.options import OPTIONS, PRESETS, TrainConfig, check, flag_name
 from im2json.resume import fresh_options
 
 PARTS = ("preset", "base", "grid", "ablate", "seeds")
@@ -72,7 +72,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     name = name.removeprefix("--").replace("-", "_")
     if not equals:
         raise UserError(f"--set {text}: expected NAME=VALUE, like steps=50")
-    if name in FIELDS and scalar_type(name)[0] is str:
+    if name in OPTIONS and OPTIONS[name].kind is str:
         return name, value
     try:
         return name, json.loads(value)
@@ -84,7 +84,7 @@ def make_plan(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> Plan:
     """`read_plan` for a grid that was read."""
     for part in stored:
         if part not in PARTS:
-            hint = "; options go into base, grid or ablate" if part in FIELDS else ""
+            hint = "; options go into base, grid or ablate" if part in OPTIONS else ""
             raise UserError(f"unknown key {part!r}: a grid holds {', '.join(PARTS)}{hint}")
     preset = stored.get("preset")
     if preset is not None and preset not in list(PRESETS):  # a list, as what JSON holds may not be hashable
@@ -157,7 +157,7 @@ def shown(value: Any) -> str:
 
 def _point(given: Values, preset: str | None, place: Values, setting: str, name: str) -> Point:
     config = _resolve(given, preset)
-    free = [flag for option in given if FIELDS[option].metadata["free"] for flag in _flag(option, given[option])]
+    free = [flag for option in given if not OPTIONS[option].affects_result for flag in _flag(option, given[option])]
     return Point(point_id(config), config, _flags(given, config, preset or "tiny"), free, place, setting, name)
 
 
@@ -168,7 +168,7 @@ def _resolve(given: Values, preset: str | None) -> TrainConfig:
 
 def point_id(config: TrainConfig) -> str:
     """A name that follows from the options that decide the result."""
-    decides = {name: value for name, value in config.flat().items() if not FIELDS[name].metadata["free"]}
+    decides = {name: value for name, value in config.flat().items() if OPTIONS[name].affects_result}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
     model, train = config.model, config.train
     shown = f"r{model.r}-alpha{model.alpha:g}-dropout{model.dropout:g}-lr{train.lr:g}-seed{train.seed}"
@@ -223,7 +223,7 @@ def _checked_axes(axes: Any, part: str) -> dict[str, list[Any]]:
         raise UserError(f'{part}: expected an object of axes, like {{"r": [8, 16, 32]}}')
     for name, values in axes.items():
         _check_values(f"{part}.{name}", name, values)
-        if name == "metric" or FIELDS[name].metadata["free"]:
+        if name == "metric" or not OPTIONS[name].affects_result:
             why = "points are ranked by one metric" if name == "metric" else "it does not change the result"
             raise UserError(f"{part}.{name}: {why}; it belongs into base")
     return axes
