@@ -175,9 +175,7 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, str]:
     if note := precision_note(config.model.precision, precision):
         accelerator.print(note)
     # `accelerate launch` sets OMP_NUM_THREADS to 1 unless told otherwise, which would leave cores idle.
-    torch.set_num_threads(
-        config.train.threads or (own_cores() if device.type == "cpu" else min(own_cores(), 4))
-    )
+    torch.set_num_threads(config.train.threads or (own_cores() if device.type == "cpu" else min(own_cores(), 4)))
     set_seed(config.train.seed)
     return accelerator, precision
 

@@ -9,9 +9,7 @@ from im2json.cli import quick_start, quiet_libraries
 from im2json.data.pictures import list_pictures
 
 
-def extract(
-    run: str, pictures: tuple[str, ...], out: Path | None, options: dict[str, Any]
-) -> tuple[int, int]:
+def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict[str, Any]) -> tuple[int, int]:
     """Write the rows that are not in the file yet.
 
     Args:
