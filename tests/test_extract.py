@@ -127,6 +127,8 @@ def test_an_adapter_of_ours_says_how_it_was_made(finished, tmp_path):
     folder = shutil.copytree(finished.adapter, tmp_path / "adapter")
     extractor = im2json.Extractor.from_run(folder)
     assert extractor.settings.max_new_tokens == 6
+    longest = im2json.Extractor.from_run(folder, max_new_tokens=10**6).settings.max_new_tokens
+    assert longest == 2048 - len(extractor.decoder.collator.prefix_ids)  # positions of the small model
     assert extractor.decoder.collator.prompt == "extract JSON."
 
 
