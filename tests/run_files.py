@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.numpy import load_file, save_file
+
+from im2json.scoring import StreamingEvaluator
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -53,6 +56,52 @@ def last_weights(run: Path) -> bytes:
     return weights(run / "checkpoints" / f"step-{checkpoints(run)[-1]}")
 
 
+def figures(run: Path) -> dict[str, Any]:
+    """All that a run's files say about how it went, but for times and memory."""
+    found, rows = result(run), read_rows(run / "metrics.jsonl")
+    lora = read_json(run / "adapter" / "adapter_config.json")
+    return {
+        "losses": logged(run, "loss"),
+        "norms": logged(run, "grad_norm"),
+        "rates": logged(run, "lr"),
+        "counts": (found["examples"], found["target_tokens"]),
+        "steps": [(row["split"], row.get("stage"), row["step"], row["values"].get("num")) for row in rows],
+        "best_step": found["best_step"],
+        "validation": found["validation"],
+        "test": found["test"],
+        **{stage: answers(run, stage) for stage in ("before", "during", "after")},
+        "columns": {name for row in read_rows(run / "predictions.jsonl") for name in row},
+        "last_weights": last_weights(run),
+        "best_weights": weights(run / "adapter"),
+        "checkpoints": checkpoints(run),
+        "lora": {**lora, "base_model_name_or_path": None, "target_modules": sorted(lora["target_modules"])},
+        "reading": read_json(run / "adapter" / "im2json.json"),
+        "schema": read_json(run / "schema.json"),
+    }
+
+
+def answers(run: Path, stage: str) -> list[tuple[str, str]]:
+    rows = read_rows(run / "predictions.jsonl")
+    return [(row["id"], row["text"]) for row in rows if row["stage"] == stage]
+
+
+def different(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    """The names of the figures that two runs do not share; losses and norms may differ by rounding."""
+    tolerances = {"losses": {"abs": 1e-4}, "norms": {"rel": 1e-2}}
+    wanted = {
+        name: pytest.approx(value, **tolerances[name]) if name in tolerances else value for name, value in other.items()
+    }
+    return {name for name, value in one.items() if value != wanted[name]}
+
+
+def scores(rows: list[dict[str, Any]]) -> Any:
+    """The metrics of these predictions, to be compared up to the order in which they are added."""
+    evaluator = StreamingEvaluator()
+    for row in rows:
+        evaluator.update(row["text"], row["target"], id=row["id"])
+    return pytest.approx(evaluator.compute())
+
+
 def lively(model: str, folder: Path, factor: float = 8) -> str:
     """A copy of a model with larger weights, so that each picture gets an answer of its own.
 
@@ -66,3 +115,9 @@ def lively(model: str, folder: Path, factor: float = 8) -> str:
     }
     save_file(larger, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)
+
+
+def one_field(values: list[str]) -> dict[str, Any]:
+    """The JSON Schema of an object with one of these values in its only field."""
+    properties = {"total": {"enum": values}}
+    return {"type": "object", "properties": properties, "required": ["total"], "additionalProperties": False}

@@ -17,11 +17,11 @@ from typing import Any
 import click
 import datasets
 import pytest
-from conftest import write_dataset
+from conftest import clear_error, write_dataset
 from PIL import Image
-from run_files import checkpoints, last_weights, lively, logged, read_json, read_rows, result, weights
+from run_files import different, figures, lively, one_field, read_rows, result
 
-from im2json.options import FIELDS
+from im2json.options import FIELDS, flag_name
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class Effect:
     slow: bool = False
 
 
+BASE = (
+    "--model {model} --dataset {dataset} --precision fp32 --quant none --r 4 --optimizer adamw --threads 1 "
+    "--batch-size 4 --microbatch 4 --max-new-tokens 6"
+)
 TRAINING = "--lr 1e-6 --epochs 1 --eval-every 0 --no-test"
 READING = "--lr 0.1 --steps 2 --eval-every 1 --max-new-tokens 6"
 CONSTRAINED = "--constrain --schema {digits} --max-new-tokens 16"
@@ -59,7 +63,7 @@ TRAINING_EFFECTS = {
     "seed": Effect("--seed 1", INPUTS),
     # the model
     "model": Effect("--model {other_model}", INPUTS, slow=SLOW),
-    "r": Effect("--r 8", f"{LEARNED} lora"),
+    "r": Effect("--r 8", f"{LEARNED} lora", slow=SLOW),
     "alpha": Effect("--alpha 32", f"{LEARNED} lora"),
     "dropout": Effect("--dropout 0.5", f"{LEARNED} lora"),
     "target_modules": Effect("--target-modules q_proj", f"{LEARNED} lora"),
@@ -77,7 +81,7 @@ TRAINING_EFFECTS = {
     "epochs": Effect("--epochs 2", LENGTH, slow=SLOW),
     "steps": Effect("--steps 2", LENGTH, slow=SLOW),
     # how the work is done: at most the last bit of a weight changes
-    "microbatch": Effect("--microbatch 3", "", ADAPTER),
+    "microbatch": Effect("--microbatch 3", "", ADAPTER, slow=SLOW),
     "threads": Effect("--threads 2", "", ADAPTER, slow=SLOW),
     "workers": Effect("--workers 1", "", slow=SLOW),
     "gradient_checkpointing": Effect("--gradient-checkpointing on", "", slow=SLOW),
@@ -91,13 +95,13 @@ READING_EFFECTS = {
     "letterbox": Effect("--letterbox", f"{INPUTS} {ANSWERS} reading", SCORES, slow=SLOW),
     "prompt": Effect("--prompt read.", f"{INPUTS} {ANSWERS} reading", SCORES, slow=SLOW),
     "quant": Effect("--quant nf4", f"{INPUTS} {ANSWERS} reading", SCORES, slow=SLOW),
-    "max_new_tokens": Effect("--max-new-tokens 4", f"{ANSWERS} reading", SCORES),
+    "max_new_tokens": Effect("--max-new-tokens 4", f"{ANSWERS} reading", SCORES, slow=SLOW),
     "constrain": Effect(CONSTRAINED, f"{ANSWERS} {SCORES} schema columns", on="--max-new-tokens 16", slow=SLOW),
     "schema": Effect("--schema {letters}", f"{ANSWERS} {SCORES} schema", on=CONSTRAINED, slow=SLOW),
     "eval_batch_size": Effect("--eval-batch-size 1", "", slow=SLOW),
     "check_sum": Effect("--check-sum total=total", "columns"),
     "eval_every": Effect("--eval-every 2", "during after steps best_step best_weights checkpoints", SCORES),
-    "eval_examples": Effect("--eval-examples 2", "during steps validation"),
+    "eval_examples": Effect("--eval-examples 2", "during steps validation", slow=SLOW),
     "metric": Effect(
         "--metric edit_distance",
         f"best_step best_weights after {SCORES} steps",
@@ -107,7 +111,7 @@ READING_EFFECTS = {
     "patience": Effect(
         "--patience 1", "losses norms last_weights counts steps rates checkpoints during", on="--steps 3", slow=SLOW
     ),
-    "test": Effect("--no-test", "before after test steps"),
+    "test": Effect("--no-test", "before after test steps", slow=SLOW),
 }
 ELSEWHERE = {
     "skip_bad": "test_bad_rows_are_left_out_and_nothing_else_changes",
@@ -121,6 +125,11 @@ NOT_HERE = {
     "launch": "needs a GPU: on a CPU there is nothing to record",
     "track": "needs a tracker beside TensorBoard, and none is installed",
 }
+MAY_CHANGE_ON_RESUME = {
+    *("epochs", "steps", "eval_every", "patience", "test", "constrain"),  # with another result from there on
+    *("microbatch", "threads", "workers", "gradient_checkpointing", "cache_features", "dequantize", "launch"),
+    *("save_every", "keep", "eval_batch_size", "check_sum", "track", "output"),
+}
 
 
 def test_every_option_is_tried():
@@ -130,60 +139,13 @@ def test_every_option_is_tried():
     assert all(name in globals() for name in ELSEWHERE.values())
 
 
-def figures(run: Path) -> dict[str, Any]:
-    """All that a run's files say about how it went, but for times and memory."""
-    found, rows = result(run), read_rows(run / "metrics.jsonl")
-    lora = read_json(run / "adapter" / "adapter_config.json")
-    return {
-        "losses": logged(run, "loss"),
-        "norms": logged(run, "grad_norm"),
-        "rates": logged(run, "lr"),
-        "counts": (found["examples"], found["target_tokens"]),
-        "steps": [(row["split"], row.get("stage"), row["step"], row["values"].get("num")) for row in rows],
-        "best_step": found["best_step"],
-        "validation": found["validation"],
-        "test": found["test"],
-        **{stage: answers(run, stage) for stage in ("before", "during", "after")},
-        "columns": {name for row in read_rows(run / "predictions.jsonl") for name in row},
-        "last_weights": last_weights(run),
-        "best_weights": weights(run / "adapter"),
-        "checkpoints": checkpoints(run),
-        "lora": {**lora, "base_model_name_or_path": None, "target_modules": sorted(lora["target_modules"])},
-        "reading": read_json(run / "adapter" / "im2json.json"),
-        "schema": read_json(run / "schema.json"),
-    }
-
-
-def answers(run: Path, stage: str) -> list[tuple[str, str]]:
-    rows = read_rows(run / "predictions.jsonl")
-    return [(row["id"], row["text"]) for row in rows if row["stage"] == stage]
-
-
-def different(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
-    """The names of the figures that two runs do not share; losses and norms may differ by rounding."""
-    tolerances = {"losses": {"abs": 1e-4}, "norms": {"rel": 1e-2}}
-    wanted = {
-        name: pytest.approx(value, **tolerances[name]) if name in tolerances else value for name, value in other.items()
-    }
-    return {name for name, value in one.items() if value != wanted[name]}
-
-
 @pytest.fixture(scope="module")
 def paths(small_model, tmp_path_factory) -> dict[str, str]:
     """What the flags of the tables name: models, data sets and schemas."""
     folder = tmp_path_factory.mktemp("wiring")
     schemas = {"digits": [f"{i:02}" for i in range(100)], "letters": ["aa", "b", "cccc"]}
     for name, values in schemas.items():
-        (folder / name).write_text(
-            json.dumps(
-                {
-                    "type": "object",
-                    "properties": {"total": {"enum": values}},
-                    "required": ["total"],
-                    "additionalProperties": False,
-                }
-            )
-        )
+        (folder / name).write_text(json.dumps(one_field(values)))
     two_columns(write_dataset(folder / "dataset", more=8))
     two_columns(write_dataset(folder / "other_dataset", train=9))
     return {
@@ -207,14 +169,10 @@ def two_columns(dataset: Path) -> Path:
 def run_with(train, paths, tmp_path_factory) -> Callable[[str], Path]:
     """`run_with(flags)` makes a run, once for the same flags."""
     runs: dict[str, Path] = {}
-    base = (
-        "--model {model} --dataset {dataset} --precision fp32 --quant none --r 4 --optimizer adamw --threads 1 "
-        "--batch-size 4 --microbatch 4 --max-new-tokens 6"
-    )
 
     def run(flags: str) -> Path:
         if flags not in runs:
-            given = [flag.format(**paths) for flag in f"{base} {flags}".split()]
+            given = [flag.format(**paths) for flag in f"{BASE} {flags}".split()]
             runs[flags] = train(tmp_path_factory.mktemp("runs") / "run", base=given).path
         return runs[flags]
 
@@ -240,6 +198,21 @@ def test_an_option_changes_what_it_should_and_nothing_else(run_with, flags, effe
     assert found - changes - may_change == set(), "these should not have changed"
 
 
+def test_all_other_options_are_refused_on_resume(train, paths, cli, tmp_path):
+    given = f"{BASE} {TRAINING} --stop-after 1".format(**paths).split()
+    run = train(tmp_path / "run", base=given).path
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    flags = {option: effect.flags for option, effect in (TRAINING_EFFECTS | READING_EFFECTS).items()}
+    flags |= {"skip_bad": "--skip-bad 1", "max_target_tokens": "--max-target-tokens 99", "adapter": "--adapter {model}"}
+    flags |= {"dataset_config": "--dataset-config small", "revision": "--revision v2", "schema": "--schema {letters}"}
+    assert flags.keys() | MAY_CHANGE_ON_RESUME == FIELDS.keys()
+    for option in flags.keys() - MAY_CHANGE_ON_RESUME:
+        error = clear_error(cli("train", "--resume", run, *flags[option].format(**paths).split()))
+        assert f"{flag_name(option)} was " in error, option
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == kept
+
+
+@pytest.mark.slow
 def test_bad_rows_are_left_out_and_nothing_else_changes(run_with, paths, tmp_path):
     folder = Path(shutil.copytree(paths["dataset"], tmp_path / "dataset"))
     with (folder / "train" / "metadata.jsonl").open("a") as file:
@@ -250,6 +223,7 @@ def test_bad_rows_are_left_out_and_nothing_else_changes(run_with, paths, tmp_pat
     assert different(figures(run_with(f"{flags} --skip-bad 1")), figures(run_with(TRAINING))) == set()
 
 
+@pytest.mark.slow
 def test_targets_that_are_too_long_are_refused(run_with, paths):
     """The small model reads a token a byte, and one more ends the target."""
     rows = [row for split in SPLITS for row in read_rows(Path(paths["dataset"], split, "metadata.jsonl"))]
