@@ -17,11 +17,14 @@ from typing import Any
 import click
 import datasets
 import pytest
+import torch
 from conftest import clear_error, write_dataset
 from PIL import Image
 from run_files import different, figures, lively, one_field, read_rows, result
 
 from im2json.options import FIELDS, flag_name
+
+pytest_plugins = ["wiring_runs"]
 
 
 @dataclass(frozen=True)
@@ -48,29 +51,28 @@ INPUTS = f"losses {LEARNED}"
 LENGTH = f"{INPUTS} counts steps rates checkpoints"
 ANSWERS = "before during after"
 SCORES = "validation test"
-SLOW = True
 SPLITS = ("train", "validation", "test")
 
 TRAINING_EFFECTS = {
     # the examples
-    "dataset": Effect("--dataset {other_dataset}", f"{INPUTS} counts", slow=SLOW),
-    "train_split": Effect("--train-split more", LENGTH),
-    "image_column": Effect("--image-column second", INPUTS, slow=SLOW),
-    "target_column": Effect("--target-column note", f"{INPUTS} counts schema", slow=SLOW),
+    "dataset": Effect("--dataset {other_dataset}", f"{INPUTS} counts", slow=True),
+    "train_split": Effect("--train-split more", f"{LENGTH} schema"),
+    "image_column": Effect("--image-column second", INPUTS, slow=True),
+    "target_column": Effect("--target-column note", f"{INPUTS} counts schema", slow=True),
     "letterbox": Effect("--letterbox", f"{INPUTS} reading"),
     "prompt": Effect("--prompt read.", f"{INPUTS} reading"),
     "batch_size": Effect("--batch-size 5", f"{INPUTS} steps rates checkpoints"),
     "seed": Effect("--seed 1", INPUTS),
     # the model
-    "model": Effect("--model {other_model}", INPUTS, slow=SLOW),
-    "r": Effect("--r 8", f"{LEARNED} lora", slow=SLOW),
+    "model": Effect("--model {other_model}", INPUTS, slow=True),
+    "r": Effect("--r 8", f"{LEARNED} lora", slow=True),
     "alpha": Effect("--alpha 32", f"{LEARNED} lora"),
     "dropout": Effect("--dropout 0.5", f"{LEARNED} lora"),
     "target_modules": Effect("--target-modules q_proj", f"{LEARNED} lora"),
     "rslora": Effect("--rslora", f"{LEARNED} lora"),
     "dora": Effect("--dora", f"{LEARNED} lora"),
-    "quant": Effect("--quant nf4", f"{INPUTS} reading", slow=SLOW),
-    "precision": Effect("--precision bf16", f"losses {ADAPTER}", "norms", slow=SLOW),
+    "quant": Effect("--quant nf4", f"{INPUTS} reading", slow=True),
+    "precision": Effect("--precision bf16", f"losses {ADAPTER}", "norms", slow=True),
     # the optimizer
     "lr": Effect("--lr 2e-6", f"rates {ADAPTER}"),
     "schedule": Effect("--schedule constant", f"rates {ADAPTER}"),
@@ -78,52 +80,52 @@ TRAINING_EFFECTS = {
     "weight_decay": Effect("--weight-decay 1000", ADAPTER),
     "max_grad_norm": Effect("--max-grad-norm 0.01", ADAPTER),
     "optimizer": Effect("--optimizer paged_adamw_8bit", ADAPTER),
-    "epochs": Effect("--epochs 2", LENGTH, slow=SLOW),
-    "steps": Effect("--steps 2", LENGTH, slow=SLOW),
-    # how the work is done: at most the last bit of a weight changes
-    "microbatch": Effect("--microbatch 3", "", ADAPTER, slow=SLOW),
-    "threads": Effect("--threads 2", "", ADAPTER, slow=SLOW),
-    "workers": Effect("--workers 1", "", slow=SLOW),
-    "gradient_checkpointing": Effect("--gradient-checkpointing on", "", slow=SLOW),
-    "cache_features": Effect("--cache-features 0", "", on="--target-modules language --epochs 2", slow=SLOW),
-    "dequantize": Effect("--dequantize on", "", on="--quant nf4", slow=SLOW),
-    "save_every": Effect("--save-every 1", "checkpoints", slow=SLOW),
-    "keep": Effect("--keep 1", "checkpoints", on="--save-every 1", slow=SLOW),
+    "epochs": Effect("--epochs 2", LENGTH, slow=True),
+    "steps": Effect("--steps 2", LENGTH, slow=True),
+    # how the work is done: at most the last bits of the weights change
+    "microbatch": Effect("--microbatch 3", "", ADAPTER, slow=True),
+    "threads": Effect("--threads 2", "", ADAPTER, slow=True),
+    "workers": Effect("--workers 1", "", slow=True),
+    "gradient_checkpointing": Effect("--gradient-checkpointing on", "", slow=True),
+    "cache_features": Effect("--cache-features 0", "", on="--target-modules language --epochs 2", slow=True),
+    "dequantize": Effect("--dequantize on", "", on="--quant nf4", slow=True),
+    "save_every": Effect("--save-every 1", "checkpoints", slow=True),
+    "keep": Effect("--keep 1", "checkpoints", on="--save-every 1", slow=True),
 }
 
 READING_EFFECTS = {
-    "letterbox": Effect("--letterbox", f"{INPUTS} {ANSWERS} reading", SCORES, slow=SLOW),
-    "prompt": Effect("--prompt read.", f"{INPUTS} {ANSWERS} reading", SCORES, slow=SLOW),
-    "quant": Effect("--quant nf4", f"{INPUTS} {ANSWERS} reading", SCORES, slow=SLOW),
-    "max_new_tokens": Effect("--max-new-tokens 4", f"{ANSWERS} reading", SCORES, slow=SLOW),
-    "constrain": Effect(CONSTRAINED, f"{ANSWERS} {SCORES} schema columns", on="--max-new-tokens 16", slow=SLOW),
-    "schema": Effect("--schema {letters}", f"{ANSWERS} {SCORES} schema", on=CONSTRAINED, slow=SLOW),
-    "eval_batch_size": Effect("--eval-batch-size 1", "", slow=SLOW),
+    "letterbox": Effect("--letterbox", f"{INPUTS} {ANSWERS} reading", SCORES, slow=True),
+    "prompt": Effect("--prompt read.", f"{INPUTS} {ANSWERS} reading", SCORES, slow=True),
+    "quant": Effect("--quant nf4", f"{INPUTS} {ANSWERS} reading", SCORES, slow=True),
+    "max_new_tokens": Effect("--max-new-tokens 4", f"{ANSWERS} reading", SCORES, slow=True),
+    "constrain": Effect(CONSTRAINED, f"{ANSWERS} {SCORES} schema columns", on="--max-new-tokens 16", slow=True),
+    "schema": Effect("--schema {letters}", f"{ANSWERS} {SCORES} schema", on=CONSTRAINED, slow=True),
+    "eval_batch_size": Effect("--eval-batch-size 1", "", slow=True),
     "check_sum": Effect("--check-sum total=total", "columns"),
     "eval_every": Effect("--eval-every 2", "during after steps best_step best_weights checkpoints", SCORES),
-    "eval_examples": Effect("--eval-examples 2", "during steps validation", slow=SLOW),
+    "eval_examples": Effect("--eval-examples 2", "during steps validation", slow=True),
     "metric": Effect(
         "--metric edit_distance",
         f"best_step best_weights after {SCORES} steps",
         on=f"{CONSTRAINED} --lr 0.03",
-        slow=SLOW,
+        slow=True,
     ),
     "patience": Effect(
-        "--patience 1", "losses norms last_weights counts steps rates checkpoints during", on="--steps 3", slow=SLOW
+        "--patience 1", "losses norms last_weights counts steps rates checkpoints during", on="--steps 3", slow=True
     ),
-    "test": Effect("--no-test", "before after test steps", slow=SLOW),
+    "test": Effect("--no-test", "before after test steps", slow=True),
 }
-ELSEWHERE = {
+ELSEWHERE = {  # tests of this file that need more than two runs
     "skip_bad": "test_bad_rows_are_left_out_and_nothing_else_changes",
     "max_target_tokens": "test_targets_that_are_too_long_are_refused",
     "dataset_config": "test_a_data_set_on_the_hub_is_read_in_the_configuration_and_revision_given",
     "revision": "test_a_data_set_on_the_hub_is_read_in_the_configuration_and_revision_given",
 }
 NOT_HERE = {
-    "adapter": "what it changes is the subject of test_wiring_results.py",
-    "output": "names the run folder, which every run of these tests has",
-    "launch": "needs a GPU: on a CPU there is nothing to record",
-    "track": "needs a tracker beside TensorBoard, and none is installed",
+    "adapter": "changes where training begins: see test_wiring_resume.py",
+    "output": "names the run folder: every run of these tests has one",
+    "launch": "needs a GPU: see test_gpu.py",
+    "track": "needs a tracker other than TensorBoard, and none is installed",
 }
 MAY_CHANGE_ON_RESUME = {
     *("epochs", "steps", "eval_every", "patience", "test", "constrain"),  # with another result from there on
@@ -156,12 +158,14 @@ def paths(small_model, tmp_path_factory) -> dict[str, str]:
 
 
 def two_columns(dataset: Path) -> Path:
-    """Give every example of a data set a second picture and a second target."""
+    """Give every example of a data set a second picture and a second target, and the split `more` another field."""
     for file in dataset.glob("*/metadata.jsonl"):
         rows = read_rows(file)
-        others = [row["file_name"] for row in rows[1:] + rows[:1]]
-        lines = [json.dumps({**row, "second": other, "note": '{"x": 1}'}) for row, other in zip(rows, others)]
-        file.write_text("\n".join(lines) + "\n", "utf-8")
+        for row, other in zip(rows, rows[1:] + rows[:1]):
+            row |= {"second": other["file_name"], "note": '{"x": 1}'}
+            if file.parent.name == "more":
+                row["ground_truth"] = json.dumps({"gt_parse": {"field": "1"}})
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return dataset
 
 
@@ -249,3 +253,11 @@ def test_a_data_set_on_the_hub_is_read_in_the_configuration_and_revision_given(r
     run = run_with(f"{TRAINING} --dataset some/hub --dataset-config small --revision v2")
     assert set(wanted) == {("some/hub", "small", "v2")}
     assert result(run)["examples"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_threads")
+def test_a_run_takes_the_threads_it_is_given(run_with):
+    for threads in (1, 2):
+        run_with(f"{TRAINING} --steps 1 --threads {threads}")
+        assert torch.get_num_threads() == threads

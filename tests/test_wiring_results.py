@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import slow, write_dataset
 from run_files import (
     checkpoints,
@@ -88,29 +89,41 @@ def test_the_best_step_is_the_first_with_the_best_value_of_the_metric(make_run, 
     assert values[1] > values[2]
 
 
-# --- dropout
+# --- what is drawn at random
 
 
-def grad_norms(train: Callable[..., Any], run: Path, dataset: Path, *flags: object) -> list[float]:
-    """Those of 3 steps that all have the same example and hardly change a weight: they tell the masks of dropout."""
-    train(run, "--dataset", dataset, "--lr", 1e-12, "--steps", 3, "--eval-every", 0, "--no-test", *flags)
-    return logged(run, "grad_norm")
+@pytest.fixture(scope="module")
+def grad_norms(train, tmp_path_factory) -> Callable[..., list[float]]:
+    """`grad_norms(run, *flags)` is what the gradients of 3 steps measure.
+
+    All steps have the same example, and none changes a weight noticeably. So the norms are alike but for dropout.
+    """
+    dataset = write_dataset(tmp_path_factory.mktemp("one") / "dataset", train=1)
+    base = ("--dataset", dataset, "--lr", 1e-12, "--steps", 3, "--eval-every", 0, "--no-test")
+
+    def norms(run: Path, *flags: object) -> list[float]:
+        return logged(train(run, *base, *flags).path, "grad_norm")
+
+    return norms
 
 
 def alike(one: float, other: float) -> bool:
     return one == pytest.approx(other, rel=1e-3)
 
 
-def test_dropout_is_another_in_every_step_and_with_every_seed(train, tmp_path):
-    dataset = write_dataset(tmp_path / "dataset", train=1)
-    without = grad_norms(train, tmp_path / "without", dataset, "--dropout", 0)
-    assert all(alike(one, other) for one, other in itertools.combinations(without, 2))
-    dropped = grad_norms(train, tmp_path / "dropped", dataset, "--dropout", 0.5)
-    assert not any(alike(one, other) for one, other in itertools.combinations(dropped, 2))
+def test_the_seed_draws_the_first_values_of_lora(grad_norms, tmp_path):
+    first, second = (grad_norms(tmp_path / str(seed), "--dropout", 0, "--seed", seed) for seed in (0, 1))
+    assert all(alike(norm, first[0]) for norm in first)
+    assert all(alike(norm, second[0]) for norm in second)
+    assert not alike(first[0], second[0])
+
+
+def test_dropout_differs_from_step_to_step_and_from_seed_to_seed(grad_norms, tmp_path):
+    norms = grad_norms(tmp_path / "run", "--dropout", 0.5)
+    assert not any(alike(one, other) for one, other in itertools.combinations(norms, 2))
     # on from that adapter, which has hardly changed, nothing but dropout depends on the seed
-    flags = ("--adapter", tmp_path / "dropped", "--dropout", 0.5, "--seed", 1)
-    other = grad_norms(train, tmp_path / "other", dataset, *flags)
-    assert not any(alike(one, more) for one, more in itertools.product(dropped, other))
+    others = grad_norms(tmp_path / "other", "--adapter", tmp_path / "run", "--dropout", 0.5, "--seed", 1)
+    assert not any(alike(one, other) for one, other in itertools.product(norms, others))
 
 
 # --- reading with a trained adapter
@@ -167,10 +180,16 @@ def test_extract_reads_otherwise_where_an_option_says_so(extract, known, small_m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [("--eval-batch-size", 1), ("--threads", 2), ("--check-sum", "total=total")])
+@pytest.mark.usefixtures("own_threads")
+@pytest.mark.parametrize(
+    "flags",
+    [("--eval-batch-size", 1), ("--threads", 2), ("--check-sum", "total=total")],
+    ids=lambda flags: flags[0],
+)
 def test_extract_reads_the_same_whatever_these_options_say(extract, known, flags):
     rows = extract(*flags)
     assert texts(rows) == known
+    assert "--threads" not in flags or torch.get_num_threads() == 2
     assert [row.get("checks") for row in rows] == [{"total=total": True} if "--check-sum" in flags else None] * 3
 
 
@@ -231,6 +250,7 @@ def test_evaluate_holds_answers_to_another_schema(evaluate, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_threads")
 @pytest.mark.parametrize(
     "flags",
     [("--eval-batch-size", 1), ("--threads", 2), ("--precision", "fp32"), ("--check-sum", "total=total")],
@@ -239,6 +259,7 @@ def test_evaluate_holds_answers_to_another_schema(evaluate, tmp_path):
 def test_evaluate_finds_the_same_whatever_these_options_say(evaluate, best_first, flags):
     found, copy = evaluate(*flags)
     assert {stage: found[stage] for stage in ("before", "after")} == result(best_first)["test"]
+    assert "--threads" not in flags or torch.get_num_threads() == 2
     assert all(("checks" in row) == ("--check-sum" in flags) for row in predictions(copy, "test", "after"))
 
 
@@ -247,7 +268,7 @@ def test_evaluate_finds_the_same_whatever_these_options_say(evaluate, best_first
 
 @pytest.mark.slow
 def test_the_exported_model_is_the_best_one(make_run, cli, tmp_path):
-    """And the answers that it is compared with are those of the best step; by rounding, few may differ."""
+    """The command compares its answers with those that the run gave at its best step."""
     run = make_run(tmp_path / "run", "--no-constrain", "--precision", "bf16")
     assert result(run)["best_step"] == 1
     done = cli("im2json.__main__", "export", run, "--out", tmp_path / "model")
@@ -270,16 +291,9 @@ def test_the_exported_adapter_is_the_best_one(best_first, cli, tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_scores_the_test_split_of_its_winner_alone(cli, lively_model, dataset, digits, tmp_path):
-    options = {
-        "model": lively_model,
-        "dataset": dataset,
-        "precision": "fp32",
-        "quant": "none",
-        "r": 4,
-        "optimizer": "adamw",
-    }
+    options = {"model": lively_model, "dataset": dataset, "precision": "fp32", "quant": "none"}
+    options |= {"r": 4, "optimizer": "adamw", "lr": 1e-6, "constrain": True, "schema": str(digits)}
     options |= {"batch_size": 4, "steps": 2, "eval_every": 1, "max_new_tokens": 16, "metric": "edit_distance"}
-    options |= {"constrain": True, "schema": str(digits), "lr": 1e-6}
     (tmp_path / "grid.json").write_text(json.dumps({"base": options, "ablate": {"lr": [0.1]}}))
     sweep = ("sweep", tmp_path / "grid.json", "--output", tmp_path / "sweep")
     for line in cli(*sweep, "--list").stdout.splitlines():  # in this process, which is faster

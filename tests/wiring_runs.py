@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from run_files import lively, one_field, texts
 from safetensors.numpy import load_file, save_file
 
@@ -76,3 +77,11 @@ def base_alone(best_first, tmp_path_factory) -> Path:
     zeros = {name: weight * 0 for name, weight in load_file(folder / "adapter_model.safetensors").items()}
     save_file(zeros, folder / "adapter_model.safetensors")
     return folder
+
+
+@pytest.fixture
+def own_threads() -> Iterator[None]:
+    """Let a test change the number of threads for itself alone."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
