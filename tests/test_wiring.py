@@ -102,7 +102,7 @@ READING_EFFECTS = {
     "schema": Effect("--schema {letters}", f"{ANSWERS} {SCORES} schema", on=CONSTRAINED, slow=True),
     "eval_batch_size": Effect("--eval-batch-size 1", "", slow=True),
     "check_sum": Effect("--check-sum total=total", "columns"),
-    "eval_every": Effect("--eval-every 2", "during after steps best_step best_weights checkpoints", SCORES),
+    "eval_every": Effect("--eval-every 3", "during after steps best_step best_weights checkpoints", SCORES),
     "eval_examples": Effect("--eval-examples 2", "during steps validation", slow=True),
     "metric": Effect(
         "--metric edit_distance",
@@ -175,6 +175,7 @@ def run_with(train, paths, tmp_path_factory) -> Callable[[str], Path]:
     runs: dict[str, Path] = {}
 
     def run(flags: str) -> Path:
+        flags = " ".join(flags.split())
         if flags not in runs:
             given = [flag.format(**paths) for flag in f"{BASE} {flags}".split()]
             runs[flags] = train(tmp_path_factory.mktemp("runs") / "run", base=given).path
@@ -200,6 +201,11 @@ def test_an_option_changes_what_it_should_and_nothing_else(run_with, flags, effe
     found = different(one, other)
     assert changes - found == set(), "these should have changed"
     assert found - changes - may_change == set(), "these should not have changed"
+
+
+def test_the_last_step_is_validated_however_seldom_others_are(run_with):
+    steps = figures(run_with(f"{READING} --eval-every 3"))["steps"]
+    assert [step for split, _, step, _ in steps if split == "validation"] == [2]
 
 
 def test_all_other_options_are_refused_on_resume(train, paths, cli, tmp_path):

@@ -64,6 +64,15 @@ def test_after_is_the_best_of_the_run_and_not_the_adapter_it_began_with(warm, be
 
 
 @pytest.mark.slow
+def test_the_options_of_a_run_with_an_adapter_say_how_the_adapter_was_made(make_run, tmp_path):
+    other = make_run(tmp_path / "other", "--alpha", 32, "--target-modules", "q_proj", "--steps", 1, "--no-test")
+    run = make_run(tmp_path / "run", "--adapter", other, "--no-test", like=WARM)
+    options = read_json(run / "config.json")["options"]
+    assert (options["r"], options["alpha"], options["target_modules"]) == (4, 32.0, "q_proj")
+    assert figures(run)["lora"] == figures(other)["lora"]
+
+
+@pytest.mark.slow
 def test_a_prompt_that_is_given_wins_over_the_adapters(make_run, best_first, tmp_path):
     run = make_run(tmp_path / "run", "--adapter", best_first, "--prompt", "else", "--no-letterbox", like=WARM)
     reading = read_json(run / "adapter" / "im2json.json")
