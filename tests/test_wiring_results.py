@@ -292,7 +292,7 @@ def test_the_exported_adapter_is_the_best_one(best_first, cli, tmp_path):
 @pytest.mark.slow
 def test_a_sweep_scores_the_test_split_of_its_winner_alone(cli, lively_model, dataset, digits, tmp_path):
     options = {"model": lively_model, "dataset": dataset, "precision": "fp32", "quant": "none"}
-    options |= {"r": 4, "optimizer": "adamw", "lr": 1e-6, "constrain": True, "schema": str(digits)}
+    options |= {"r": 4, "optimizer": "adamw", "lr": 0.03, "constrain": True, "schema": str(digits)}
     options |= {"batch_size": 4, "steps": 2, "eval_every": 1, "max_new_tokens": 16, "metric": "edit_distance"}
     (tmp_path / "grid.json").write_text(json.dumps({"base": options, "ablate": {"lr": [0.1]}}))
     sweep = ("sweep", tmp_path / "grid.json", "--output", tmp_path / "sweep")
@@ -308,6 +308,7 @@ def test_a_sweep_scores_the_test_split_of_its_winner_alone(cli, lively_model, da
     assert values[winner] < values[loser]
     test = read_json(tmp_path / "sweep" / "summary.json")["test"]
     assert test["point"] == winner
+    assert test["before"] != test["after"]
     for stage, step in (("before", 0), ("after", result(runs[winner])["best_step"])):
         assert test[stage] == scores(predictions(runs[winner], "test", stage, step))
         assert predictions(runs[loser], "test", stage) == []
