@@ -110,8 +110,9 @@ MISTAKES = {
     # grids
     "a grid that was cut": Mistake("sweep {tmp}/g.json", f"g.json: {NOT_JSON}", "{tmp}/g.json"),
     "a grid of something else": Mistake("sweep {tmp}/g.json", "g.json: a grid is a JSON object", "{tmp}/g.json", b"[]"),
-    "a grid with a wrong value": Mistake("sweep {tmp}/g.json --output {tmp}/s", "g.json: grid.r: 0 is too small", "{tmp}/g.json",
-                                         b'{"grid": {"r": [0]}}'),
+    "a grid with a wrong value": Mistake(
+        "sweep {tmp}/g.json --output {tmp}/s", "g.json: grid.r: 0 is too small", "{tmp}/g.json", b'{"grid": {"r": [0]}}'
+    ),
 }  # fmt: skip
 
 

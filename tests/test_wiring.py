@@ -18,11 +18,11 @@ import click
 import datasets
 import pytest
 import torch
-from conftest import clear_error, write_dataset
+from helpers import clear_error, write_dataset
 from PIL import Image
 from run_files import different, figures, lively, one_field, read_rows, result
 
-from im2json.options import FIELDS, flag_name
+from im2json.options import OPTIONS, flag_name
 
 pytest_plugins = ["wiring_runs"]
 
@@ -136,7 +136,7 @@ MAY_CHANGE_ON_RESUME = {
 
 def test_every_option_is_tried():
     tried = TRAINING_EFFECTS.keys() | READING_EFFECTS.keys()
-    assert tried | ELSEWHERE.keys() | NOT_HERE.keys() == FIELDS.keys()
+    assert tried | ELSEWHERE.keys() | NOT_HERE.keys() == OPTIONS.keys()
     assert not tried & (ELSEWHERE.keys() | NOT_HERE.keys())
     assert all(name in globals() for name in ELSEWHERE.values())
 
@@ -215,7 +215,7 @@ def test_all_other_options_are_refused_on_resume(train, paths, cli, tmp_path):
     flags = {option: effect.flags for option, effect in (TRAINING_EFFECTS | READING_EFFECTS).items()}
     flags |= {"skip_bad": "--skip-bad 1", "max_target_tokens": "--max-target-tokens 99", "adapter": "--adapter {model}"}
     flags |= {"dataset_config": "--dataset-config small", "revision": "--revision v2", "schema": "--schema {letters}"}
-    assert flags.keys() | MAY_CHANGE_ON_RESUME == FIELDS.keys()
+    assert flags.keys() | MAY_CHANGE_ON_RESUME == OPTIONS.keys()
     for option in flags.keys() - MAY_CHANGE_ON_RESUME:
         error = clear_error(cli("train", "--resume", run, *flags[option].format(**paths).split()))
         assert f"{flag_name(option)} was " in error, option

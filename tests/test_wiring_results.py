@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import slow, write_dataset
+from helpers import slow, write_dataset
 from run_files import (
     checkpoints,
     last_weights,
