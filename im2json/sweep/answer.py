@@ -13,6 +13,7 @@ import click
 
 from im2json.errors import UserError
 from im2json.files import atomically, lock, read_json, write_json
+from im2json.report.duration import clock_time
 from im2json.report.table import before_after_table, table
 from im2json.runs import RunFolder
 from im2json.sweep.grid import Plan
@@ -20,7 +21,6 @@ from im2json.sweep.halving import Dropped
 from im2json.sweep.launch import Job
 from im2json.sweep.leaderboard import Board, absent, make_board, markdown, rows
 from im2json.sweep.page import sweep_page
-from im2json.sweep.progress import duration
 
 Score = Callable[[RunFolder, Path], tuple[int, str]]
 """evaluate.py --json on a run, its errors to a log: the exit status, and what it printed."""
@@ -77,7 +77,7 @@ def text(board: Board) -> str:
     for setting in board.settings:
         low, high = setting.evaluator.intervals()[board.metric]
         seconds = sum(result.seconds for result in setting.results) / len(setting.results)
-        rows.append([setting.name, len(setting.runs), setting.value(board.metric), low, high, duration(seconds)])
+        rows.append([setting.name, len(setting.runs), setting.value(board.metric), low, high, clock_time(seconds)])
     lines = [table(rows, ["config", "runs", board.metric, "low", "high", "time"]), ""]
     lines += [axis["sentence"] for axis in board.axes]
     return "\n".join(lines + absent(board))

@@ -19,6 +19,7 @@ import psutil
 
 from im2json.errors import UserError
 from im2json.files import is_locked, lock
+from im2json.machine import available_cores, named_gpus, visible_gpus
 from im2json.runs import RunFolder
 from im2json.sweep.grid import Point
 
@@ -56,7 +57,7 @@ class Job:
         try:
             number, machine, gpus, *more = self.group.read_text().splitlines()
             here = machine == socket.gethostname()
-            return (int(number), set(gpus_of(gpus)), more == [STOP_REQUESTED]) if here else None
+            return (int(number), set(named_gpus(gpus)), more == [STOP_REQUESTED]) if here else None
         except (OSError, ValueError):  # it is about to be written, or has just been removed
             return None
 
@@ -145,30 +146,12 @@ def make_slots(jobs: int | None, gpus_per_run: int | None) -> tuple[list[dict[st
         if gpus_per_run is not None:
             raise UserError(f"--gpus-per-run {gpus_per_run}: no GPU was found here")
         count = jobs or 1
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return [{}] * count, 1, max(1, cores // count)
+        return [{}] * count, 1, max(1, available_cores() // count)
     share = gpus_per_run or 1
     if share > len(gpus):
         raise UserError(f"--gpus-per-run {share}: {len(gpus)} GPU(s) were found here")
     groups = [gpus[first : first + share] for first in range(0, len(gpus) - share + 1, share)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups[:jobs]], share, None
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that CUDA may use, by number or name."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return gpus_of(named)
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return []
-
-
-def gpus_of(named: str) -> list[str]:
-    """The GPUs that a CUDA_VISIBLE_DEVICES names."""
-    return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
 
 
 class Here:
@@ -183,7 +166,7 @@ class Here:
         """The slots that are left beside these points, of which a killed sweep may have started some."""
         holders = (job.holder() for job in beside)
         taken = {gpu for holder in holders if holder is not None for gpu in holder[1]}
-        free = [slot for slot in self.slots if taken.isdisjoint(gpus_of(slot.get("CUDA_VISIBLE_DEVICES", "")))]
+        free = [slot for slot in self.slots if taken.isdisjoint(named_gpus(slot.get("CUDA_VISIBLE_DEVICES", "")))]
         return free[: max(0, len(self.slots) - len(beside))]
 
     def has_room(self, beside: Sequence[Job]) -> bool:

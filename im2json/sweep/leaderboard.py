@@ -9,13 +9,13 @@ from typing import Any
 from im2json.errors import UserError
 from im2json.jsontext import scoring_text
 from im2json.records import RunResult
+from im2json.report.duration import clock_time
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS, StreamingEvaluator, compare
 from im2json.scoring.catalogue import labelled
 from im2json.sweep.grid import Plan, Values, shown
 from im2json.sweep.halving import Dropped
 from im2json.sweep.launch import Job
-from im2json.sweep.progress import duration
 
 OPTIONS = ("r", "alpha", "dropout", "lr")  # shown whether they are axes or not; `config` tells of other axes
 SHOWN = ("field_f1", "ted_accuracy", "exact_match", "json_validity", "edit_distance")  # of the metrics, in Markdown
@@ -186,7 +186,7 @@ def cells(metric: str, table: Sequence[Values]) -> tuple[list[str], list[list[Ce
     for row in table:
         left = [Cell(f"{row[name]:g}" if isinstance(row[name], float) else str(row[name])) for name in OPTIONS]
         metrics = [_metric_cell(row, name, METRICS[name].gain(row[name]) == best[name]) for name in names]
-        used = [Cell(duration(row["seconds"])), Cell(f"{row['peak_memory_bytes'] / 2**30:.2f} GiB")]
+        used = [Cell(clock_time(row["seconds"])), Cell(f"{row['peak_memory_bytes'] / 2**30:.2f} GiB")]
         config = Cell(row["config"], best=row["rank"] == 1)
         lines.append([config, *left, Cell(f"{row['trainable']:,}"), *metrics, *used])
     return ["config", *OPTIONS, "trainable", *arrows, "time", "memory"], lines

@@ -9,6 +9,7 @@ import time
 
 import click
 
+from im2json.report.duration import clock_time
 from im2json.report.table import table
 from im2json.sweep.launch import Job, is_locked
 
@@ -77,7 +78,7 @@ class Progress:
         if job.state == "running" and total and len(recent) > 1:
             pace = (recent[-1].time - recent[0].time) / (recent[-1].step - recent[0].step)
             end = total if job.stop_after is None else min(job.stop_after, total)
-            left = f"{duration(pace * max(0, end - step))} left"
+            left = f"{clock_time(pace * max(0, end - step))} left"
         value = f"{values[-1]:.3f}" if values else ""
         state = "queued" if job.state == "running" and not is_locked(job.log) else job.state  # by a cluster
         return [job.point.name, state, str(step or ""), str(total or ""), value, left]
@@ -98,10 +99,3 @@ def total_steps(job: Job) -> int | None:
         file.seek(max(0, job.log.stat().st_size - 4096))
         found = re.findall(rb"training:.*?\d+/(\d+) \[", file.read())
     return int(found[-1]) if found else None
-
-
-def duration(seconds: float) -> str:
-    """0:59, 12:34 or 1:23:45."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
