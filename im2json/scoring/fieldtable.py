@@ -110,9 +110,7 @@ class FieldTable:
                 self._other += self._paths.pop(path)
 
 
-def compare_fields(
-    first: Iterable[Prediction], second: Iterable[Prediction], seed: int = 0
-) -> dict[str, Difference]:
+def compare_fields(first: Iterable[Prediction], second: Iterable[Prediction], seed: int = 0) -> dict[str, Difference]:
     """Compare the F1 of every target path by a paired bootstrap, for predictions of the same examples.
 
     Of twenty fields one can be expected to exceed the noise by chance: each interval is a 95 % one by
