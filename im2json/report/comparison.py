@@ -144,7 +144,7 @@ def verdict(found: Difference, higher_is_better: bool) -> str:
 
 
 def comparison_json(metrics: Mapping[str, Difference], fields: Mapping[str, Difference]) -> dict[str, object]:
-    """Return {"metrics": {name: ...}, "fields": {path: ...}}: first, second, difference, low, high and verdict of each."""
+    """Return {"metrics": {name: ...}, "fields": {path: ...}}, each with the values of a Difference and a verdict."""
     return {
         "metrics": {name: _as_json(found, METRICS[name].higher_is_better) for name, found in metrics.items()},
         "fields": {path: _as_json(found, True) for path, found in fields.items()},

@@ -117,7 +117,7 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _confidence(found: FieldConfidence) -> str:
-    """Return plots of reliability and of risk against coverage in per cent, or a sentence if no answer has a confidence."""
+    """Return plots of reliability and of risk against coverage, or a sentence if the answers have no confidence."""
     if ALL not in found.groups:
         return "<section><h2>Confidence</h2><p>These answers were kept without it.</p></section>"
     sure, right = [leaf.confidence for leaf in found.leaves], [leaf.right for leaf in found.leaves]
