@@ -46,9 +46,9 @@ def leaf_confidence(
     """Return the object that a text is read as, with each leaf replaced by its probability; None if it is unreadable.
 
     Args:
-        starts: where in the text each token begins, ascending; those of one character begin at the same place.
-        logprobs: of each token, in nats; minus infinity for one that the model did not write.
-        reading: of the text, if it was read already.
+        starts: index in the text at which each token begins, ascending; the tokens of one character share an index.
+        logprobs: of each token, in nats; minus infinity for a token that the model did not write.
+        reading: of the text, if it was read before.
     """
     spans = leaf_spans(text, reading)
     if spans is None:
@@ -225,6 +225,6 @@ def kept(confidence: Sequence[float], right: Sequence[bool], threshold: float) -
 
 def _ordered(confidence: Sequence[float], right: Sequence[bool]) -> tuple[Array, Array]:
     """Confidence in descending order, and for each the share that is right of those that are as sure."""
-    sure, place, count = np.unique(np.asarray(confidence, float), return_inverse=True, return_counts=True)
-    share = np.bincount(place, np.asarray(right, float), len(sure)) / np.maximum(count, 1)
+    sure, inverse, count = np.unique(np.asarray(confidence, float), return_inverse=True, return_counts=True)
+    share = np.bincount(inverse, np.asarray(right, float), len(sure)) / np.maximum(count, 1)
     return np.repeat(sure[::-1], count[::-1]), np.repeat(share[::-1], count[::-1])

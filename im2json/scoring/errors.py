@@ -21,7 +21,7 @@ ERRORS = {
     "wrong_value": "a value that differs from its counterpart, by more than a digit slip",
     "digit_slip": "a value with one digit wrong, missing or too many, or two neighbouring digits swapped",
 }
-"""The classes and what each counts. An object is a row where either side has several at its place; a row
+"""The classes and what each counts. An object is a row where either side has several under the same key; a row
 that is missing or extra counts once, its values do not count as fields. Documents are compared in normal
 form; one that cannot be read is counted as invalid or truncated alone."""
 
