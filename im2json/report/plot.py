@@ -120,7 +120,7 @@ def thinned(points: Sequence[tuple[float, float]], most: int = 100) -> list[tupl
 
 
 def round_ticks(low: float, high: float, most: int = 6, least: float = 0.0) -> list[float]:
-    """Return about `most` multiples of 1, 2 or 5 times a power of ten, `least` apart or more, that enclose low and high."""
+    """Return about `most` multiples of 1, 2 or 5 times a power of ten, `least` or more apart, around low and high."""
     if low == high:
         gap = abs(low) / 10 or 1.0
         low, high = (low - gap, high) if low > 0 else (low, high + gap)

@@ -38,17 +38,21 @@ SUMS = (
     "value_similarity",
     "edit_distance",
 )
-"""What an example adds up to: the number of examples, counts of (path, leaf) pairs, and the metrics that
-are means over examples. There are as many keys predicted and wanted as fields."""
+"""The sums over examples: their number, counts of (path, leaf) pairs, and the metrics that are means over examples.
+
+The counts of keys predicted and wanted equal those of fields.
+"""
 
 
 def from_sums(sums: Array) -> dict[str, Array]:
-    """The metrics of METRICS from sums over examples: SUMS down the first axis, any columns behind it.
+    """Return the metrics of METRICS from sums over examples.
 
-    field_precision, field_recall, field_f1 and key_f1 are ratios of the sums (micro-averages): matched /
-    predicted, matched / wanted and 2 matched / (predicted + wanted), which is Donut's tp / (tp + (fp + fn)
-    / 2). Where that is 0 / 0 they are 1.0 if neither side holds a field and else 0.0. Without examples the
-    means are NaN.
+    field_precision, field_recall, field_f1 and key_f1 are ratios of the sums (micro-averages): matched / predicted,
+    matched / wanted and 2 matched / (predicted + wanted), which is Donut's tp / (tp + (fp + fn) / 2). Instead of 0 / 0
+    they are 1.0 if neither side has a field, and 0.0 otherwise. Without examples the means are NaN.
+
+    Args:
+        sums: SUMS along the first axis, and any axes after it.
     """
     num, matched, predicted, wanted, keys_matched = sums[: SUMS.index("json_validity")]
     with np.errstate(invalid="ignore", divide="ignore"):
