@@ -74,7 +74,7 @@ def main(
             if "schema" in given and not config.decode.constrain:
                 raise UserError("--schema goes with --constrain")
             quiet_libraries()
-            from im2json.programs import evaluate  # torch with it, which takes seconds
+            from im2json.commands.evaluate import evaluate  # imports torch, which takes seconds
 
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
                 metrics = evaluate(folder, config, split, None if "schema" in given else folder.schema)

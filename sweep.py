@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
+from im2json.catalogue import METRICS
 from im2json.cli import user_errors
 from im2json.commands.sweep import SweepOptions, list_points, sweep
-from im2json.options import METRIC_NAMES
 
 HERE = Path(__file__).resolve().parent
 
@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 @click.option(
     "--halve",
     metavar="METRIC",
-    type=click.Choice(METRIC_NAMES),
+    type=click.Choice(list(METRICS)),
     help="Metric of successive halving, which drops the worse half of the settings at each rung of validations.",
 )
 @click.option(

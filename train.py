@@ -14,7 +14,16 @@ from typing import Any
 
 import click
 
-from im2json.cli import FloatRange, GroupedCommand, option_flags, preset_flag, quiet_libraries, user_errors
+from im2json.cli import (
+    FloatRange,
+    GroupedCommand,
+    Interrupted,
+    option_flags,
+    preset_flag,
+    quiet_libraries,
+    resume_advice,
+    user_errors,
+)
 from im2json.options import TrainConfig
 from im2json.resume import fresh_options, resumed_config
 from im2json.runs import RunFolder, check_output
@@ -23,17 +32,24 @@ from im2json.runs import RunFolder, check_output
 @click.command(cls=GroupedCommand)
 @preset_flag
 @option_flags()
-@click.option("--resume", metavar="RUN", help="go on with a stopped run, from its last checkpoint")
+@click.option("--resume", metavar="PATH", help="Run folder of a stopped run to continue from its last checkpoint.")
 @click.option(
     "--stop-after",
     type=click.IntRange(1),
-    metavar="STEP",
-    help="leave the run after this step, with a checkpoint; the schedule stays that of the whole run",
+    metavar="N",
+    help="Stop after this step and keep a checkpoint. The learning rate follows the schedule of the whole run.",
 )
-@click.option("--check", "only_check", is_flag=True, help="look at the data without training, and write a page of it")
-@click.option("--plan", "only_plan", is_flag=True, help="say what a run takes: steps, memory, time from a few steps")
 @click.option(
-    "--price-per-hour", type=FloatRange(0), metavar="PRICE", help="of the machine: --plan says what a run costs"
+    "--check", "only_check", is_flag=True, help="Check the data and write an HTML report on it, without training."
+)
+@click.option(
+    "--plan", "only_plan", is_flag=True, help="Forecast the steps, memory and time of the run from a few steps."
+)
+@click.option(
+    "--price-per-hour",
+    type=FloatRange(0),
+    metavar="FLOAT",
+    help="Price of the machine for an hour. --plan then also says what the run costs.",
 )
 @click.pass_context
 def main(
@@ -63,14 +79,21 @@ def main(
             if not (only_check or only_plan):
                 check_output(config.train.output)
         quiet_libraries()
-        from im2json import programs  # torch with it, which takes seconds
-
+        # each imports torch, which takes seconds
         if only_check:
-            sys.exit(0 if programs.check(config) else 1)
+            from im2json.commands.check import check
+
+            sys.exit(0 if check(config) else 1)
         elif only_plan:
-            programs.plan(config, price_per_hour)
+            from im2json.commands.plan import plan
+
+            plan(config, price_per_hour)
         else:
-            programs.train(config, stopped, stop_after)
+            from im2json.commands.train import Ending, train
+
+            ending, run = train(config, stopped, stop_after)
+            if ending is Ending.ASKED:
+                raise Interrupted(f"interrupted: {resume_advice(run.path)}")
 
 
 if __name__ == "__main__":

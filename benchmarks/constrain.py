@@ -25,27 +25,25 @@ def main(folder: Path, rounds: int, examples: int, batch_size: int, threads: int
 
     quiet_libraries()
     from im2json.inference.decode import Decoder, generate
-    from im2json.inference.workbench import set_up, start_accelerator
-    from im2json.model.base import DTYPES
     from im2json.model.lora import merged_copy
     from im2json.runs import RunFolder, adapter_folder
     from im2json.scoring import StreamingEvaluator
+    from im2json.workspace import open_workspace, start_accelerator
 
     run = RunFolder(folder)
     config = run.read_config().replace(constrain=True, threads=threads)
-    accelerator, precision = start_accelerator(config)
-    bench = set_up(config, accelerator, precision, adapter=adapter_folder(folder), schema=run.schema)
-    model = merged_copy(bench.model, DTYPES[precision])
-    split = bench.splits["test"]
+    space = open_workspace(config, *start_accelerator(config), adapter=adapter_folder(folder), schema=run.schema)
+    model, limit = merged_copy(space.model, space.settings.dtype), space.settings.max_new_tokens
+    split = space.splits["test"]
     rows = [split[i] for i in range(min(examples, len(split)))]
-    pixels = bench.collator.pixels([row.image for row in rows])
+    pixels = space.collator.pixels([row.image for row in rows])
     texts: dict[str, list[str]] = {}
     speeds: dict[str, list[tuple[float, float]]] = {"free": [], "constrained": []}
     for _ in range(rounds):
-        for name, grammar in (("free", None), ("constrained", bench.grammar)):
-            decoder = Decoder(model, bench.collator, grammar)
+        for name, grammar in (("free", None), ("constrained", space.settings.grammar)):
+            decoder = Decoder(model, space.collator, grammar)
             start, busy = time.perf_counter(), time.process_time()
-            answers = [a for some in pixels.split(batch_size) for a in generate(decoder, some, bench.max_new_tokens)]
+            answers = [a for some in pixels.split(batch_size) for a in generate(decoder, some, limit)]
             seconds = time.perf_counter() - start, time.process_time() - busy
             speeds[name].append((decoder.tokens / seconds[0], decoder.tokens / seconds[1]))
             texts[name] = [answer.text for answer in answers]

@@ -33,10 +33,12 @@ def main(work: Path, resolution: int, size: str, count: int) -> None:
     from im2json.data.collate import Collator
     from im2json.inference.decode import Decoder
     from im2json.inference.evaluate import evaluate_split
-    from im2json.inference.workbench import start_accelerator
+    from im2json.inference.settings import DecodeSettings
     from im2json.model.base import DTYPES, load_base, load_processor
     from im2json.model.lora import add_lora, merged_copy, trained
     from im2json.options import TrainConfig
+    from im2json.records import EvaluationKey
+    from im2json.workspace import start_accelerator
 
     model = work / f"model-{size}-{resolution}"
     if not model.exists():
@@ -58,7 +60,8 @@ def main(work: Path, resolution: int, size: str, count: int) -> None:
             before, captured = decoder.tokens, decoder.seconds_capturing
             decoder.prepare([max(rows.tokens)] * min(64, examples))
             recording, start = decoder.seconds_capturing - captured, clock()
-            evaluate_split(lambda: decoder, collator, rows, accelerator, batch_size=64, max_new_tokens=rows.tokens)
+            key, settings = EvaluationKey(0, "test", "after"), DecodeSettings(rows.tokens, batch_size=64)
+            evaluate_split(key, lambda: decoder, collator, rows, accelerator, settings)
             seconds = clock() - start
             speed = (decoder.tokens - before) / seconds
             print(  # on a line of its own, below the progress bar

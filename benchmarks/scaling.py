@@ -146,7 +146,7 @@ def all_reduce(values: int) -> None:
     import torch
     from accelerate import Accelerator
 
-    from im2json.training.loop import sum_over_processes
+    from im2json.training.update import sum_over_processes
 
     cuda = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not cuda)

@@ -123,12 +123,13 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
 
     from im2json.data.collate import Collator
     from im2json.data.lengths import TargetLengths
-    from im2json.inference.workbench import Workbench, start_accelerator
-    from im2json.model.base import load_base, load_processor
-    from im2json.model.lora import add_lora, trained
+    from im2json.inference.settings import DecodeSettings
+    from im2json.model.base import load_processor
+    from im2json.model.loading import load_adapted
     from im2json.options import TrainConfig
-    from im2json.training.loop import seed_dropout, train_step
-    from im2json.training.optimizer import flatten, make_optimizer
+    from im2json.training.strategy import choose_strategy, strategy_note
+    from im2json.training.update import Update, seed_dropout
+    from im2json.workspace import Workspace, start_accelerator
 
     cap(cap_gib)
     defaults = dict(r=8, alpha=32.0, dropout=0.05, steps=steps)
@@ -137,20 +138,19 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
     rows: Any = Rows(EXAMPLES * steps // EPOCHS, resolution)
     collator = Collator(load_processor(str(model)), config.data.prompt)
     splits = {"train": rows, "validation": rows}
-    options = config.model
-    base = load_base(options.model, precision, options.quant, accelerator.device, options.dequantize)
-    lora, lengths = add_lora(base, options, 0), TargetLengths.count(splits, collator)
-    bench = Workbench(config, accelerator, precision, splits, collator, lengths, lora, [], {}, None)
-    forward, loader = bench.forward(), bench.step_loader()
-    parameters = [flatten(trained(bench.model))]
-    optimizer = accelerator.prepare(make_optimizer(parameters, config.train))
+    lora, lengths = load_adapted(config.model, precision, accelerator.device, 0), TargetLengths.count(splits, collator)
+    settings = DecodeSettings(lengths.new_token_limit(None), config.decode.eval_batch_size)
+    space = Workspace(config, accelerator, precision, splits, collator, lengths, lora, settings, {})
+    work = space.workload()
+    strategy = choose_strategy(work)
+    print(strategy_note(strategy, work))
+    loader = space.step_loader(strategy)
+    update = Update.of(space.forward(strategy, work), config.train, accelerator, loader.microbatch)
     times, losses, started = [], [], time.perf_counter()
     for step, batches in enumerate(loader.steps(0, steps)):
         seed_dropout(0, step, 0)
-        tokens = sum(rows.tokens[i] for i in loader.order.step(step))
-        outcome = train_step(forward, batches, tokens, parameters, optimizer, accelerator, 0.3)
+        losses.append(update(batches, loader.order.target_tokens(step)).loss)
         times.append(time.perf_counter())
-        losses.append(outcome.loss)
     return summary(times, losses, started)
 
 

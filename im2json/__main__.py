@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
-from im2json.cli import FloatRange, option_flags, quick_start, quiet_libraries, user_errors
+from im2json.cli import FloatRange, option_flags, user_errors
 
 
 @click.group()
@@ -50,38 +49,12 @@ def extract(context: click.Context, run: str, pictures: tuple[str, ...], out: Pa
     a job was stopped. A picture is known by its name; to have it read again, remove its row.
     """
     with user_errors("the rows so far are kept; the same command goes on" if out else "nothing was kept without --out"):
+        from im2json.commands.extract import extract as extract_rows
+
         failed, total = extract_rows(run, pictures, out, context.obj or {})
     if failed:
         click.echo(f"{failed} of {total} pictures could not be read; their rows say why", err=True)
         sys.exit(1)
-
-
-def extract_rows(run: str, given: tuple[str, ...], out: Path | None, options: dict[str, Any]) -> tuple[int, int]:
-    """Write the rows that are not there yet; how many tell of an error, of how many."""
-    quiet_libraries()
-    from im2json.data.pictures import list_pictures
-    from im2json.inference.rowfile import row_file
-    from im2json.model.hub import adapter_path
-    from im2json.resume import reading_config, reading_digest
-
-    pictures = list_pictures(given)
-    config = reading_config(adapter_path(run), options)
-    with row_file(out, reading_digest(config)) as rows:
-        missing = [picture for picture in pictures if picture not in rows.ids]
-        if missing:
-            with quick_start():
-                import torch
-                from tqdm import tqdm
-
-                from im2json.inference.extract import Extractor
-
-                if config.train.threads is not None:
-                    torch.set_num_threads(config.train.threads)
-                extractor = Extractor.from_config(config)
-            done = len(pictures) - len(missing)
-            for row in tqdm(extractor(missing), desc="extract", unit="pic", initial=done, total=len(pictures)):
-                rows.write(row)
-        return rows.errors, len(rows.ids)
 
 
 @main.command()
@@ -115,27 +88,15 @@ def export(
     if adapter_only and parity is not None:
         raise click.UsageError("--parity goes with merged weights: the adapter alone is a copy")
     with user_errors("nothing was exported"):
-        quiet_libraries()
-        from im2json.model.hub import check_push, push
+        from im2json.commands.export import export as write_export
+        from im2json.commands.export import print_card
         from im2json.runs import RunFolder
 
         title = push_to_hub or out.absolute().name
         if dry_run:
-            from im2json.report.modelcard import model_card
-            from im2json.scoring.examples import score_run
-
-            click.echo(model_card(RunFolder(run), score_run(RunFolder(run), "test"), title, adapter_only), nl=False)
-            return
-        if push_to_hub is not None:
-            check_push(push_to_hub)
-        with quick_start():
-            from im2json.inference.export import LEAST, export_run
-        found = export_run(RunFolder(run), out, adapter_only, LEAST if parity is None else parity, title)
-        if found is not None:
-            click.echo(f"plain transformers on the exported folder: {found}")
-        click.echo(f"exported  {out}")
-        if push_to_hub is not None:
-            click.echo(f"uploaded  {push(out, push_to_hub, private)}")
+            print_card(RunFolder(run), title, adapter_only)
+        else:
+            write_export(RunFolder(run), out, title, adapter_only, parity, push_to_hub, private)
 
 
 if __name__ == "__main__":

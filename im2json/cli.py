@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import gc
 import logging
@@ -19,15 +18,17 @@ from typing import Any
 import click
 
 from im2json.errors import UserError, WriteError, first_line
-from im2json.options import FIELDS, PRESETS, ROOMS, check, flag_name, scalar_type
+from im2json.options import GROUPS, OPTIONS, PRESETS, Option, check, flag_name
 
 
 def option_flags(*names: str) -> Callable[[Callable], Callable]:
-    """Add a flag for each of these options, or for every one. The values given on the command line, and only those,
-    are in the context's `obj`."""
+    """Return a decorator that adds a flag for each of these options, or for every option if none is named.
+
+    The context's `obj` holds the values that the user gave on the command line, and no others.
+    """
 
     def add(command: Callable) -> Callable:
-        for name in reversed(names or list(FIELDS)):
+        for name in reversed(names or list(OPTIONS)):
             command = _flag(name)(command)
         return command
 
@@ -35,43 +36,47 @@ def option_flags(*names: str) -> Callable[[Callable], Callable]:
 
 
 class GroupedCommand(click.Command):
-    """A command whose help lists the options room by room."""
+    """List the options group by group in --help."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        rooms = {field.name: room for room, options in ROOMS.items() for field in dataclasses.fields(options)}
-        groups: dict[str, list[tuple[str, str]]] = {room: [] for room in ("run", *ROOMS)}
+        records: dict[str, list[tuple[str, str]]] = {group: [] for group in ("run", *GROUPS)}
         for parameter in self.get_params(context):
             record = parameter.get_help_record(context)
             if record is not None:
-                groups[rooms.get(parameter.name or "", "run")].append(record)
-        for room, records in groups.items():
-            if records:
-                with formatter.section(f"{room.capitalize()} options"):
-                    formatter.write_dl(records)
+                option = OPTIONS.get(parameter.name or "")
+                records[option.group if option else "run"].append(record)
+        for group, rows in records.items():
+            if rows:
+                with formatter.section(f"{group.capitalize()} options"):
+                    formatter.write_dl(rows)
+
+
+_METAVARS = {int: "N", float: "FLOAT", str: "TEXT"}
 
 
 def _flag(name: str) -> Callable:
-    field = FIELDS[name]
-    kind, _ = scalar_type(name)
+    """Return a decorator that adds the flag of one option."""
+    option = OPTIONS[name]
     flag = flag_name(name)
-    choices, metavar = field.metadata["choices"], field.metadata["unit"] or None
-    help = field.metadata["help"]
-    if len(choices) > 4:  # too long to be spelled out beside the flag
-        metavar, help = "NAME", f"{help}: one of {', '.join(choices)}"
-    if field.default is not None:
-        help += f"  [default: {_shown_default(name, field.default)}]"
+    help = option.help
+    if option.choices and option.metavar:  # else click spells the choices out beside the flag
+        help += f" One of {', '.join(option.choices)}."
+    if option.default is not None:
+        help += f"  [default: {_shown_default(option)}]"
     settings: dict[str, Any] = dict(help=help, expose_value=False, callback=_collect)
-    if kind is bool:
+    if option.kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, **settings)
-    word = field.metadata["word"]
-    if word is not None:
-        metavar = f"{metavar or kind.__name__}|{word}"
-    type = click.Choice(choices) if choices else _NumberOrWord() if word is not None else kind
+    type: Any = option.kind
+    metavar = option.metavar or (None if option.choices else _METAVARS[option.kind])
+    if option.choices:
+        type = click.Choice(option.choices)
+    elif option.word is not None:
+        type, metavar = _NumberOrWord(), f"{metavar}|{option.word}"
     return click.option(flag, name, type=type, metavar=metavar, **settings)
 
 
 class _NumberOrWord(click.ParamType):
-    """A whole number where it reads as one; else the text, for `check` to take or to refuse."""
+    """Read a whole number if the text is one. Otherwise leave the text to `check`, which accepts only the word."""
 
     name = "number or word"
 
@@ -82,14 +87,19 @@ class _NumberOrWord(click.ParamType):
             return value
 
 
-def _shown_default(name: str, default: Any) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    return f"{default:g}" if isinstance(default, float) else str(default)
+def _shown_default(option: Option) -> str:
+    if option.kind is bool:
+        return "on" if option.default else "off"
+    shown = f"{option.default:g}" if isinstance(option.default, float) else str(option.default)
+    return f"{shown} {option.unit}".rstrip()
 
 
 def _collect(context: click.Context, parameter: click.Parameter, value: Any) -> None:
-    """Keep a value that was given; one that its option refuses is a usage error at this flag."""
+    """Keep the value that the user gave for a flag.
+
+    Raises:
+        click.BadParameter: if the option does not allow the value.
+    """
     given = context.ensure_object(dict)
     if value is None:
         return
@@ -103,7 +113,8 @@ def _collect(context: click.Context, parameter: click.Parameter, value: Any) -> 
 preset_flag = click.option(
     "--preset",
     type=click.Choice(list(PRESETS)),
-    help="a named recipe; any flag overrides: tiny is the embedded base, cord is PaliGemma-3B on CORD v2.",
+    help="Named recipe, which other flags override. tiny: the default of every option, with the embedded base model. "
+    "cord: PaliGemma-3B on CORD v2.",
 )
 
 
@@ -165,6 +176,8 @@ def resumable(path: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(resume_advice(path)) from None
     except (OSError, WriteError) as error:
+        if not path.exists():
+            raise UserError(f"{error}; {path} was removed while the run was writing to it") from error
         if isinstance(error, OSError) and error.errno not in SYSTEM_ERRORS:
             raise
         raise UserError(f"{error}; what was saved is kept: {resume_advice(path)}") from error

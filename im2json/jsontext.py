@@ -211,27 +211,27 @@ class _Rewriting:
     def __init__(self) -> None:
         self.pieces: list[str] = []
         self.spans: dict[int, tuple[int, int]] = {}  # of the pieces that are leaves, in the text that is read
-        self.place = (0, 0)  # of the present token
+        self.span = (0, 0)  # of the present token
         self.open: list[str] = []
         self.whole = 0
         self.before = ""  # kind of the last token: open, close, comma, colon, value, key
 
     def run(self, text: str, start: int) -> bool:
         """Puts the object that begins at `start` into the pieces; False where they cannot be JSON."""
-        place = start
-        while place < len(text):
-            token = _TOKEN.match(text, place)
+        position = start
+        while position < len(text):
+            token = _TOKEN.match(text, position)
             if token is None or not self._take(token, token.end() == len(text)):
                 return False
             if not self.open:
                 return True
-            place = token.end()
+            position = token.end()
         self.pieces[self.whole :] = [_CLOSING[bracket] for bracket in reversed(self.open)]
         return True
 
     def _take(self, token: re.Match[str], last: bool) -> bool:
         kind, text = token.lastgroup, token.group()
-        self.place = token.span()
+        self.span = token.span()
         if kind == "space":
             return True
         if kind in ("open", "string", "python", "word") and self.before in ("value", "key", "close"):
@@ -251,7 +251,7 @@ class _Rewriting:
 
     def _add(self, piece: str, kind: str, whole: bool = True) -> None:
         if kind == "value":
-            self.spans[len(self.pieces)] = self.place
+            self.spans[len(self.pieces)] = self.span
         self.pieces.append(piece)
         self.before = kind
         if whole:

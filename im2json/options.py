@@ -1,8 +1,8 @@
 """Every option of every script, declared once.
 
-The command-line flags, a run folder's config.json, the axes of a sweep and the checks of all three are derived
-from the dataclasses below. A flag is the field's name with dashes. To add an option, add a field to the room that
-uses it; to add a recipe, add an entry to PRESETS.
+The command-line flags, a run folder's config.json, the axes of a sweep and the checks of all three follow from the
+dataclasses below. A flag is the field's name with dashes. To add an option, add a field to the group that uses it. To
+add a recipe, add an entry to PRESETS.
 """
 
 from __future__ import annotations
@@ -12,136 +12,207 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from im2json.catalogue import METRICS
 from im2json.errors import UserError
 
-SEED_TARGET_MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-LANGUAGE_MODULES = rf".*language_model.*\.({SEED_TARGET_MODULES.replace(',', '|')})"  # what `language` stands for
-METRIC_NAMES = (
-    "field_f1",
-    "field_precision",
-    "field_recall",
-    "ted_accuracy",
-    "json_validity",
-    "json_repaired",
-    "exact_match",
-    "key_f1",
-    "structure_similarity",
-    "value_accuracy",
-    "value_similarity",
-    "edit_distance",
-)
+EMBEDDED_MODEL = "tiny"
+"""The --model that is part of the package."""
+DEFAULT_TARGET_MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+LANGUAGE_MODULES = rf".*language_model.*\.({DEFAULT_TARGET_MODULES.replace(',', '|')})"
+"""The regular expression that `--target-modules language` stands for."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """Describe one option: what it means, which values it takes and when it may change.
+
+    Attributes:
+        name: the name of the field, and the key in config.json.
+        group: the key in GROUPS.
+        kind: the type of a value: bool, int, float or str.
+        optional: whether the value may be None.
+        default: the value if the user gives none. Where it is None, the help says what happens instead.
+        help: a phrase that stands alone in --help. Further sentences may follow it.
+        unit: what a number counts, in the plural. --help shows it with the default.
+        metavar: what --help shows for the value, such as PATH or NAME, instead of its kind or choices.
+        at_least: the smallest number allowed.
+        above: the largest number that is too small.
+        at_most: the largest number allowed.
+        choices: the texts allowed. Empty if any text is.
+        word: a text that is allowed instead of a number, such as `auto`.
+        affects_result: False if the option changes how a run is carried out but not what it computes. It then takes no
+            part in the identity of a sweep's point.
+        changeable_on_resume: whether --resume accepts another value, which holds from there on. Always true of options
+            that do not affect the result.
+    """
+
+    name: str
+    group: str
+    kind: type
+    optional: bool
+    default: Any
+    help: str
+    unit: str = ""
+    metavar: str = ""
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    choices: tuple[str, ...] = ()
+    word: str | None = None
+    affects_result: bool = True
+    changeable_on_resume: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """Return what is wrong with a value and what would be right, in one line, or None."""
+        flag = flag_name(self.name)
+        if value is None:
+            return None if self.optional else f"{flag}: a value is needed"
+        if self.word is not None and value == self.word:
+            return None
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if whole and abs(value) > sys.float_info.max:
+            return f"{flag}: a whole number of more than 300 digits is too large"
+        fits = {
+            bool: isinstance(value, bool),
+            int: whole,
+            float: (whole or isinstance(value, float)) and math.isfinite(value),
+            str: isinstance(value, str),
+        }[self.kind]
+        if not fits:
+            return f"{flag}: {value!r} is not {_KINDS[self.kind]}{f' or {self.word}' if self.word else ''}"
+        if self.choices and value not in self.choices:
+            return f"{flag}: {value!r} is not one of {', '.join(self.choices)}"
+        if self.kind in (int, float):
+            if self.at_least is not None and value < self.at_least:
+                return f"{flag}: {value} is too small: at least {self.at_least}"
+            if self.above is not None and value <= self.above:
+                return f"{flag}: {value} is too small: more than {self.above}"
+            if self.at_most is not None and value > self.at_most:
+                return f"{flag}: {value} is too large: at most {self.at_most}"
+        return None
+
+    def coerce(self, value: Any) -> Any:
+        """Return the value as a float if the option is a float and JSON or a preset wrote an int."""
+        return float(value) if self.kind is float and value is not None else value
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
 
 def option(
-    default: Any,
-    help: str,
-    *,
-    unit: str = "",
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    choices: tuple[str, ...] = (),
-    word: str | None = None,
-    free: bool = False,
-    later: bool = False,
+    default: Any, help: str, *, affects_result: bool = True, changeable_on_resume: bool = False, **described: Any
 ) -> Any:
-    """A dataclass field that knows how to explain and check itself.
+    """Declare an option as a field of its group.
 
-    `word` may be given in place of a number, as `auto` for one that is found when the run begins.
-    `free` marks an option that changes how a run is carried out but not what it computes: it may differ on --resume
-    and takes no part in a sweep point's identity. `later` marks one that does change the result, and may be given
-    another value on --resume all the same, which holds from there on.
+    Args:
+        described: further attributes of `Option`. The name, the group, the type and the texts that the type lists
+            follow from the field.
     """
-    bounds = dict(at_least=at_least, above=above, at_most=at_most, choices=choices, word=word)
-    return dataclasses.field(default=default, metadata=dict(help=help, unit=unit, free=free, later=later, **bounds))
+    changeable = changeable_on_resume or not affects_result
+    described |= dict(help=help, affects_result=affects_result, changeable_on_resume=changeable)
+    return dataclasses.field(default=default, metadata=described)
 
 
 @dataclass(frozen=True)
 class DataOptions:
     dataset: str = option(
-        "receipts", "receipts (embedded, synthetic), a folder, a file of JSON lines, or a data set on the hub"
+        "receipts",
+        "Data set: `receipts` (embedded, synthetic), a folder, a JSON-lines file, or a data set on the hub.",
+        metavar="NAME|PATH",
     )
-    dataset_config: str | None = option(None, "which configuration of the data set, where it has several")
-    revision: str | None = option(None, "branch, tag or commit of a data set on the hub")
-    train_split: str = option("train", "the split to train on")
-    image_column: str | None = option(None, "the column of the pictures or their paths; found unless given")
-    target_column: str | None = option(None, "the column of the targets; found unless given")
-    skip_bad: int = option(0, "leave out up to this many rows that cannot be used", unit="rows", at_least=0)
-    letterbox: bool = option(False, "pad pictures to a square with white instead of squashing them")
-    prompt: str = option("extract JSON.", "what the model is asked; kept with the adapter")
+    dataset_config: str | None = option(None, "Configuration of the data set, if it has several.", metavar="NAME")
+    revision: str | None = option(None, "Branch, tag or commit of a data set on the hub.", metavar="NAME")
+    train_split: str = option("train", "Split to train on.", metavar="NAME")
+    image_column: str | None = option(
+        None, "Column that holds the pictures or their paths. Default: detected.", metavar="NAME"
+    )
+    target_column: str | None = option(None, "Column that holds the targets. Default: detected.", metavar="NAME")
+    skip_bad: int = option(
+        0, "Leave out up to this many unusable rows. With more, the run stops.", unit="rows", at_least=0
+    )
+    letterbox: bool = option(False, "Pad pictures to a square with white instead of squashing them.")
+    prompt: str = option("extract JSON.", "Prompt that the model gets with every picture. It is kept with the adapter.")
     max_target_tokens: int | None = option(
         None,
-        "refuse targets longer than this instead of learning them; none is ever cut",
+        "Refuse to train if a target is longer than this many tokens. Targets are never cut. Default: no limit.",
         unit="tokens",
         at_least=1,
     )
     workers: int | None = option(
-        None, "processes that decode pictures; 4 on a GPU, else 0", unit="processes", at_least=0, free=True
+        None,
+        "Processes that decode pictures. Default: 4 on a GPU, otherwise 0.",
+        unit="processes",
+        at_least=0,
+        affects_result=False,
     )
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     model: str = option(
-        "tiny",
-        "tiny (embedded), a folder, or a PaliGemma on the hub; any but tiny takes the other values of --preset cord "
-        "unless --preset says otherwise",
+        EMBEDDED_MODEL,
+        f"Base model: `{EMBEDDED_MODEL}` (embedded), a folder, or a PaliGemma on the hub. Without --preset, any model "
+        f"but {EMBEDDED_MODEL} takes the other values of --preset cord, except its data set.",
+        metavar="NAME|PATH",
     )
     adapter: str | None = option(
         None,
-        "an adapter or run to start from, with its LoRA options, base and prompt; `before` is the base alone",
+        "Adapter or run folder to start from, with its LoRA options, base model, prompt and letterboxing. The scores "
+        "called `before` remain those of the base model alone. Default: a new adapter.",
+        metavar="PATH",
     )
-    r: int = option(16, "rank of the LoRA matrices", at_least=1)
-    alpha: float | None = option(None, "LoRA's alpha: its output is scaled by alpha / r; 2r unless given", above=0)
-    dropout: float = option(0.0, "dropout before the LoRA matrices", at_least=0, at_most=0.999)
+    r: int = option(16, "Rank of the LoRA matrices.", at_least=1)
+    alpha: float | None = option(
+        None, "LoRA's alpha. The output of LoRA is multiplied by alpha / r. Default: 2r.", above=0
+    )
+    dropout: float = option(0.0, "Dropout probability before the LoRA matrices.", at_least=0, at_most=0.999)
     target_modules: str = option(
-        SEED_TARGET_MODULES,
-        "which linear layers get LoRA: names joined by commas (in both towers where they match), `language` for "
-        "the same in the language model alone, or a regular expression over full module names",
+        DEFAULT_TARGET_MODULES,
+        "Linear layers that get LoRA: names joined by commas (in both towers where they match), `language` for the "
+        "default names in the language model alone, or a regular expression over full module names.",
+        metavar="NAMES",
     )
-    rslora: bool = option(False, "scale by alpha / sqrt(r) (rank-stabilised LoRA)")
-    dora: bool = option(False, "learn magnitude and direction apart (DoRA)")
-    quant: str = option(
-        "nf4", "the frozen weights: 4-bit NF4 with double quantisation, or none", choices=("nf4", "none")
+    rslora: bool = option(False, "Multiply the output of LoRA by alpha / sqrt(r) instead (rank-stabilised LoRA).")
+    dora: bool = option(False, "Learn the magnitude and the direction of the weights separately (DoRA).")
+    quant: Literal["nf4", "none"] = option(
+        "nf4", "Quantisation of the frozen weights: nf4 (4-bit NF4 with double quantisation) or none."
     )
-    precision: str = option(
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto",
-        "of the computation: auto is bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU",
-        choices=("auto", "bf16", "fp16", "fp32"),
+        "Floating-point type of the computation. auto: bf16 on GPUs that support it, fp16 on older ones, fp32 on a "
+        "CPU.",
     )
-    launch: str = option(
+    launch: Literal["auto", "single", "graphs", "compiled"] = option(
         "auto",
-        "how a GPU gets its work: kernel by kernel (single), passes recorded as CUDA graphs, or graphs of compiled "
-        "layers, still faster after a minute of compiling; auto: graphs, compiled in long runs; where gradients are "
-        "checkpointed nothing is recorded",
-        choices=("auto", "single", "graphs", "compiled"),
-        free=True,
+        "How a GPU receives its work. single: kernel by kernel. graphs: whole passes, recorded as CUDA graphs. "
+        "compiled: graphs of compiled layers, which are faster still after a minute of compiling. auto: graphs, or "
+        "compiled in long runs. Nothing is recorded while gradient checkpointing is on.",
+        affects_result=False,
     )
-    dequantize: str = option(
+    dequantize: Literal["auto", "on", "off"] = option(
         "auto",
-        "keep what the 4-bit weights stand for, instead of working it out in every pass: the same numbers, 4 times the "
-        "memory; auto does where there is plenty",
-        choices=("auto", "on", "off"),
-        free=True,
+        "Keep the dequantized values of the 4-bit weights in memory instead of computing them in every pass. The "
+        "values are the same and take 4 times the memory. auto: on where there is plenty of memory.",
+        affects_result=False,
     )
-    gradient_checkpointing: str = option(
+    gradient_checkpointing: Literal["auto", "on", "off"] = option(
         "auto",
-        "recompute activations in the backward pass: less memory, but slower; auto: where a GPU has no room for those "
-        "of one example",
-        choices=("auto", "on", "off"),
-        free=True,
+        "Recompute activations in the backward pass, which saves memory and costs time. auto: on if even the smallest "
+        "possible microbatch would not fit into the GPU's memory otherwise.",
+        affects_result=False,
     )
     cache_features: float = option(
         8.0,
-        "where the vision tower is frozen and each picture comes twice or more, work out its features once, and keep "
-        "them in a scratch file of up to so much on each machine; 0: in every step",
+        "Size limit, in GiB, of the scratch file on each machine that keeps the features of every training picture, so "
+        "that they are computed only once. It is used if the vision tower is frozen and each picture is seen at least "
+        "twice. 0: compute features in every step.",
         unit="GiB",
         at_least=0,
-        free=True,
+        affects_result=False,
     )
 
 
@@ -149,99 +220,150 @@ class ModelOptions:
 class DecodeOptions:
     max_new_tokens: int | None = option(
         None,
-        "longest answer that is generated; the longest target and an eighth unless given; at most what the model holds",
+        "Longest answer to generate, in tokens, within what the model can hold. Default: an eighth more than the "
+        "longest target.",
         unit="tokens",
         at_least=1,
     )
     constrain: bool = option(
-        False, "write nothing but JSON of the run's schema.json; needs the extra [constrain]", later=True
+        False,
+        "Generate only JSON that the run's schema.json allows. Needs the extra [constrain].",
+        changeable_on_resume=True,
     )
     schema: str | None = option(
-        None, "a JSON Schema to take in place of the one that is induced from the training targets"
+        None, "JSON Schema to use instead of the one induced from the training targets.", metavar="PATH"
     )
     eval_batch_size: int = option(
-        64, "answers generated at a time, per process", unit="examples", at_least=1, free=True
+        64, "Answers generated at a time, per process.", unit="examples", at_least=1, affects_result=False
     )
     check_sum: str | None = option(
         None,
-        "amounts that should add up, as `menu.price + menu.sub.price = total.total_price`, several joined by "
-        "semicolons: says of each answer whether they do, and changes none",
-        free=True,
+        "Amounts that should add up, such as `menu.price + menu.sub.price = total.total_price`, several joined by "
+        "semicolons. The result says of each answer whether they do. No answer is changed.",
+        affects_result=False,
     )
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    lr: float = option(5e-3, "peak learning rate", above=0)
-    schedule: str = option("cosine", "of the learning rate after warmup", choices=("cosine", "linear", "constant"))
-    warmup: float = option(0.03, "share of the steps that raise the learning rate from 0", at_least=0, at_most=1)
-    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", at_least=0)
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
+    lr: float = option(5e-3, "Peak learning rate.", above=0)
+    schedule: Literal["cosine", "linear", "constant"] = option(
+        "cosine", "Course of the learning rate after the warmup."
+    )
+    warmup: float = option(0.03, "Share of the steps in which the learning rate rises from 0.", at_least=0, at_most=1)
+    weight_decay: float = option(0.0, "Decoupled weight decay of AdamW.", at_least=0)
+    max_grad_norm: float = option(1.0, "Largest norm of the gradients. Larger ones are scaled down to it.", above=0)
     epochs: float = option(
-        3.0, "passes over the training split, unless --steps says otherwise", unit="epochs", above=0, later=True
+        3.0,
+        "Passes over the training split. Ignored if --steps is given.",
+        unit="epochs",
+        above=0,
+        changeable_on_resume=True,
     )
-    steps: int | None = option(None, "optimizer updates; wins over --epochs", unit="steps", at_least=1, later=True)
-    batch_size: int = option(
-        4, "examples per step, all processes and microbatches together", unit="examples", at_least=1
+    steps: int | None = option(
+        None,
+        "Optimizer updates. Overrides --epochs.",
+        unit="steps",
+        at_least=1,
+        changeable_on_resume=True,
     )
-    microbatch: int | str = option(
+    batch_size: int = option(4, "Examples per step, over all processes and microbatches.", unit="examples", at_least=1)
+    microbatch: int | Literal["auto"] = option(
         4,
-        "examples per forward and backward pass, per process; auto: as many as the GPU's memory has room for",
+        "Examples per forward and backward pass, per process. auto: as many as fit into the GPU's memory.",
         unit="examples",
         at_least=1,
-        word="auto",
-        free=True,
+        affects_result=False,
     )
-    optimizer: str = option(
+    optimizer: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = option(
         "paged_adamw_8bit",
-        "AdamW with its state in 8 bits and paged, in 8 bits, or plain",
-        choices=("paged_adamw_8bit", "adamw_8bit", "adamw"),
+        "AdamW with its state in 8 bits and paged (paged_adamw_8bit), in 8 bits (adamw_8bit), or plain (adamw).",
     )
     eval_every: int = option(
-        100, "validate generated text every N steps; 0: never", unit="steps", at_least=0, later=True
+        100,
+        "Steps between evaluations of generated text on the validation split. 0: never.",
+        unit="steps",
+        at_least=0,
+        changeable_on_resume=True,
     )
     eval_examples: int | None = option(
-        None, "validation examples used each time; all unless given", unit="examples", at_least=1
+        None, "Validation examples per evaluation. Default: all.", unit="examples", at_least=1
     )
-    metric: str = option("field_f1", "what the best adapter and --patience go by", choices=METRIC_NAMES)
+    metric: str = option(
+        "field_f1",
+        "Metric that selects the best adapter and that --patience watches.",
+        choices=tuple(METRICS),
+        metavar="NAME",
+    )
     patience: int | None = option(
-        None, "stop after this many evaluations without a gain", unit="evaluations", at_least=1, later=True
+        None,
+        "Stop after this many evaluations without an improvement. Default: never.",
+        unit="evaluations",
+        at_least=1,
+        changeable_on_resume=True,
     )
     save_every: int | None = option(
         None,
-        "write a checkpoint every N steps; at every evaluation unless given; 0: never",
+        "Steps between checkpoints. 0: never. Default: at every evaluation.",
         unit="steps",
         at_least=0,
-        free=True,
+        affects_result=False,
     )
-    keep: int = option(2, "checkpoints kept", unit="checkpoints", at_least=1, free=True)
-    seed: int = option(0, "of LoRA's first values, the order of the examples and dropout", at_least=0)
-    test: bool = option(True, "score the test split before and after training", later=True)
-    output: str | None = option(None, "run folder; a fresh one under runs/ unless given", free=True)
+    keep: int = option(
+        2, "How many of the latest checkpoints to keep.", unit="checkpoints", at_least=1, affects_result=False
+    )
+    seed: int = option(0, "Seed for LoRA initialisation, example order and dropout.", at_least=0)
+    test: bool = option(True, "Score the test split before and after training.", changeable_on_resume=True)
+    output: str | None = option(
+        None, "Run folder. Default: a new one under runs/.", metavar="PATH", affects_result=False
+    )
     track: str | None = option(
         None,
-        "send the scalars to these trackers too, joined by commas: wandb and others that accelerate knows",
-        free=True,
+        "Trackers that also get the scalars, joined by commas: wandb and others that accelerate supports.",
+        metavar="NAMES",
+        affects_result=False,
     )
     threads: int | None = option(
         None,
-        "CPU threads per process; the cores over the processes unless given",
+        "CPU threads per process. Default: the cores divided by the processes, at most 4 on a GPU.",
         unit="threads",
         at_least=1,
-        free=True,
+        affects_result=False,
     )
 
 
-ROOMS: dict[str, type] = {
+GROUPS: dict[str, type] = {
     "data": DataOptions,
     "model": ModelOptions,
     "decode": DecodeOptions,
     "train": TrainOptions,
 }
-FIELDS: dict[str, dataclasses.Field] = {f.name: f for room in ROOMS.values() for f in dataclasses.fields(room)}
-_TYPES: dict[str, Any] = {name: hint for room in ROOMS.values() for name, hint in typing.get_type_hints(room).items()}
 
-# The seed's best settings for PaliGemma-3B on receipts, as published with its ablations.
+
+def _declared(group: str, options: type) -> Iterator[Option]:
+    """Yield the options that the fields of a group declare.
+
+    A field's type says what a value may be: a number, a number or a word, any text, or one of a Literal's texts. It may
+    add None.
+    """
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        hint = hints[field.name]
+        members = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        texts = tuple(text for each in members if typing.get_origin(each) is Literal for text in typing.get_args(each))
+        kind = next((each for each in members if each in (bool, int, float, str)), str)
+        described: dict[str, Any] = dict(field.metadata)
+        if texts:
+            described |= dict(choices=texts) if kind is str else dict(word=texts[0])
+        yield Option(field.name, group, kind, types.NoneType in members, field.default, **described)
+
+
+OPTIONS: dict[str, Option] = {
+    option.name: option for group, options in GROUPS.items() for option in _declared(group, options)
+}
+"""Every option by name, in the order of the flags."""
+
+# The best settings for PaliGemma-3B on receipts in the ablations of the study that this project follows.
 _PALIGEMMA_RECIPE: dict[str, Any] = dict(
     r=32,
     alpha=64.0,
@@ -262,7 +384,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All options of a run, by room; every value has passed its checks and alpha is resolved."""
+    """All options of a run, by group. Every value has passed its checks, and alpha is resolved."""
 
     data: DataOptions
     model: ModelOptions
@@ -271,101 +393,70 @@ class TrainConfig:
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any], preset: str | None = None) -> TrainConfig:
-        """The config for the values a user gave, over a preset's, over the defaults.
+        """Return the config for what a user typed: the given values, over those of a preset, over the defaults.
 
-        A model other than the embedded one takes PaliGemma's recipe where neither preset nor value says otherwise.
+        Without a preset, a model other than the embedded one takes PaliGemma's recipe.
 
         Raises:
-            UserError: naming every unknown option and every wrong value at once.
+            UserError: if there is no such preset. Otherwise it names every unknown option and every wrong value.
         """
         if preset is not None and preset not in PRESETS:
             raise UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
-        if preset is None:
-            preset_values = _PALIGEMMA_RECIPE if given.get("model", "tiny") != "tiny" else PRESETS["tiny"]
+        if preset is not None:
+            recipe = PRESETS[preset]
         else:
-            preset_values = PRESETS[preset]
-        values = {**preset_values, **given}
+            recipe = {} if given.get("model", EMBEDDED_MODEL) == EMBEDDED_MODEL else _PALIGEMMA_RECIPE
+        values = {**recipe, **given}
         if "r" in given and "alpha" not in given:
-            values.pop("alpha", None)  # a preset's alpha belongs to the preset's r
+            values.pop("alpha", None)  # a recipe's alpha belongs to the recipe's r
+        return cls.from_values(values)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Return the config with these values, over the defaults. No preset or recipe adds to them.
+
+        Raises:
+            UserError: which names every unknown option and every wrong value.
+        """
         problems = [problem for name, value in values.items() if (problem := check(name, value))]
         if problems:
             raise UserError("\n".join(problems))
-        values = {name: coerce(name, value) for name, value in values.items()}
+        values = {name: OPTIONS[name].coerce(value) for name, value in values.items()}
         if values.get("alpha") is None:
-            values["alpha"] = 2.0 * values.get("r", FIELDS["r"].default)
-        rooms = {
-            room: options(**{f.name: values[f.name] for f in dataclasses.fields(options) if f.name in values})
-            for room, options in ROOMS.items()
+            values["alpha"] = 2.0 * values.get("r", OPTIONS["r"].default)
+        groups = {
+            group: options(**{f.name: values[f.name] for f in dataclasses.fields(options) if f.name in values})
+            for group, options in GROUPS.items()
         }
-        return cls(**rooms)
+        return cls(**groups)
 
     def flat(self) -> dict[str, Any]:
-        """Option name to value, the form of config.json, of the flags and of a sweep's axes."""
-        return {name: value for room in ROOMS for name, value in dataclasses.asdict(getattr(self, room)).items()}
+        """Return every value by the name of its option, as config.json, the flags and a sweep's axes have them."""
+        return {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(self, group)).items()}
 
     def replace(self, **changes: Any) -> TrainConfig:
-        """A copy with some options changed (and checked)."""
-        return TrainConfig.resolve({**self.flat(), **changes}, preset="tiny")
+        """Return a copy with some values changed.
 
-
-def scalar_type(name: str) -> tuple[type, bool]:
-    """An option's type without None or the str of its word, and whether None is allowed."""
-    hint = _TYPES[name]
-    if isinstance(hint, types.UnionType):
-        return hint.__args__[0], types.NoneType in hint.__args__
-    return hint, False
-
-
-def coerce(name: str, value: Any) -> Any:
-    """The value in its option's type, where JSON or a preset wrote an int for a float."""
-    return float(value) if scalar_type(name)[0] is float and value is not None else value
+        Raises:
+            UserError: which names every unknown option and every wrong value.
+        """
+        return TrainConfig.from_values({**self.flat(), **changes})
 
 
 def check(name: str, value: Any) -> str | None:
-    """What is wrong with this value for this option, in one line, or None."""
-    if name not in FIELDS:
-        return f"unknown option {name!r}: {suggestion(name, FIELDS)}"
-    kind, optional = scalar_type(name)
-    flag = flag_name(name)
-    if value is None:
-        return None if optional else f"{flag}: a value is needed"
-    word = FIELDS[name].metadata["word"]
-    if word is not None and value == word:
-        return None
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if whole and abs(value) > sys.float_info.max:
-        return f"{flag}: a whole number of more than 300 digits is too large"
-    fits = {
-        bool: isinstance(value, bool),
-        int: whole,
-        float: (whole or isinstance(value, float)) and math.isfinite(value),
-        str: isinstance(value, str),
-    }[kind]
-    if not fits:
-        return f"{flag}: {value!r} is not {_KIND_WORDS[kind]}{f' or {word}' if word else ''}"
-    meta = FIELDS[name].metadata
-    if meta["choices"] and value not in meta["choices"]:
-        return f"{flag}: {value!r} is not one of {', '.join(meta['choices'])}"
-    if kind in (int, float):
-        if meta["at_least"] is not None and value < meta["at_least"]:
-            return f"{flag}: {value} is too small: at least {meta['at_least']}"
-        if meta["above"] is not None and value <= meta["above"]:
-            return f"{flag}: {value} is too small: more than {meta['above']}"
-        if meta["at_most"] is not None and value > meta["at_most"]:
-            return f"{flag}: {value} is too large: at most {meta['at_most']}"
-    return None
-
-
-_KIND_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+    """Return what is wrong with this value for this option, in one line, or None."""
+    if name not in OPTIONS:
+        return f"unknown option {name!r}: {suggestion(name, OPTIONS)}"
+    return OPTIONS[name].problem(value)
 
 
 def flag_name(name: str) -> str:
-    """The command-line flag of an option."""
+    """Return the command-line flag of an option."""
     return "--" + name.replace("_", "-")
 
 
-def suggestion(name: str, known: typing.Iterable[str]) -> str:
-    """`did you mean ...?` for a mistyped name, or where the names are listed."""
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return a question that names the known name closest to a mistyped one, or else where the names are listed."""
     import difflib
 
     close = difflib.get_close_matches(name, list(known), n=1)

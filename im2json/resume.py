@@ -10,7 +10,7 @@ from typing import Any
 
 from im2json.errors import UserError
 from im2json.files import read_json, sha256
-from im2json.options import FIELDS, LANGUAGE_MODULES, PRESETS, TrainConfig, flag_name
+from im2json.options import LANGUAGE_MODULES, OPTIONS, PRESETS, TrainConfig, flag_name
 from im2json.runs import ADAPTER_CONFIG, WEIGHTS, RunFolder, adapter_folder, adapter_usage, home_of, step_of
 
 PATHS = {"model": "tiny", "dataset": "receipts", "adapter": None, "schema": None}
@@ -35,7 +35,7 @@ def resumed_config(run: RunFolder, given: dict[str, Any], preset: str | None = N
     if given.get("output") not in (None, str(run.path)):
         raise UserError(f"--resume {run.path} goes on in that folder: leave --output out")
     stored = config.flat()
-    fixed = {name for name, field in FIELDS.items() if not (field.metadata["free"] or field.metadata["later"])}
+    fixed = {name for name, option in OPTIONS.items() if not option.changeable_on_resume}
     differing = [name for name, value in given.items() if value != stored[name] and name in fixed]
     if differing:
         said = ", ".join(f"{flag_name(name)} was {stored[name]}, not {given[name]}" for name in differing)
@@ -122,7 +122,7 @@ def _adapter_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config = read_json(path)
     try:
         if config["peft_type"] != "LORA":
-            raise UserError(f"{path} does not describe a LoRA adapter: its type is {config['peft_type']}, not LORA")
+            raise UserError(f"{path} describes no LoRA adapter: its peft_type is {config['peft_type']}, not LORA")
         modules = config["target_modules"]
         shape = {
             "r": int(config["r"]),
@@ -135,7 +135,7 @@ def _adapter_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except UserError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not describe a LoRA adapter: {error}") from error
+        raise UserError(f"{path} describes no LoRA adapter: {error}") from error
     if modules == LANGUAGE_MODULES:
         shape["target_modules"] = "language"
     base = {"model": config["base_model_name_or_path"]} if config.get("base_model_name_or_path") else {}
@@ -162,7 +162,7 @@ def reading_config(path: Path, given: dict[str, Any]) -> TrainConfig:
     values = {**more, **shape, **known, "schema": str(home_of(folder).schema), **given, "adapter": str(folder)}
     if "model" not in values:
         raise UserError(f"{folder / ADAPTER_CONFIG} names no base model: give --model")
-    config = TrainConfig.resolve(values, preset="tiny")
+    config = TrainConfig.from_values(values)
     if "schema" in given and not config.decode.constrain:
         raise UserError("--schema goes with --constrain")
     return config

@@ -139,7 +139,7 @@ class RunFolder:
         stored = read_json(self.config)
         if not isinstance(stored, dict) or not isinstance(stored.get("options"), dict):
             raise UserError(f"{self.config} does not hold a run's options")
-        return TrainConfig.resolve(stored["options"], preset="tiny")
+        return TrainConfig.from_values(stored["options"])
 
     def write_config(
         self,

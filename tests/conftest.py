@@ -1,54 +1,27 @@
-"""What many tests share: a small model, a small data set, and the scripts called in process."""
+"""Fixtures that many tests share: a small model, a small data set, and the scripts called in process."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # train.py and evaluate.py are scripts, no part of the package
+sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py and evaluate.py are scripts, no part of the package
+pytest.register_assert_rewrite("helpers")
 
 from im2json.cli import quiet_libraries  # noqa: E402
-from im2json.files import read_lines  # noqa: E402
-from im2json.runs import RunFolder  # noqa: E402
 
 quiet_libraries()  # before torch and transformers are imported
+
+from helpers import reset_accelerate, write_dataset  # noqa: E402
 
 from im2json.data.collate import Batch, Collator  # noqa: E402
 from im2json.data.sources import load_splits  # noqa: E402
 from im2json.model.base import load_processor  # noqa: E402
-
-
-def slow(*cases: Any) -> list[Any]:
-    """Cases of a test that the fast suite leaves out."""
-    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
-
-
-COUNTS = {"train": 10, "validation": 4, "test": 3}
-
-
-def write_dataset(folder: Path, **counts: int) -> Path:
-    """An imagefolder of small pictures of noise, their targets of different lengths."""
-    rng = np.random.default_rng(0)
-    for split, count in (COUNTS | counts).items():
-        (folder / split).mkdir(parents=True)
-        rows = []
-        for i in range(count):
-            pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / split / f"{i}.png")
-            target = {"total": str(i * 37), "menu": [{"nm": "abc"[: 1 + i % 3] * (1 + i % 4)}]}
-            rows.append({"file_name": f"{i}.png", "ground_truth": json.dumps({"gt_parse": target})})
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / split / "metadata.jsonl").write_text(lines, "utf-8")
-    return folder
+from im2json.runs import RunFolder  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -73,13 +46,6 @@ def base_args(small_model: str, dataset: str) -> list[str]:
         *("--r", "4", "--dropout", "0", "--lr", "0.01", "--optimizer", "adamw", "--threads", "1"),
         *("--batch-size", "4", "--microbatch", "4", "--steps", "4", "--eval-every", "2", "--max-new-tokens", "6"),
     ]
-
-
-def reset_accelerate() -> None:
-    """Let the next run in this process settle device and precision anew, as a process of its own would."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
@@ -130,28 +96,6 @@ def cli() -> Iterator[Callable[..., Result]]:
 def finished(train: Callable[..., RunFolder], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run of 4 steps with evaluations and tests, only to be read."""
     return train(tmp_path_factory.mktemp("runs") / "finished")
-
-
-MEASURED = {"target_tokens_per_second", "memory_gib"}
-
-
-def metrics(run: RunFolder) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what differs from one time to the next."""
-    return [
-        {**row, "time": None, "values": {k: v for k, v in row["values"].items() if k not in MEASURED}}
-        for row in read_lines(run.metrics_file)
-    ]
-
-
-def clear_error(result: Result) -> str:
-    """The one line that a script stopped with."""
-    assert result.exit_code == 1
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert "Traceback" not in result.output
-    lines = result.stderr.splitlines()
-    (first,) = (i for i, line in enumerate(lines) if line.startswith("Error: "))
-    assert lines[first + 1 :] == []
-    return lines[first].removeprefix("Error: ")
 
 
 @pytest.fixture(scope="session")

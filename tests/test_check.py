@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import clear_error, write_dataset
+from helpers import clear_error, write_dataset
 from PIL import Image
 
 from im2json.data.check import check_split
@@ -103,7 +103,7 @@ def test_a_run_says_what_it_left_out_and_what_is_there_twice(cli, base_args, dat
     assert result.exit_code == 0, result.output
     assert "rows left out (--skip-bad): 1 of 18" in result.output
     assert "train/3.png (train) = test/copy.bmp (test)" in result.output
-    ids = {row["id"] for row in read_lines(RunFolder(tmp_path / "run").predictions)}
+    ids = {row["id"] for row in read_lines(RunFolder(tmp_path / "run").predictions_file)}
     assert ids == {"test/1.png", "test/2.png", "test/copy.bmp"}
     assert RunFolder(tmp_path / "run").read_config().data.letterbox
     again = cli("evaluate", tmp_path / "run")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import clear_error
+from helpers import clear_error
 from PIL import Image
 from transformers import PaliGemmaProcessor
 
@@ -147,9 +147,8 @@ def test_lengths_are_counted_and_limits_say_how_many_and_how_long(collator, data
     with pytest.raises(ValueError, match=rf"of {len(everything)} targets are longer than the model .* {longest} of"):
         lengths.check(None, 10, longest + 9)
 
-    assert lengths.new_token_limit(None, 10_000) == longest + longest // 8
-    assert lengths.new_token_limit(7, 10_000) == 7
-    assert lengths.new_token_limit(None, longest) == longest
+    assert lengths.new_token_limit(None) == longest + longest // 8
+    assert lengths.new_token_limit(7) == 7
 
 
 def test_a_limit_is_refused_before_the_first_step(cli, base_args, tmp_path):

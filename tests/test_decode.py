@@ -15,16 +15,19 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import reset_accelerate, slow, write_dataset
+from helpers import reset_accelerate, slow, write_dataset
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 import im2json.inference.evaluate as room
+from im2json.data.example import FirstExamples
 from im2json.data.sources import load_splits
 from im2json.inference.attention import grouped, grouped_attention
 from im2json.inference.constrain import Grammar
 from im2json.inference.decode import Answer, Decoder, _Batch, generate
 from im2json.inference.evaluate import _Share, evaluate_split
+from im2json.inference.settings import DecodeSettings
 from im2json.jsontext import canonical
+from im2json.records import EvaluationKey, Prediction
 from im2json.scoring.confidence import leaf_confidence
 from im2json.scoring.schema import induce
 
@@ -327,42 +330,46 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-def rows_of(model: Any, collator: Any, split: Any, accelerator: Accelerator, **more: Any) -> tuple[list[Any], Any]:
-    rows: list[Any] = []
+KEY = EvaluationKey(1, "test", "after")
 
-    def on_rows(first: int, some: list[Any]) -> None:
-        assert first == len(rows)
-        rows.extend(some)
 
-    settings = {"max_new_tokens": 12, **more}
+def predicted(model: Any, collator: Any, split: Any, accelerator: Accelerator, **more: Any) -> tuple[Any, Any]:
+    """What an evaluation hands out and returns."""
+    predictions: list[Prediction] = []
+
+    def on_predictions(first: int, some: list[Prediction]) -> None:
+        assert first == len(predictions)
+        predictions.extend(some)
+
+    settings = DecodeSettings(**{"max_new_tokens": 12, **more})
     metrics = evaluate_split(
-        lambda: Decoder(model, collator), collator, split, accelerator, on_rows=on_rows, **settings
+        KEY, lambda: Decoder(model, collator), collator, split, accelerator, settings, on_predictions
     )
-    return rows, metrics
+    return predictions, metrics
 
 
 @pytest.mark.parametrize(("size", "window"), [(4, 2), (64, 16), *slow((1, 16), (4, 16), (3, 1))])
 def test_no_row_depends_on_batches_or_windows(small_model, collator, many, accelerator, monkeypatch, size, window):
     model = make_model(small_model, "gemma")
     monkeypatch.setattr(room, "WINDOW", window)
-    rows, metrics = rows_of(model, collator, many, accelerator, batch_size=size)
-    assert [row["id"] for row in rows] == list(many.ids)
+    rows, metrics = predicted(model, collator, many, accelerator, batch_size=size)
+    assert [row.id for row in rows] == list(many.ids)
     alone = [collator.pixels([many[i].image]) for i in range(len(many))]
-    assert [row["text"] for row in rows] == [generate(Decoder(model, collator), one, 12)[0].text for one in alone]
-    assert len({row["text"] for row in rows}) > 3
+    assert [row.text for row in rows] == [generate(Decoder(model, collator), one, 12)[0].text for one in alone]
+    assert len({row.text for row in rows}) > 3
     monkeypatch.setattr(room, "WINDOW", 16)
-    assert metrics == pytest.approx(rows_of(model, collator, many, accelerator, batch_size=5)[1])
+    assert metrics == pytest.approx(predicted(model, collator, many, accelerator, batch_size=5)[1])
 
 
 def test_each_example_has_its_limit(small_model, collator, many, accelerator):
     model = make_model(small_model, "gemma")
     limits = [1 + i % 9 for i in range(len(many))]
-    rows, _ = rows_of(model, collator, many, accelerator, batch_size=4, max_new_tokens=limits)
-    whole, _ = rows_of(model, collator, many, accelerator, batch_size=4, max_new_tokens=9)
+    rows, _ = predicted(model, collator, many, accelerator, batch_size=4, max_new_tokens=limits)
+    whole, _ = predicted(model, collator, many, accelerator, batch_size=4, max_new_tokens=9)
     alone = [collator.pixels([many[i].image]) for i in range(len(many))]
     decoder = Decoder(model, collator)
-    assert [row["text"] for row in rows] == [generate(decoder, one, n)[0].text for one, n in zip(alone, limits)]
-    assert all(full["text"].startswith(row["text"].rstrip("�")) for full, row in zip(whole, rows))
+    assert [row.text for row in rows] == [generate(decoder, one, n)[0].text for one, n in zip(alone, limits)]
+    assert all(full.text.startswith(row.text.rstrip("�")) for full, row in zip(whole, rows))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -420,7 +427,8 @@ def test_pictures_are_loaded_while_the_decoder_is_made(small_model, collator, ma
         assert split.wait(1)
         return Decoder(make_model(small_model, "gemma"), collator)
 
-    assert evaluate_split(make_decoder, collator, split, accelerator, max_new_tokens=2, batch_size=8)["num"] == 23
+    settings = DecodeSettings(max_new_tokens=2, batch_size=8)
+    assert evaluate_split(KEY, make_decoder, collator, split, accelerator, settings)["num"] == 23
 
 
 def test_what_keeps_the_host_busy_waits_for_the_device_to_be_so(small_model, collator, many, accelerator, monkeypatch):
@@ -439,25 +447,25 @@ def test_what_keeps_the_host_busy_waits_for_the_device_to_be_so(small_model, col
 
     monkeypatch.setattr(_Batch, "begin", noting)
     monkeypatch.setattr(_Batch, "advance", advance)
-    monkeypatch.setattr(room, "_score", lambda *given: (scored.append(len(given[1])), score(*given))[1])
+    monkeypatch.setattr(room, "_score", lambda *given: (scored.append(len(given[3])), score(*given))[1])
     model = make_model(small_model, "gemma")
-    metrics = evaluate_split(
-        lambda: Decoder(model, collator), collator, split, accelerator, max_new_tokens=3, batch_size=8
-    )
+    settings = DecodeSettings(max_new_tokens=3, batch_size=8)
+    metrics = evaluate_split(KEY, lambda: Decoder(model, collator), collator, split, accelerator, settings)
     assert seen == [(8, []), (16, []), (23, [8])]
     assert scored == [8, 8, 7] and metrics["num"] == 23
 
 
 def test_nothing_to_write(small_model, collator, many, accelerator):
     model = make_model(small_model, "gemma")
-    rows, metrics = rows_of(model, collator, many, accelerator, batch_size=4, count=0)
+    rows, metrics = predicted(model, collator, FirstExamples(many, 0), accelerator, batch_size=4)
     assert rows == [] and metrics["num"] == 0
 
 
 def test_a_process_without_examples(small_model, collator, many, accelerator, monkeypatch):
     """The second of two, of a split of one example."""
     monkeypatch.setattr(room, "_Share", lambda total, size, rank, processes: _Share(total, size, 1, 2))
-    rows, metrics = rows_of(make_model(small_model, "gemma"), collator, many, accelerator, batch_size=4, count=1)
+    model = make_model(small_model, "gemma")
+    rows, metrics = predicted(model, collator, FirstExamples(many, 1), accelerator, batch_size=4)
     assert rows == [] and metrics["num"] == 0
 
 
@@ -466,4 +474,4 @@ def test_a_picture_that_cannot_be_read_stops_the_evaluation(small_model, collato
     Path(folder / "test" / "7.png").write_bytes(b"no picture")
     split = load_splits(str(folder))["test"]
     with pytest.raises(ValueError, match=r"7\.png"):
-        rows_of(make_model(small_model, "gemma"), collator, split, accelerator, batch_size=2)
+        predicted(make_model(small_model, "gemma"), collator, split, accelerator, batch_size=2)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import COUNTS, ROOT, clear_error
+from helpers import COUNTS, ROOT, clear_error
 
 from im2json.report.comparison import comparison_report, scorecard_report, verdict
 from im2json.runs import RunFolder

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import clear_error
+from helpers import clear_error
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
@@ -116,7 +116,7 @@ def test_answers_held_to_a_schema_are_not_compared_and_the_card_says_so(export, 
 
 def test_errors_are_one_line_and_come_first(cli, export, finished, tmp_path, monkeypatch):
     monkeypatch.setattr("im2json.inference.export.write_merged", None)  # none of these gets so far
-    assert "is there already" in clear_error(export(tmp_path))
+    assert "exists already" in clear_error(export(tmp_path))
     assert "is not a run folder" in clear_error(export(tmp_path / "out", source=tmp_path / "none"))
     run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
     run.predictions_file.unlink()

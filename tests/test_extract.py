@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, clear_error
+from helpers import ROOT, clear_error
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
@@ -125,7 +126,7 @@ def test_an_adapter_that_peft_made_elsewhere(small_model, pictures, tmp_path):
 def test_an_adapter_of_ours_says_how_it_was_made(finished, tmp_path):
     folder = shutil.copytree(finished.adapter, tmp_path / "adapter")
     extractor = im2json.Extractor.from_run(folder)
-    assert extractor.max_new_tokens == 6
+    assert extractor.settings.max_new_tokens == 6
     assert extractor.decoder.collator.prompt == "extract JSON."
 
 
@@ -274,9 +275,9 @@ def test_a_batch_is_loaded_while_the_one_before_is_written(extractor, pictures, 
     seen: list[int] = []  # how many were being loaded when a batch's prefixes were on their way
     begin, load, call = _Batch.begin, im2json.Extractor._load, Decoder.__call__
 
-    def loading(self: Any, place: int, picture: Any) -> Any:
-        begun[place].set()
-        return load(self, place, picture)
+    def loading(self: Any, index: int, picture: Any) -> Any:
+        begun[index].set()
+        return load(self, index, picture)
 
     def noting(*given: Any) -> None:
         begin(*given)
@@ -290,7 +291,7 @@ def test_a_batch_is_loaded_while_the_one_before_is_written(extractor, pictures, 
     monkeypatch.setattr(im2json.Extractor, "_load", loading)
     monkeypatch.setattr(_Batch, "begin", noting)
     monkeypatch.setattr(Decoder, "__call__", waiting)
-    monkeypatch.setattr(extractor, "batch_size", 2)
+    monkeypatch.setattr(extractor, "settings", replace(extractor.settings, batch_size=2))
     assert len(list(extractor(pictures))) == 6
     assert seen == [2, 4, 6]
 
@@ -307,7 +308,7 @@ def test_the_callers_code_never_runs_while_a_batch_is_written(extractor, picture
         return answers
 
     monkeypatch.setattr(Decoder, "__call__", noting)
-    monkeypatch.setattr(extractor, "batch_size", 2)
+    monkeypatch.setattr(extractor, "settings", replace(extractor.settings, batch_size=2))
     seen: list[tuple[bool, bool]] = []
 
     def ids(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
@@ -323,7 +324,7 @@ def test_the_callers_code_never_runs_while_a_batch_is_written(extractor, picture
 @pytest.mark.parametrize("bad", [1, 2, 3, 6])
 def test_batches_of_nothing_but_bad_pictures(extractor, pictures, tmp_path, monkeypatch, bad):
     broken = [str(tmp_path / f"{i}.png") for i in range(bad)]
-    monkeypatch.setattr(extractor, "batch_size", 2)
+    monkeypatch.setattr(extractor, "settings", replace(extractor.settings, batch_size=2))
     rows = list(extractor(broken + pictures[:1]))
     assert [row["id"] for row in rows] == broken + pictures[:1]
     assert ["error" in row for row in rows] == [True] * bad + [False]
@@ -334,4 +335,4 @@ def test_a_hundred_thousand_pictures_are_not_held(extractor, pictures, monkeypat
     """Ten thousand, and how many are read ahead."""
     read_ahead = io.StringIO()
     for n, _ in zip(range(300), extractor(read_ahead.write("x") and pictures[i % 6] for i in range(10_000))):
-        assert len(read_ahead.getvalue()) <= n + 1 + 2 * extractor.batch_size
+        assert len(read_ahead.getvalue()) <= n + 1 + 2 * extractor.settings.batch_size

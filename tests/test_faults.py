@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
-from test_loop import RESUMED, assert_same_runs
-from test_processes import environment, launch, launcher
+from helpers import RESUMED, ROOT, assert_same_runs, environment, launch, launcher
 
 from im2json.files import read_lines
 from im2json.runs import RunFolder, complete_checkpoints
@@ -35,7 +33,10 @@ sys.path.insert(0, {root!r})
 from im2json.cli import quiet_libraries
 quiet_libraries()
 import safetensors.torch, torch
-import im2json.model.lora, im2json.runs, im2json.training.loop, im2json.inference.evaluate
+import im2json.files, im2json.inference.evaluate, im2json.model.lora, im2json.training.tracking
+from im2json.training import loop
+from im2json.training.checkpoint import Checkpoints
+from im2json.training.update import Update
 events = 0
 
 def counted(call):
@@ -49,8 +50,9 @@ def counted(call):
 
 for owner, names in (
     (os, ("replace", "rename", "fsync")), (torch, ("save",)), (im2json.model.lora, ("save_file",)),
-    (im2json.runs, ("append_lines",)), (im2json.inference.evaluate, ("append_lines", "generate")),
-    (im2json.training.loop, ("report", "train_step", "save_checkpoint", "write_adapter")),
+    (im2json.files, ("append_lines",)), (im2json.training.tracking, ("append_lines",)),
+    (im2json.inference.evaluate, ("append_lines", "generate")), (loop, ("report",)), (Update, ("__call__",)),
+    (Checkpoints, ("save", "keep_adapter")),
 ):
     for name in names:
         setattr(owner, name, counted(getattr(owner, name)))
@@ -171,6 +173,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 DYING = """
 import ctypes, os, signal, sys
 sys.path.insert(0, {root!r})
+import torch
 import im2json.training.loop as loop
 report, last = loop.report, os.environ["RANK"] == "1"
 
@@ -183,7 +186,7 @@ def dying(tracker, bar, state, *more):
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
     if {given_up} and state.step == 3:  # as NCCL does with a collective when it is told to
-        loop.torch.distributed.all_reduce = lambda tensor: None
+        torch.distributed.all_reduce = lambda tensor: None
 
 loop.report = dying
 import train
@@ -220,13 +223,13 @@ def test_an_evaluation_that_loses_a_process_ends_with_one_line(whole_of_two):
     program = (
         f"import os, signal, sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
         "import im2json.inference.evaluate as room\n"
-        "row = room.prediction_row\n"
+        "score = room.score_answer\n"
         "def dying(*given):\n"
         "    if os.environ['RANK'] == '1':\n"
         "        time.sleep(5)\n"  # until the other one waits for it
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return row(*given)\n"
-        "room.prediction_row = dying\n"
+        "    return score(*given)\n"
+        "room.score_answer = dying\n"
         "import evaluate; evaluate.main()"
     )
     done = subprocess.run(
@@ -241,9 +244,10 @@ def test_a_request_to_stop_is_heeded_by_all_processes(base_args, whole_of_two, t
     """SIGTERM to the launcher, which hands it on: both finish the step, and wait for its checkpoint."""
     program = (
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import im2json.training.loop as loop\n"
-        "report, save = loop.report, loop.save_checkpoint\n"
+        "from im2json.training.checkpoint import Checkpoints\n"
+        "report, save = loop.report, Checkpoints.save\n"
         "loop.report = lambda *given: (time.sleep(0.5), report(*given))\n"
-        "loop.save_checkpoint = lambda *given: (time.sleep(2), save(*given))\n"
+        "Checkpoints.save = lambda *given: (time.sleep(2), save(*given))\n"
         "import train; train.main()"
     )
     run = RunFolder(tmp_path / "run")

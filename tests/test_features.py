@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import metrics
+from helpers import metrics
 from safetensors.torch import load_file
 
 FLAGS = ("--target-modules", "language", "--steps", 8, "--microbatch", 3, "--eval-every", 4, "--save-every", 3)

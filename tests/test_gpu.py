@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-
-from tests.small_model import save_small_paligemma
+from small_model import save_small_paligemma
 
 if TYPE_CHECKING:
-    from im2json.inference.workbench import Workbench
+    from im2json.training.strategy import Strategy
+    from im2json.workspace import Workspace
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,29 +66,23 @@ def test_auto_precision_is_bf16_where_the_gpu_has_it(tmp_path: Path) -> None:
 
 
 def test_fp16_overflow_halves_the_scale_and_leaves_the_update_out(tmp_path: Path) -> None:
-    from im2json.inference.workbench import set_up, start_accelerator
     from im2json.model.lora import trained
     from im2json.model.replay import Forward
-    from im2json.options import TrainConfig
-    from im2json.training.loop import train_step
     from im2json.training.optimizer import make_optimizer
+    from im2json.training.update import Update
 
-    save_small_paligemma(tmp_path / "model")
-    config = TrainConfig.resolve(
-        {"model": str(tmp_path / "model"), "precision": "fp16", "batch_size": 2, "microbatch": 2, "workers": 0}
-    )
-    accelerator, precision = start_accelerator(config)
-    bench = set_up(config, accelerator, precision)
-    parameters = trained(bench.model)
-    optimizer = accelerator.prepare(make_optimizer(parameters, config.train))
-    (batches,) = bench.step_loader().steps(0, 1)
+    space = open_small(tmp_path, precision="fp16", batch_size=2, microbatch=2)
+    accelerator, parameters = space.accelerator, trained(space.model)
+    optimizer = accelerator.prepare(make_optimizer(parameters, space.config.train))
+    update = Update(Forward(space.model), parameters, optimizer, accelerator, 1.0, microbatch=2)
+    (batches,) = space.step_loader(chosen(space)).steps(0, 1)
     tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
     before = [parameter.detach().clone() for parameter in parameters]
     assert accelerator.scaler is not None
     accelerator.scaler.scale(torch.ones((), device="cuda"))  # it has no scale until it is first used
     accelerator.scaler.update(2.0**100)
 
-    outcome = train_step(Forward(bench.model), batches, tokens, parameters, optimizer, accelerator, 1.0)
+    outcome = update(batches, tokens)
 
     assert outcome.skipped
     assert not outcome.non_finite
@@ -96,7 +90,7 @@ def test_fp16_overflow_halves_the_scale_and_leaves_the_update_out(tmp_path: Path
     assert all(torch.equal(a, b) for a, b in zip(before, parameters))
 
     accelerator.scaler.update(2.0**10)
-    outcome = train_step(Forward(bench.model), batches, tokens, parameters, optimizer, accelerator, 1.0)
+    outcome = update(batches, tokens)
     assert not outcome.skipped
     assert any(not torch.equal(a, b) for a, b in zip(before, parameters))
 
@@ -128,81 +122,78 @@ def test_resuming_on_a_gpu_continues_the_same_run(tmp_path: Path) -> None:
     assert losses(other) == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
 
 
-def make_bench(tmp_path: Path, **options: object) -> Workbench:
-    from im2json.inference.workbench import set_up, start_accelerator
+def open_small(tmp_path: Path, **options: object) -> Workspace:
     from im2json.options import TrainConfig
+    from im2json.workspace import open_workspace, start_accelerator
 
     save_small_paligemma(tmp_path / "model")
     config = TrainConfig.resolve({"model": str(tmp_path / "model"), "batch_size": 16, "workers": 0, **options})
-    accelerator, precision = start_accelerator(config)
-    return set_up(config, accelerator, precision)
+    return open_workspace(config, *start_accelerator(config))
+
+
+def chosen(space: Workspace) -> Strategy:
+    from im2json.training.strategy import choose_strategy
+
+    return choose_strategy(space.workload())
 
 
 def test_microbatch_auto_takes_the_whole_step_where_it_has_room(tmp_path: Path) -> None:
-    bench = make_bench(tmp_path, launch="single")
-    assert bench.config.train.microbatch == "auto"
-    assert bench.step_loader().microbatch == 16
+    space = open_small(tmp_path, launch="single")
+    assert space.config.train.microbatch == "auto"
+    assert chosen(space).microbatch == 16
 
 
 def test_recorded_passes_are_no_larger_than_keeps_a_gpu_busy(tmp_path: Path) -> None:
-    from im2json.inference.workbench import ENOUGH, Manner
+    from im2json.training.strategy import ENOUGH, Strategy
 
-    bench = make_bench(tmp_path)
-    positions = len(bench.collator.prefix_ids) + bench.lengths.longest
-    assert bench.manner == Manner("graphs", False, 6)
+    space = open_small(tmp_path)
+    positions = len(space.collator.prefix_ids) + space.lengths.longest
+    assert chosen(space) == Strategy("graphs", False, 6)
     assert 5 * positions < ENOUGH < 7 * positions
 
 
-def test_microbatch_auto_takes_what_has_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The forecast against the room that the process is held to, as if the card were so small."""
-    from im2json.inference.workbench import Manner
+def test_microbatch_auto_takes_what_has_room(tmp_path: Path) -> None:
+    """The forecast against the room that the process is held to, as if the GPU were so small."""
     from im2json.model.memory import MARGIN, free_bytes
+    from im2json.training.strategy import Strategy, choose_strategy, strategy_note
 
-    bench = make_bench(tmp_path, launch="single")
-    parts = bench.forecast(Manner("single", False, 8))
+    space = open_small(tmp_path, launch="single")
+    parts = space.workload().forecast(Strategy("single", False, 8))
     room = torch.cuda.memory_allocated() + (parts.lora + parts.step) * 1.01 / MARGIN
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
     try:
         assert free_bytes() == pytest.approx(room - torch.cuda.memory_allocated(), rel=1e-3)
-        assert bench.manner == Manner("single", False, 8)
+        work = space.workload()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "a step's 16 examples 8 at a time" in capsys.readouterr().out
+    assert choose_strategy(work) == Strategy("single", False, 8)
+    assert "a step's 16 examples 8 at a time" in (strategy_note(choose_strategy(work), work) or "")
 
 
 def test_out_of_memory_halves_the_microbatch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A step that fits, and the same one with less room for activations than it took."""
     from im2json.model.lora import trained
     from im2json.model.replay import Forward
-    from im2json.training.loop import Microbatch, seed_dropout, train_step
+    from im2json.training.update import Update, seed_dropout
 
-    bench = make_bench(tmp_path, launch="single", microbatch=16)
-    parameters, microbatch, losses = trained(bench.model), Microbatch(16), []
-    (batches,) = bench.step_loader().steps(0, 1)
+    space = open_small(tmp_path, launch="single", microbatch=16)
+    parameters, losses = trained(space.model), []
+    optimizer = space.accelerator.prepare(torch.optim.SGD(parameters, lr=0.0))
+    update = Update(Forward(space.model), parameters, optimizer, space.accelerator, 1.0, microbatch=16)
+    (batches,) = space.step_loader(chosen(space)).steps(0, 1)
     tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     try:
         for _ in range(2):
-            optimizer = bench.accelerator.prepare(torch.optim.SGD(parameters, lr=0.0))
             seed_dropout(0, 0, 0)
-            outcome = train_step(
-                Forward(bench.model),
-                batches,
-                tokens,
-                parameters,
-                optimizer,
-                bench.accelerator,
-                1.0,
-                microbatch=microbatch,
-            )
-            losses.append(outcome.loss)
+            losses.append(update(batches, tokens).loss)
             room = before + 0.6 * (torch.cuda.max_memory_allocated() - before)
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert microbatch.most < 16
+    assert update.microbatch < 16
     assert losses[1] == pytest.approx(losses[0], rel=0.02)  # other masks of dropout
     assert "out of memory with 16 examples at a time" in capsys.readouterr().out
 
@@ -212,27 +203,27 @@ def test_replayed_gradients_are_those_of_single_launches(tmp_path: Path, options
     """Six steps of microbatches of many lengths, some seen once, most replayed, evaluations of weights in between."""
     from im2json.model.lora import trained
     from im2json.model.replay import Forward, Replayed
-    from im2json.training.loop import Microbatch, add_gradients, seed_dropout
     from im2json.training.optimizer import flatten
+    from im2json.training.update import Update, seed_dropout
 
-    bench = make_bench(tmp_path, **{"microbatch": 4, "precision": "fp32", "dropout": 0.0, **options})
-    (flat,) = parameters = [flatten(trained(bench.model))]
+    space = open_small(tmp_path, **{"microbatch": 4, "precision": "fp32", "dropout": 0.0, **options})
+    (flat,) = parameters = [flatten(trained(space.model))]
     with torch.no_grad():
         flat.normal_(std=0.05)
-    replayed = Replayed(bench.model)
+    replayed, loader = Replayed(space.model), space.step_loader(chosen(space))
 
     def gradient(forward: Forward, step: int) -> tuple[float, torch.Tensor]:
         assert flat.grad is not None
         flat.grad.zero_()
         seed_dropout(0, step, 0)
-        (batches,) = bench.step_loader().steps(step, step + 1)
-        loss = add_gradients(forward, batches, 100, parameters, bench.accelerator, Microbatch(4))
-        return float(loss), flat.grad.clone()
+        (batches,) = loader.steps(step, step + 1)
+        update = Update(forward, parameters, None, space.accelerator, 1.0, microbatch=4)
+        return float(update.add_gradients(batches, 100)), flat.grad.clone()
 
     for step in [0, 1, 2, 0, 1, 2]:
         loss, found = gradient(replayed, step)
         if "dropout" not in options:
-            expected_loss, expected = gradient(Forward(bench.model), step)
+            expected_loss, expected = gradient(Forward(space.model), step)
             assert loss == pytest.approx(expected_loss, rel=1e-4)
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     assert any(replayed.recorded.values())

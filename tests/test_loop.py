@@ -20,7 +20,21 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import MEASURED, ROOT, clear_error, metrics, reset_accelerate, slow, write_dataset
+from helpers import (
+    MEASURED,
+    QLORA,
+    RESUMED,
+    ROOT,
+    assert_same,
+    assert_same_runs,
+    checkpoint,
+    clear_error,
+    dtypes,
+    metrics,
+    reset_accelerate,
+    slow,
+    write_dataset,
+)
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -31,19 +45,18 @@ from im2json.data.order import Order
 from im2json.data.sources import load_splits
 from im2json.files import read_lines
 from im2json.inference.evaluate import Evaluation
-from im2json.inference.workbench import Workbench
 from im2json.model.base import load_base, load_processor
 from im2json.model.lora import add_lora, trained
-from im2json.model.loss import loss_at
+from im2json.model.loss import summed_loss
 from im2json.model.replay import Forward
 from im2json.options import ModelOptions, TrainOptions
 from im2json.runs import RunFolder, complete_checkpoints
 from im2json.scoring import METRICS
-from im2json.training.loop import train_step
 from im2json.training.optimizer import learning_rate, make_optimizer
+from im2json.training.update import Update
+from im2json.workspace import Workspace
 
 CPU = torch.device("cpu")
-QLORA = ("--quant", "nf4", "--optimizer", "paged_adamw_8bit", "--r", 64, "--dropout", 0.2)  # matrices of 4,096: 8 bits
 
 
 class Stopped(Exception):
@@ -104,6 +117,11 @@ def tokens(batches: list[Batch]) -> int:
     return sum(int((batch.labels != -100).sum()) for batch in batches)
 
 
+def update_of(model: Any, optimizer: Any, accelerator: Accelerator, max_grad_norm: float) -> Update:
+    """An update of all LoRA weights, each a parameter of its own, by this optimizer."""
+    return Update(Forward(model), trained(model), optimizer, accelerator, max_grad_norm, microbatch=8)
+
+
 @pytest.mark.parametrize("step", [0, 1], ids=["full", "short"])
 def test_any_split_of_a_step_gives_the_same_gradients(dataset, collator, model, accelerator, step):
     """Steps of 8 and of the 2 examples that are left, in microbatches of 8, 4, 2, 3 and 1, against the mean over all
@@ -118,7 +136,7 @@ def test_any_split_of_a_step_gives_the_same_gradients(dataset, collator, model, 
         batches = step_batches(dataset, collator, 8, microbatch, step)
         assert len(batches) == math.ceil(len(batch.ids) / microbatch)
         recorder = Recorder(trained(model))
-        outcome = train_step(Forward(model), batches, tokens(batches), trained(model), recorder, accelerator, 1e9)
+        outcome = update_of(model, recorder, accelerator, 1e9)(batches, tokens(batches))
         assert recorder.steps == 1
         assert outcome.loss == pytest.approx(float(mean.detach()), rel=1e-6)
         assert outcome.grad_norm == pytest.approx(float(norm), rel=1e-5)
@@ -131,7 +149,7 @@ def test_gradients_are_scaled_down_to_the_norm(dataset, collator, model, acceler
     batches = step_batches(dataset, collator, 8, 4, 0)
     free, clipped = Recorder(trained(model)), Recorder(trained(model))
     outcomes = [
-        train_step(Forward(model), batches, tokens(batches), trained(model), recorder, accelerator, limit)
+        update_of(model, recorder, accelerator, limit)(batches, tokens(batches))
         for recorder, limit in ((free, 1e9), (clipped, 0.01))
     ]
     assert outcomes[0].grad_norm == outcomes[1].grad_norm > 0.02
@@ -169,12 +187,12 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch, fits: Callable[[int, int], bo
     """Have the GPU's memory run out where not `fits(call, examples)`, calls counted from 1."""
     calls = itertools.count(1)
 
-    def loss(paligemma: Any, hidden: torch.Tensor, *places_and_targets: torch.Tensor) -> torch.Tensor:
+    def loss(paligemma: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if not fits(next(calls), len(hidden)):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return loss_at(paligemma, hidden, *places_and_targets)
+        return summed_loss(paligemma, hidden, labels)
 
-    monkeypatch.setattr("im2json.training.loop.loss_at", loss)
+    monkeypatch.setattr("im2json.training.update.summed_loss", loss)
 
 
 def test_out_of_memory_halves_the_microbatch_and_redoes_the_step(train, tmp_path, monkeypatch, capsys):
@@ -250,14 +268,15 @@ def test_what_is_not_finite_stops_before_the_optimizer_is_touched(dataset, colla
     parameters = trained(model)
     optimizer = accelerator.prepare(make_optimizer(parameters, TrainOptions(optimizer="adamw", lr=0.01)))
     batches = step_batches(dataset, collator, 8, 4, 0)
-    assert not train_step(Forward(model), batches, tokens(batches), parameters, optimizer, accelerator, 1.0).non_finite
+    update = update_of(model, optimizer, accelerator, 1.0)
+    assert not update(batches, tokens(batches)).non_finite
     before, state = [parameter.detach().clone() for parameter in parameters], copied_state(optimizer.optimizer)
     assert len(state) == len(parameters)
     if poison == "pixel":
         batches[1].inputs["pixel_values"][0, 0, 0, 0] = float("nan")
     else:
         parameters[3].register_hook(lambda gradient: gradient * float("inf"))
-    outcome = train_step(Forward(model), batches, tokens(batches), parameters, optimizer, accelerator, 1.0)
+    outcome = update(batches, tokens(batches))
     assert outcome.non_finite
     assert math.isfinite(outcome.loss) is (poison == "gradient")
     assert not math.isfinite(outcome.grad_norm)
@@ -305,12 +324,16 @@ def test_a_run_that_is_not_finite_names_step_examples_and_advice(
 def scripted(monkeypatch, values: dict[int, float], metric: str, weights: dict[int, Any] | None = None) -> None:
     """Let the evaluations find these values of `metric`, by step; `weights` gets the adapter at each."""
 
-    def validate(self: Evaluation, step: int) -> dict[str, float]:
+    original = Evaluation.__call__
+
+    def evaluate(self: Evaluation, split: str, step: int, stage: str, **more: Any) -> dict[str, float]:
+        if stage != "during":
+            return original(self, split, step, stage, **more)
         if weights is not None:
             weights[step] = [parameter.detach().clone() for parameter in trained(self.model)]
         return dict.fromkeys(METRICS, 0.5) | {metric: values[step]}
 
-    monkeypatch.setattr(Evaluation, "validate", validate)
+    monkeypatch.setattr(Evaluation, "__call__", evaluate)
 
 
 @pytest.mark.parametrize(
@@ -374,69 +397,6 @@ def test_a_run_that_patience_stopped_does_not_train_on_when_resumed(train, resum
 # --- stopping, resuming, evaluating: nothing changes
 
 
-def assert_same(one: Any, other: Any, *, equal: bool = True) -> None:
-    """Equal to the bit, tensors included."""
-    assert same(one, other) is equal
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
-def dtypes(value: Any) -> set[torch.dtype]:
-    if isinstance(value, torch.Tensor):
-        return {value.dtype}
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-    return {dtype for item in values for dtype in dtypes(item)}
-
-
-def checkpoint(run: RunFolder, step: int) -> dict[str, Any]:
-    folder = run.checkpoints / f"step-{step}"
-    state = json.loads((folder / "state.json").read_text())
-    state.pop("seconds")
-    best = folder / "best.safetensors"
-    return {
-        "adapter": load_file(folder / "adapter_model.safetensors"),
-        "config": adapter_config(folder),
-        "best": load_file(best) if best.exists() else None,
-        "optimizer": torch.load(folder / "optimizer.pt", weights_only=True),
-        "state": state,
-    }
-
-
-def adapter_config(folder: Path) -> dict[str, Any]:
-    stored = json.loads((folder / "adapter_config.json").read_text())
-    return {**stored, "target_modules": sorted(stored["target_modules"])}  # PEFT holds a set
-
-
-def leftovers(run: RunFolder) -> dict[str, Any]:
-    """All that a run leaves, without times."""
-    result = json.loads(run.result.read_text())
-    for name in ("seconds", "examples_per_second", "peak_memory_bytes"):
-        del result[name]
-    steps = [int(path.name.removeprefix("step-")) for path in complete_checkpoints(run.checkpoints)]
-    return {
-        "metrics": metrics(run),
-        "predictions": list(read_lines(run.predictions_file)),
-        "result": result,
-        "adapter": load_file(run.adapter / "adapter_model.safetensors"),
-        "adapter config": adapter_config(run.adapter),
-        "checkpoints": {step: checkpoint(run, step) for step in steps},
-    }
-
-
-def assert_same_runs(one: RunFolder, other: RunFolder) -> None:
-    first, second = leftovers(one), leftovers(other)
-    for name in first:
-        assert_same(first[name], second[name])
-
-
 @pytest.mark.parametrize("precision", ["fp32", *slow("bf16")])
 def test_evaluating_changes_nothing(train, tmp_path, precision):
     flags = (*QLORA, "--precision", precision, "--steps", 6, "--save-every", 6)
@@ -468,9 +428,6 @@ def stop_at(monkeypatch, step: int, stage: str = "during") -> None:
 
     monkeypatch.setattr(Evaluation, "__call__", call)
     monkeypatch.setattr(room, "generate", generate)
-
-
-RESUMED = (*QLORA, "--steps", 6, "--save-every", 1, "--eval-batch-size", 2, "--metric", "edit_distance", "--keep", 3)
 
 
 @pytest.fixture(scope="module")
@@ -560,7 +517,7 @@ def test_a_run_stopped_before_its_last_word_keeps_its_best_adapter(train, resume
 
     run = RunFolder(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr("im2json.training.result.write_json", refuse)
+        patch.setattr("im2json.commands.train.write_json", refuse)
         with pytest.raises(Stopped):
             train(run.path, *QLORA, "--steps", 6)
     weights = run.adapter / "adapter_model.safetensors"
@@ -697,20 +654,20 @@ def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(train, cli, tmp_p
 def test_an_end_that_was_passed_is_refused(stopped, cli, tmp_path):
     run = RunFolder(Path(shutil.copytree(stopped, tmp_path / "run")))
     error = clear_error(cli("train", "--resume", run.path, "--steps", 2))
-    assert error.endswith("--steps 2 is less than the 3 that it has taken")
+    assert error.endswith("--steps 2 is less than the 3 that the run has taken")
 
 
 def test_a_request_in_the_last_evaluation_is_heeded(cli, resume, base_args, tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "run")
-    original = Evaluation.validate
+    original = Evaluation.__call__
 
-    def validate(self: Evaluation, step: int) -> dict[str, float]:
+    def evaluate(self: Evaluation, split: str, step: int, stage: str, **more: Any) -> dict[str, float]:
         if step == 4:
             signal.raise_signal(signal.SIGTERM)
-        return original(self, step)
+        return original(self, split, step, stage, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluation, "validate", validate)
+        patch.setattr(Evaluation, "__call__", evaluate)
         result = cli("train", *base_args, "--output", run.path)
     assert result.exit_code == 130 and not run.done
     assert [row["step"] for row in read_lines(run.metrics_file) if row["split"] == "validation"] == [2, 4]
@@ -823,7 +780,7 @@ def test_a_folder_that_vanished_is_one_line(cli, base_args, tmp_path, monkeypatc
 
 def test_pictures_are_drawn_aside_but_never_while_the_loader_is_set_up(train, tmp_path, monkeypatch):
     """It may fork, and a lock that a drawing thread holds would stay locked in its workers."""
-    events, panel, loader = [], evaluating.prediction_panel, Workbench.step_loader
+    events, panel, loader = [], evaluating.prediction_panel, Workspace.step_loader
 
     def slow_panel(*given: Any) -> Any:
         events.append(threading.current_thread() is threading.main_thread())
@@ -831,12 +788,12 @@ def test_pictures_are_drawn_aside_but_never_while_the_loader_is_set_up(train, tm
         events.append("drawn")
         return panel(*given)
 
-    def step_loader(self: Workbench) -> Any:
+    def step_loader(self: Workspace, *given: Any) -> Any:
         events.append("loader")
-        return loader(self)
+        return loader(self, *given)
 
     monkeypatch.setattr(evaluating, "prediction_panel", slow_panel)
-    monkeypatch.setattr(Workbench, "step_loader", step_loader)
+    monkeypatch.setattr(Workspace, "step_loader", step_loader)
     run = train(tmp_path / "run", "--eval-every", 0)
     assert events == [False, "drawn"] * 3 + ["loader"] + [False, "drawn"] * 3
     images = EventAccumulator(str(run.tensorboard)).Reload().Tags()["images"]

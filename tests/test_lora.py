@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from bitsandbytes.functional import dequantize_4bit
-from conftest import clear_error, reset_accelerate, slow
+from helpers import clear_error, reset_accelerate, slow, summed_loss_of
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
@@ -23,6 +23,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from im2json.data.collate import Batch
 from im2json.data.sources import load_splits
 from im2json.inference.evaluate import Evaluation
+from im2json.inference.settings import DecodeSettings
 from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
 from im2json.model.lora import (
     add_lora,
@@ -33,8 +34,7 @@ from im2json.model.lora import (
     trained,
     write_adapter_weights,
 )
-from im2json.model.loss import summed_loss
-from im2json.options import LANGUAGE_MODULES, SEED_TARGET_MODULES, ModelOptions
+from im2json.options import DEFAULT_TARGET_MODULES, LANGUAGE_MODULES, ModelOptions
 from im2json.resume import fresh_options
 from im2json.runs import RunFolder
 
@@ -243,9 +243,9 @@ def test_a_merged_copy_is_the_weights_worked_out_by_hand(small_model, quant, var
 def test_a_merged_copy_answers_as_the_model_does(small_model, batch, quant, variant):
     model = lora_model(small_model, quant, **variant)
     with torch.no_grad():
-        loss = summed_loss(model, batch.inputs, batch.labels)
+        loss = summed_loss_of(model, batch)
         for adapter in (True, False):
-            answers = summed_loss(merged_copy(model, torch.float32, adapter=adapter), batch.inputs, batch.labels)
+            answers = summed_loss_of(merged_copy(model, torch.float32, adapter=adapter), batch)
             assert bool(torch.isclose(answers, loss, rtol=1e-5)) is adapter
 
 
@@ -322,7 +322,7 @@ def accelerator() -> Accelerator:
 def gradients(model: PeftModel, batch: Batch, precision: str) -> list[torch.Tensor]:
     torch.manual_seed(0)  # of dropout
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        loss = summed_loss(model, batch.inputs, batch.labels)
+        loss = summed_loss_of(model, batch)
     return list(torch.autograd.grad(loss, trained(model)))
 
 
@@ -337,10 +337,10 @@ def test_gradients_before_and_after_an_evaluation_are_equal(
     assert all(gradient.abs().max() > 0 for gradient in before)
     state, training = torch.random.get_rng_state(), model.training
     evaluation = Evaluation(
-        model, collator, load_splits(dataset), accelerator, RunFolder(tmp_path), NoSink(),
-        dtype=DTYPES[precision], max_new_tokens=4, batch_size=2, count=None,
+        model, collator, load_splits(dataset), accelerator,
+        DecodeSettings(max_new_tokens=4, batch_size=2, dtype=DTYPES[precision]), RunFolder(tmp_path), NoSink(),
     )  # fmt: skip
-    evaluation.validate(1)
+    evaluation("validation", 1, "during")
     evaluation("test", 1, "before", adapter=False)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.training is training
@@ -403,7 +403,7 @@ def test_a_warm_start_takes_base_and_prompt_of_its_adapter(finished, tmp_path):
         ("prompt", "mine"), ("model", "a/b"), ("r", 4),
     }  # fmt: skip
     assert "model" not in fresh_options({"adapter": str(folder)}, "cord")  # the preset's it is
-    names = SEED_TARGET_MODULES.replace(",", ", ")
+    names = DEFAULT_TARGET_MODULES.replace(",", ", ")
     assert fresh_options({"adapter": str(folder), "target_modules": names})["r"] == 4
     config = json.loads((folder / "adapter_config.json").read_text()) | {"target_modules": LANGUAGE_MODULES}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -462,10 +462,10 @@ def test_an_adapter_loads_with_plain_peft(finished, small_model, batch):
     ours = add_lora(load_base(small_model, "fp32", "none", CPU), options(alpha=8.0), seed=0)
     read_adapter_weights(ours, finished.adapter / "adapter_model.safetensors")
     with torch.no_grad():
-        losses = [summed_loss(m.eval(), batch.inputs, batch.labels) for m in (model, ours)]
+        losses = [summed_loss_of(m.eval(), batch) for m in (model, ours)]
         assert torch.equal(losses[0], losses[1])
         with model.disable_adapter():
-            assert not torch.isclose(summed_loss(model, batch.inputs, batch.labels), losses[0], rtol=1e-4)
+            assert not torch.isclose(summed_loss_of(model, batch), losses[0], rtol=1e-4)
     processor = load_processor(str(finished.adapter))
     assert processor.image_seq_length == 4
     assert Path(json.loads((finished.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]) == Path(

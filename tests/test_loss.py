@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import summed_loss_of
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-from im2json.data.collate import IGNORE
+from im2json.data.collate import IGNORE, Batch
 from im2json.data.sources import load_splits
 from im2json.model.base import load_base
 from im2json.model.lora import add_lora, trained
-from im2json.model.loss import summed_loss
 from im2json.options import ModelOptions
 
 # B examples, S positions, P prefix positions, V vocabulary.
@@ -34,6 +36,14 @@ def one_token_changed(inputs: dict[str, torch.Tensor], position: int) -> dict[st
     return inputs | {"input_ids": ids}
 
 
+def changed(batch: Batch, position: int) -> Batch:
+    return replace(batch, inputs=one_token_changed(batch.inputs, position))
+
+
+def loss_on(model, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
+    return summed_loss_of(model, replace(batch, labels=labels))
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_suffix_token_changes_no_logit_before_it(base, collator, batch, training):
     base.train(training)
@@ -52,9 +62,9 @@ def test_a_suffix_token_changes_no_loss_before_it(base, batch):
     for position in (labels[0] != IGNORE).nonzero().flatten().tolist()[:12]:
         alone = torch.full_like(labels, IGNORE)  # B x S
         alone[:, position] = labels[:, position]
-        expected = summed_loss(base, batch.inputs, alone)
-        assert torch.equal(summed_loss(base, one_token_changed(batch.inputs, position), alone), expected)
-        assert not torch.equal(summed_loss(base, one_token_changed(batch.inputs, position - 1), alone), expected)
+        expected = loss_on(base, batch, alone)
+        assert torch.equal(loss_on(base, changed(batch, position), alone), expected)
+        assert not torch.equal(loss_on(base, changed(batch, position - 1), alone), expected)
 
 
 def test_a_prompt_token_changes_the_image_positions(base, collator, batch):
@@ -92,14 +102,13 @@ def test_padding_changes_nothing(base, collator, dataset):
     together = collator(examples)
     alone = [collator([example]) for example in examples]
     assert len({batch.labels.shape for batch in alone}) > 1
-    total = summed_loss(base, together.inputs, together.labels)
-    parts = [summed_loss(base, one.inputs, one.labels) for one in alone]
+    total = summed_loss_of(base, together)
+    parts = [summed_loss_of(base, one) for one in alone]
     torch.testing.assert_close(total, torch.stack(parts).sum(), rtol=1e-6, atol=0)
     junk = together.inputs["input_ids"].clone()
     junk[together.inputs["attention_mask"] == 0] = 99
-    torch.testing.assert_close(
-        summed_loss(base, together.inputs | {"input_ids": junk}, together.labels), total, rtol=1e-6, atol=0
-    )
+    filled = replace(together, inputs=together.inputs | {"input_ids": junk})
+    torch.testing.assert_close(summed_loss_of(base, filled), total, rtol=1e-6, atol=0)
 
 
 def with_lora(base: PaliGemmaForConditionalGeneration):
@@ -116,7 +125,7 @@ def test_value_and_gradients_are_those_of_transformers(small_model, batch):
     count = int((batch.labels[:, 1:] != IGNORE).sum())
     expected = model(**batch.inputs, labels=batch.labels).loss * count
     expected_grads = torch.autograd.grad(expected, parameters)
-    loss = summed_loss(model, batch.inputs, batch.labels)
+    loss = summed_loss_of(model, batch)
     grads = torch.autograd.grad(loss, parameters)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     for name_grad, wanted in zip(grads, expected_grads):
@@ -139,6 +148,6 @@ def test_logits_are_capped_where_the_text_model_says_so(small_model, batch):
     def oracle(scores: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(scores.transpose(1, 2), batch.labels[:, 1:], ignore_index=IGNORE, reduction="sum")
 
-    loss = summed_loss(model, batch.inputs, batch.labels)
+    loss = summed_loss_of(model, batch)
     torch.testing.assert_close(loss, oracle(0.05 * torch.tanh(raw / 0.05)), rtol=1e-5, atol=0)
     assert (loss - oracle(raw)).abs() > 1e-3 * loss

@@ -14,10 +14,10 @@ from im2json.model.base import load_base
 from im2json.model.lora import add_lora, count_parameters
 from im2json.model.memory import MARGIN, Load, Setting, Sizes, forecast, largest_microbatch
 from im2json.model.replay import make_forward
-from im2json.options import SEED_TARGET_MODULES, TrainConfig
+from im2json.options import DEFAULT_TARGET_MODULES, TrainConfig
 
 GIB = 2**30
-TEXT, VISION = tuple(SEED_TARGET_MODULES.split(",")), ("q_proj", "k_proj", "v_proj")
+TEXT, VISION = tuple(DEFAULT_TARGET_MODULES.split(",")), ("q_proj", "k_proj", "v_proj")
 
 
 def paligemma(resolution: int) -> Sizes:
@@ -93,7 +93,7 @@ def long(batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def test_lora_weights_are_counted_as_they_are(small_model):
-    for modules in ("q_proj,down_proj", "language", SEED_TARGET_MODULES):
+    for modules in ("q_proj,down_proj", "language", DEFAULT_TARGET_MODULES):
         model, config = adapted(small_model, target_modules=modules)
         one = Setting.of(config, "fp32", model, False)
         trainable, total = count_parameters(model)

@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 import train
-from im2json.options import FIELDS, METRIC_NAMES, PRESETS, TrainConfig, flag_name, scalar_type
-from im2json.scoring import METRICS
+from im2json.catalogue import METRICS
+from im2json.options import OPTIONS, PRESETS, TrainConfig, check, flag_name
 
 OTHER_VALUES = {
     "dataset": "a-folder", "dataset_config": "en", "revision": "v2", "train_split": "training",
@@ -46,7 +46,7 @@ def parsed(monkeypatch):
 
     def parse(flags: list[str]) -> TrainConfig:
         configs: list[TrainConfig] = []
-        monkeypatch.setattr("im2json.programs.train", lambda config, *more: configs.append(config))
+        monkeypatch.setattr("im2json.commands.train.train", lambda config, *more: (configs.append(config), config))
         train.main(flags, standalone_mode=False)
         return configs[0]
 
@@ -55,7 +55,7 @@ def parsed(monkeypatch):
 
 def test_every_field_has_a_flag_that_sets_it(parsed, monkeypatch):
     monkeypatch.setattr(train, "fresh_options", lambda given, preset: given)  # there is no adapter to take options from
-    assert OTHER_VALUES.keys() == FIELDS.keys()
+    assert OTHER_VALUES.keys() == OPTIONS.keys()
     otherwise = TrainConfig.resolve({"model": "somewhere else"}).flat()
     assert [name for name, value in OTHER_VALUES.items() if value == otherwise[name]] == []
     assert parsed(as_flags(OTHER_VALUES)).flat() == OTHER_VALUES
@@ -63,9 +63,22 @@ def test_every_field_has_a_flag_that_sets_it(parsed, monkeypatch):
 
 def test_help_shows_every_flag_with_its_explanation():
     text = " ".join(CliRunner().invoke(train.main, ["--help"], terminal_width=200).output.split())
-    for name, field in FIELDS.items():
+    for name, option in OPTIONS.items():
         assert flag_name(name) in text
-        assert " ".join(field.metadata["help"].split()) in text, name
+        assert option.help in text, name
+
+
+def test_help_is_a_phrase_with_a_type_and_units():
+    text = " ".join(CliRunner().invoke(train.main, ["--help"], terminal_width=200).output.split())
+    for name, option in OPTIONS.items():
+        assert option.help[0].isupper(), name
+        assert option.help.endswith("."), name
+    for shown in (
+        "--steps N Optimizer updates.", "--epochs FLOAT Passes", "--microbatch N|auto Examples", "--output PATH ",
+        "--quant [nf4|none] ", "--metric NAME ", "--prompt TEXT ", "--test / --no-test ",
+        "[default: 3 epochs]", "[default: 8 GiB]", "[default: 16]", "[default: on]", "[default: field_f1]",
+    ):  # fmt: skip
+        assert shown in text
 
 
 def test_defaults_and_alpha(parsed):
@@ -107,11 +120,23 @@ def test_another_model_takes_the_recipe_of_cord_but_not_its_data(parsed):
 def test_a_config_survives_its_flat_form():
     for preset in PRESETS:
         config = TrainConfig.resolve({}, preset)
-        assert TrainConfig.resolve(config.flat(), "tiny") == config
+        assert TrainConfig.from_values(config.flat()) == config
         assert config.replace(seed=5).train.seed == 5
         assert config.replace(seed=5).replace(seed=0) == config
     assert TrainConfig.resolve({"lr": 1}) == TrainConfig.resolve({"lr": 1.0})
     assert type(TrainConfig.resolve({"lr": 1}).train.lr) is float
+
+
+def test_values_are_taken_as_they_are_without_a_preset():
+    values = {"model": "google/paligemma2-3b-pt-448", "r": 4}
+    config = TrainConfig.from_values(values)
+    assert config.train == TrainConfig.from_values({}).train
+    assert config.train.lr != TrainConfig.resolve(values).train.lr
+    assert (config.model.r, config.model.alpha) == (4, 8.0)
+    assert config.replace(r=2).model.alpha == 8.0
+    assert config.replace(r=2, alpha=None).model.alpha == 4.0
+    with pytest.raises(ValueError, match="did you mean 'batch_size'"):
+        TrainConfig.from_values({"bach_size": 3})
 
 
 def test_all_problems_are_named_at_once():
@@ -134,7 +159,7 @@ def test_microbatch_is_a_number_or_auto(parsed):
     assert parsed(["--preset", "cord"]).train.microbatch == "auto"
     assert parsed(["--preset", "cord", "--microbatch", "2"]).train.microbatch == 2
     config = TrainConfig.resolve({"microbatch": "auto"})
-    assert TrainConfig.resolve(json.loads(json.dumps(config.flat())), "tiny") == config
+    assert TrainConfig.from_values(json.loads(json.dumps(config.flat()))) == config
     with pytest.raises(ValueError, match="--microbatch: 'all' is not a whole number or auto"):
         TrainConfig.resolve({"microbatch": "all"})
     with pytest.raises(ValueError, match=r"--r: 'auto' is not a whole number$"):
@@ -173,18 +198,27 @@ def test_an_unknown_preset_is_refused():
         TrainConfig.resolve({}, "nord")
 
 
-def test_metric_names_are_those_of_scoring():
-    assert sorted(METRIC_NAMES) == sorted(METRICS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_any_metric_may_select_the_best_adapter(metric):
+    assert TrainConfig.resolve({"metric": metric}).train.metric == metric
 
 
-def test_types_of_the_defaults():
-    for name, field in FIELDS.items():
-        kind, optional = scalar_type(name)
-        assert isinstance(field.default, kind) or (optional and field.default is None), name
+def test_defaults_pass_their_own_checks():
+    for name, option in OPTIONS.items():
+        assert check(name, option.default) is None, name
+        assert isinstance(option.default, option.kind) or (option.optional and option.default is None), name
+
+
+def test_options_that_may_change_on_resume():
+    """An option that does not affect the result may always change; these are the others."""
+    also = {"constrain", "epochs", "steps", "eval_every", "patience", "test"}
+    for name, option in OPTIONS.items():
+        assert option.changeable_on_resume == (name in also or not option.affects_result), name
+        assert not (name in also and not option.affects_result), name
 
 
 def test_flags_of_booleans_come_in_pairs(parsed):
-    names = [name for name in FIELDS if scalar_type(name)[0] is bool]
+    names = [name for name, option in OPTIONS.items() if option.kind is bool]
     assert "test" in names
     for name in names:
         for value in (True, False):

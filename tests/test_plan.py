@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import clear_error
+from helpers import clear_error
 
 from im2json.data.lengths import TargetLengths
 from im2json.model.memory import Forecast

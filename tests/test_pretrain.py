@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import slow
+from helpers import slow
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
 from im2json.data.receipts import draw_receipt, render

@@ -3,68 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, metrics, write_dataset
+from helpers import launch, metrics, write_dataset
 from safetensors.torch import load_file
 
 from im2json.files import read_lines
 from im2json.runs import RunFolder
-
-# Runs a script in so many processes as torchrun does, by its Python API: they are forked, and share what was imported.
-PROGRAM = """
-import importlib, sys
-from im2json.cli import quiet_libraries
-quiet_libraries()
-from accelerate import PartialState
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-import im2json.inference.workbench, im2json.training.loop
-
-def main(script, *flags):
-    importlib.import_module(script).main(flags, standalone_mode=False)
-    sys.stdout.write(f"one of {PartialState().num_processes}\\n")  # at once, as the others write there too
-
-processes, *arguments = sys.argv[1:]
-config = LaunchConfig(
-    min_nodes=1, max_nodes=1, nproc_per_node=int(processes), rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-    run_id="test", max_restarts=0, start_method="fork",
-)
-elastic_launch(config, main)(*arguments)
-"""
-
-
-def launcher(processes: int, program: str, *flags: str) -> list[str]:
-    """What starts a program in so many processes: torchrun, which is what `accelerate launch` calls for GPUs.
-
-    With --cpu that starts a single process.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [*command, "--no-python", "--", sys.executable, "-c", program, *flags]
-
-
-def environment() -> dict[str, str]:
-    """That of the tests, without what says that they are one of several processes."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD", "LOCAL_"))}
-
-
-def launch(script: str, *flags: object, processes: int = 2, before: str = "") -> str:
-    """What a script prints on both streams in so many processes, after `before`; fails where the script does."""
-    done = subprocess.run(
-        [sys.executable, "-c", before + PROGRAM, str(processes), script, *map(str, flags)],
-        capture_output=True, text=True, timeout=240, env=environment() | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    printed = done.stdout + done.stderr
-    assert done.returncode == 0, printed
-    assert printed.count(f"one of {processes}") == processes
-    return printed
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +82,11 @@ import sys
 import im2json.inference.evaluate as evaluate
 score = evaluate._score
 
-def told(evaluator, batch, examples, *more):
+def noting(evaluator, key, settings, batch, examples, *more):
     sys.stdout.write("wrote " + " ".join(str(len(target["a"])) for _, target in examples) + "\\n")
-    return score(evaluator, batch, examples, *more)
+    return score(evaluator, key, settings, batch, examples, *more)
 
-evaluate._score = told
+evaluate._score = noting
 """
 
 
@@ -154,7 +104,7 @@ def test_processes_share_long_and_short_answers_alike(small_model, base_args, ni
     printed = launch("train", "--output", tmp_path / "run", *base_args, *flags, before=COUNTING)
     written = [list(map(int, line[6:].split())) for line in printed.splitlines() if line.startswith("wrote ")]
     assert sorted(written) == [[4, 2], [5, 3], [38, 34], [40, 36]]
-    rows = list(read_lines(RunFolder(tmp_path / "run").predictions))
+    rows = list(read_lines(RunFolder(tmp_path / "run").predictions_file))
     assert [len(row["target"]["a"]) for row in rows] == lengths
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from conftest import clear_error, metrics
+from helpers import clear_error, metrics
 
 from im2json.data.sources import load_splits
 from im2json.files import read_lines
@@ -81,7 +81,7 @@ def test_evaluate_goes_by_the_edited_schema_or_by_another(finished, cli, tmp_pat
 def test_a_schema_in_the_middle_of_being_edited_stops_only_what_needs_it(finished, cli, tmp_path):
     run = copied(finished, tmp_path / "run")
     run.schema.write_text('{"type": ')
-    assert f"schema {run.schema} is not JSON" in clear_error(cli("evaluate", run.path, "--constrain"))
+    assert f"schema {run.schema}: is not JSON" in clear_error(cli("evaluate", run.path, "--constrain"))
     assert cli("evaluate", run.path).exit_code == 0
     assert not any("constrained" in row for row in answers(run, *TEST))
 

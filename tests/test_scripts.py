@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import COUNTS, MEASURED, ROOT, clear_error, metrics, reset_accelerate, slow, write_dataset
+from helpers import COUNTS, MEASURED, ROOT, clear_error, metrics, reset_accelerate, slow, write_dataset
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,7 +24,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from im2json.files import append_lines, read_lines
 from im2json.jsontext import parse
 from im2json.model.base import load_processor
-from im2json.options import FIELDS, TrainConfig, flag_name
+from im2json.options import OPTIONS, TrainConfig, flag_name
 from im2json.runs import RunFolder, locked
 from im2json.scoring import METRICS, StreamingEvaluator
 
@@ -36,11 +36,11 @@ VALUES = {*METRICS, "num"}
 
 def test_config_json(finished, small_model, dataset):
     stored = json.loads(finished.config.read_text())
-    assert stored["options"].keys() == FIELDS.keys()
+    assert stored["options"].keys() == OPTIONS.keys()
     assert (stored["options"]["model"], stored["options"]["dataset"]) == (small_model, dataset)
     assert (stored["options"]["r"], stored["options"]["alpha"]) == (4, 8.0)
     assert stored["versions"]["torch"] == importlib.metadata.version("torch")
-    assert TrainConfig.resolve(stored["options"], "tiny") == finished.read_config()
+    assert TrainConfig.from_values(stored["options"]) == finished.read_config()
 
 
 def test_metrics_jsonl(finished):
@@ -154,7 +154,7 @@ def test_tensorboard_is_one_run_with_its_hyperparameters(finished, events):
     assert named <= set(events.Tags()["scalars"])
     values = plugin["_hparams_/session_start_info"].session_start_info.hparams
     given = finished.read_config().flat().items()
-    assert set(values) == {name for name, value in given if value is not None and not FIELDS[name].metadata["free"]}
+    assert set(values) == {name for name, value in given if value is not None and OPTIONS[name].affects_result}
     assert values["r"].number_value == 4
     assert values["dora"].bool_value is False
     assert values["precision"].string_value == "fp32"
@@ -515,20 +515,20 @@ def test_out_of_memory_says_what_takes_less(cli, base_args, tmp_path, monkeypatc
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words")
 
-    monkeypatch.setattr("im2json.training.loop.train_step", full)
+    monkeypatch.setattr("im2json.training.update.Update.__call__", full)
     error = clear_error(cli("train", *base_args, "--no-test", "--output", tmp_path / "run"))
     assert error.startswith("CUDA out of memory. Tried to allocate 2.00 GiB. ")
     assert all(flag in error for flag in ("--microbatch", "--gradient-checkpointing", "--eval-batch-size"))
 
 
-def test_help_lists_every_option_room_by_room(cli):
+def test_help_lists_every_option_group_by_group(cli):
     result = cli("train", "--help")
     assert [line for line in result.output.splitlines() if line.endswith("options:")] == [
         "Run options:", "Data options:", "Model options:", "Decode options:", "Train options:",
     ]  # fmt: skip
-    assert all(f" {flag_name(name)}" in result.output for name in FIELDS)
+    assert all(f" {flag_name(name)}" in result.output for name in OPTIONS)
     said = " ".join(cli("train", "--help").output.split())
-    assert "go by: one of field_f1, field_precision" in said and "edit_distance [default: field_f1]" in said
+    assert "watches. One of json_validity, json_repaired" in said and "edit_distance. [default: field_f1]" in said
 
 
 def test_an_output_that_holds_a_run(finished, cli, base_args, tmp_path):
@@ -602,7 +602,7 @@ def test_ctrl_c_before_the_first_step(cli, monkeypatch, tmp_path):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("im2json.programs.set_up", interrupted)
+    monkeypatch.setattr("im2json.commands.train.open_workspace", interrupted)
     result = cli("train", "--output", tmp_path / "run")
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "Error: interrupted: no step was taken yet"
@@ -636,18 +636,20 @@ def test_a_model_that_lacks_weights_is_refused(cli, base_args, small_model, tmp_
 @pytest.mark.slow
 def test_merged_and_unmerged_answer_alike(train, tmp_path):
     """The test split by the merged copy that evaluations decode, and by the 4-bit layers with LoRA beside them."""
+    from im2json.data.example import FirstExamples
     from im2json.inference.decode import Decoder
     from im2json.inference.evaluate import evaluate_split
-    from im2json.inference.workbench import set_up, start_accelerator
+    from im2json.records import EvaluationKey
+    from im2json.workspace import open_workspace, start_accelerator
 
     run = train(tmp_path / "run", base=["--steps", "70", "--eval-every", "70", "--eval-examples", "8"])
     reset_accelerate()
     config = run.read_config()
-    bench = set_up(config, *start_accelerator(config), adapter=run.adapter)
-    decoder, texts = Decoder(bench.model.get_base_model().eval(), bench.collator), []
+    space = open_workspace(config, *start_accelerator(config), adapter=run.adapter)
+    decoder, texts = Decoder(space.model.get_base_model().eval(), space.collator), []
     metrics = evaluate_split(
-        lambda: decoder, bench.collator, bench.splits["test"], bench.accelerator, count=40, batch_size=40,
-        max_new_tokens=bench.max_new_tokens, on_rows=lambda _, rows: texts.extend(row["text"] for row in rows),
+        EvaluationKey(70, "test", "after"), lambda: decoder, space.collator, FirstExamples(space.splits["test"], 40),
+        space.accelerator, space.settings, lambda _, predictions: texts.extend(each.text for each in predictions),
     )  # fmt: skip
     kept = [row for row in read_lines(run.predictions_file) if (row["split"], row["stage"]) == ("test", "after")][:40]
     assert sum(row["text"] == text for row, text in zip(kept, texts, strict=True)) >= 36

@@ -455,7 +455,7 @@ def test_all_bad_rows_in_one_error(tmp_path):
             f"{train}/metadata.jsonl:11: the key 'a' stands twice in one object",
         ],
     )
-    with pytest.raises(ValueError, match=r"metadata\.jsonl:5: does not parse"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl:5: is not JSON"):
         splits["train"][4]
     with pytest.raises(ValueError, match=r"5 of 11|6 of 11"):
         _ = splits["train"].targets

@@ -77,13 +77,13 @@ def examine(splits: Iterable[Split], on_row: Callable[[], object] | None = None)
     """The same without judging how many bad rows are too many."""
     splits = list(splits)
     stored = [split for split in splits if isinstance(split, StoredSplit)]
-    places = [(split, i) for split in stored for i in range(len(split))]
+    positions = [(split, i) for split in stored for i in range(len(split))]
     bad: dict[str, dict[int, str]] = {split.name: {} for split in splits}
     alike: dict[bytes, list[tuple[StoredSplit, int]]] = defaultdict(list)
     same: dict[bytes, list[tuple[StoredSplit, int]]] = defaultdict(list)
     # Pillow lets go of the interpreter while it decodes, so threads are enough.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for (split, i), outcome in zip(places, pool.map(lambda place: _open(*place), places)):
+        for (split, i), outcome in zip(positions, pool.map(lambda each: _open(*each), positions)):
             if isinstance(outcome, str):
                 bad[split.name][i] = outcome
             else:
@@ -91,9 +91,9 @@ def examine(splits: Iterable[Split], on_row: Callable[[], object] | None = None)
             if on_row is not None:
                 on_row()
         # Hashing every pixel would make this half as slow again; few pictures are worth it, and opened twice.
-        suspects = [place for group in alike.values() if group[1:] for place in group]
-        for place, key in zip(suspects, pool.map(lambda place: _digest(place[0][place[1]].image), suspects)):
-            same[key].append(place)
+        suspects = [each for group in alike.values() if group[1:] for each in group]
+        for each, key in zip(suspects, pool.map(lambda each: _digest(each[0][each[1]].image), suspects)):
+            same[key].append(each)
     return Checkup(
         {split.name: split for split in splits}
         | {split.name: split.without(bad[split.name]) for split in stored if bad[split.name]},

@@ -64,6 +64,6 @@ class TargetLengths:
                 f"{self.longest} of the longest target exceed its {positions}; leave those rows out"
             )
 
-    def new_token_limit(self, given: int | None, room: int) -> int:
-        """--max-new-tokens, or an eighth more than the longest target; at most `room`."""
-        return min(given or self.longest + self.longest // 8, room)
+    def new_token_limit(self, given: int | None) -> int:
+        """Return --max-new-tokens, or an eighth more than the longest target."""
+        return given or self.longest + self.longest // 8

@@ -45,10 +45,15 @@ class Order:
         return options.steps or self.steps(options.epochs)
 
     def step(self, step: int) -> list[int]:
-        """Indices of the examples of the update after `step` updates."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        start = place * self.batch_size
+        """Return the indices of the examples of the update after `step` updates."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        start = within * self.batch_size
         return self._permutation(epoch)[start : start + self.batch_size].tolist()
+
+    def target_tokens(self, step: int) -> int:
+        """Return the target tokens of a step, over all processes."""
+        assert self.lengths is not None
+        return sum(self.lengths[i] for i in self.step(step))
 
     def microbatches(self, step: int, microbatch: int, rank: int, processes: int) -> list[list[int]]:
         """This process's share of a step, in microbatches; empty where a short step leaves nothing for it.

@@ -75,21 +75,21 @@ def load_splits(
     What a reader of the results should know is appended to `notes`, a line each, or logged if that is None.
 
     Rows are not checked here, `check_split` does that. Raises UserError, in one line that says what would be
-    right, where the data set, a split or a column is not there, a split is empty, or something was asked for that
+    right, where the data set, a split or a column is not there, a split is empty, or something was given for that
     this form of data does not have.
     """
     said: list[str] = [] if notes is None else notes
-    asked = dict(dataset_config=config, revision=revision, image_column=image_column, target_column=target_column)
+    given = dict(dataset_config=config, revision=revision, image_column=image_column, target_column=target_column)
     columns = (image_column, target_column)
     if dataset == RECEIPTS:
-        _refuse_all_but((), asked, RECEIPTS)
+        _refuse_all_but((), given, RECEIPTS)
         splits = _receipts(train_split, seed, said)
     else:
         path = Path(dataset).expanduser()
         if path.is_dir():
-            available = _open_folder(path, asked, columns, said)
+            available = _open_folder(path, given, columns, said)
         elif path.suffix == ".jsonl" and path.is_file():
-            _refuse_all_but(COLUMN_OPTIONS, asked, dataset)
+            _refuse_all_but(COLUMN_OPTIONS, given, dataset)
             available = _split_by_folder(path.parent, read_lines(path, columns))
         elif path.exists():
             raise UserError(f"--dataset {dataset}: is a file, but not one of JSON lines (NAME.jsonl); {FOLDER_HELP}")
@@ -139,27 +139,27 @@ def _looks_like_path(dataset: str) -> bool:
 # --- folders
 
 
-def _open_folder(root: Path, asked: Mapping[str, str | None], columns: Columns, notes: list[str]) -> dict[str, Rows]:
+def _open_folder(root: Path, given: Mapping[str, str | None], columns: Columns, notes: list[str]) -> dict[str, Rows]:
     found = sorted(path.parent for path in root.glob("*/metadata.jsonl"))
     if found or (root / "metadata.jsonl").is_file():
-        _refuse_all_but(COLUMN_OPTIONS, asked, str(root))
+        _refuse_all_but(COLUMN_OPTIONS, given, str(root))
         return _open_imagefolder(root, found, columns)
     whole = root.resolve()
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
-        _refuse_all_but(COLUMN_OPTIONS, asked, str(root))
+        _refuse_all_but(COLUMN_OPTIONS, given, str(root))
         return _arrow_splits(_load_saved(root), whole.name, columns, [whole], notes)
     if next(root.rglob("*.parquet"), None) is not None:
-        _refuse_all_but(("dataset_config", *COLUMN_OPTIONS), asked, str(root))
-        return _arrow_splits(_load_parquet(root, asked["dataset_config"]), whole.name, columns, [whole], notes)
+        _refuse_all_but(("dataset_config", *COLUMN_OPTIONS), given, str(root))
+        return _arrow_splits(_load_parquet(root, given["dataset_config"]), whole.name, columns, [whole], notes)
     pairs = read_pairs(root)
     if all(pair.problem for pair in pairs):
         raise UserError(f"{root}: holds neither metadata.jsonl nor Parquet files; {FOLDER_HELP}")
-    _refuse_all_but((), asked, str(root))
+    _refuse_all_but((), given, str(root))
     return _split_by_folder(root, pairs)
 
 
-def _refuse_all_but(known: Sequence[str], asked: Mapping[str, str | None], where: str) -> None:
-    for name, value in asked.items():
+def _refuse_all_but(known: Sequence[str], given: Mapping[str, str | None], where: str) -> None:
+    for name, value in given.items():
         if value is not None and name not in known:
             raise UserError(f"{flag_name(name)} {value}: {where} is of a form that has none; leave the option out")
 
@@ -274,14 +274,14 @@ def _arrow_splits(
     return splits
 
 
-def _find_image(features: Mapping[str, Any], asked: str | None, where: str) -> str:
+def _find_image(features: Mapping[str, Any], given: str | None, where: str) -> str:
     import datasets
 
-    if asked is not None and asked not in features:
-        raise UserError(f"{where}: has no column {asked!r}; it has {', '.join(features)}")
+    if given is not None and given not in features:
+        raise UserError(f"{where}: has no column {given!r}; it has {', '.join(features)}")
     pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if asked is not None or "image" in features:
-        return asked or "image"
+    if given is not None or "image" in features:
+        return given or "image"
     if len(pictures) != 1:
         raise UserError(f"{where}: has no picture column (image); it has {', '.join(features)}")
     return pictures[0]

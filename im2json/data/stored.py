@@ -25,7 +25,7 @@ ALIASES = {
     "test": ("test", "testing", "eval", "evaluation"),
 }  # the names that `datasets` takes for the same splits
 Columns = tuple[str | None, str | None]
-"""Those of picture and target that were asked for."""
+"""--image-column and --target-column, where they are given."""
 
 
 class Rows(Protocol):
@@ -238,8 +238,8 @@ def _read_line(data: bytes, where: str, columns: Columns) -> Line:
     row = load_json(data, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be a JSON object, not {_kind(row)}")
-    asked, target = columns
-    image = asked or next((name for name in IMAGE_COLUMNS if name in row), IMAGE_COLUMNS[0])
+    given, target = columns
+    image = given or next((name for name in IMAGE_COLUMNS if name in row), IMAGE_COLUMNS[0])
     if not isinstance(row.get(image), str) or not row[image]:
         raise UserError(f"{where}: names no picture; {image} must be its path within the folder")
     return Line(where, row[image], row[find_target(row, target, where)])
@@ -280,11 +280,11 @@ def _pair(root: Path, pictures: list[Path], targets: list[Path]) -> Line:
     return Line(where, file_name, problem=problem)
 
 
-def find_target(columns: Any, asked: str | None, where: str) -> str:
+def find_target(columns: Any, given: str | None, where: str) -> str:
     """The column that holds the target: the one asked for, else the first of TARGET_COLUMNS that is there."""
-    if asked is not None and asked not in columns:
-        raise UserError(f"{where}: has no column {asked!r}; it has {', '.join(columns)}")
-    found = asked or next((name for name in TARGET_COLUMNS if name in columns), None)
+    if given is not None and given not in columns:
+        raise UserError(f"{where}: has no column {given!r}; it has {', '.join(columns)}")
+    found = given or next((name for name in TARGET_COLUMNS if name in columns), None)
     if found is None:
         raise UserError(f"{where}: has no target ({', '.join(TARGET_COLUMNS)}); it has {', '.join(columns)}")
     return found

@@ -43,11 +43,12 @@ class Grammar:
         self.executor = llguidance.LLExecutor(num_threads=torch.get_num_threads())
         limits = llguidance.LLParserLimits(step_max_items=NO_LIMIT, step_lexer_fuel=NO_LIMIT)
         try:
-            self._first = llguidance.LLMatcher(self.engine, lark(schema), log_level=0, limits=limits)
-            if self._first.is_error():
-                raise UserError(self._first.get_error().splitlines()[0])
-        except ValueError as error:
+            grammar = lark(schema)
+        except UserError as error:
             raise UserError(f"{name} cannot be decoded by: {error}") from error
+        self._first = llguidance.LLMatcher(self.engine, grammar, log_level=0, limits=limits)
+        if self._first.is_error():
+            raise UserError(f"{name} cannot be decoded by: {self._first.get_error().splitlines()[0]}")
 
     def matcher(self) -> Any:
         """An llguidance.LLMatcher at the start of a text."""

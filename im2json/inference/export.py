@@ -55,12 +55,12 @@ class Parity:
 
 
 def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, title: str) -> Parity | None:
-    """Write a finished run's model to a folder, with a card; merged weights only where they answer as the run did.
+    """Write a finished run's model to a folder with a model card; merged weights only if they answer as the run did.
 
     Args:
         adapter_alone: copy the adapter; there is nothing that could differ, and None is returned.
         least: share of the validation examples whose text has to be the run's.
-        title: the model's name in its card.
+        title: the model's name in its model card.
 
     Raises:
         UserError: if the run is not finished or has no answers to compare with, the folder is there already, or the
@@ -68,7 +68,7 @@ def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, tit
     """
     run.read_config()  # is it a run at all
     answers = [] if adapter_alone else validation_answers(run)
-    card = score_run(run, "test")
+    scorecard = score_run(run, "test")
     found = None
     with fresh_folder(out) as aside:
         if adapter_alone:
@@ -82,7 +82,7 @@ def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, tit
             found = parity(run, aside, answers[:EXAMPLES])
             if found.share < least:
                 raise UserError(f"not exported: {found}, which is less than --parity {least:g} of them")
-        (aside / "README.md").write_text(model_card(run, card, title, adapter_alone, str(found or "")), "utf-8")
+        (aside / "README.md").write_text(model_card(run, scorecard, title, adapter_alone, str(found or "")), "utf-8")
     return found
 
 
@@ -124,18 +124,13 @@ def write_merged(run: RunFolder, folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
-        max_new_tokens=extractor.max_new_tokens,
+        max_new_tokens=extractor.settings.max_new_tokens,
     )
     model.to(torch.bfloat16)
     model.save_pretrained(folder, state_dict=hub_layout(model.state_dict()), save_original_format=False)
     collator.processor.save_pretrained(folder)
-    write_json(folder / USAGE, asked(config))
+    write_json(folder / USAGE, {"prompt": config.data.prompt, "letterbox": config.data.letterbox})
     check_layout(folder, model)
-
-
-def asked(config: TrainConfig) -> dict[str, Any]:
-    """What is to be known of an exported model besides its weights."""
-    return {"prompt": config.data.prompt, "letterbox": config.data.letterbox}
 
 
 def hub_layout(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -166,7 +161,7 @@ def check_layout(folder: Path, model: PaliGemmaForConditionalGeneration) -> None
         with safe_open(path, "pt") as file:
             written |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     assert written.keys() == hub_layout(model.state_dict()).keys(), "weights are missing"
-    assert len(written) == len({id(weight) for weight in model.parameters()}), "weights have no place in the layout"
+    assert len(written) == len({id(weight) for weight in model.parameters()}), "some weights are not in the layout"
     assert set(written.values()) == {"BF16"}
     assert config["architectures"] == ["PaliGemmaForConditionalGeneration"]
     assert "quantization_config" not in config
@@ -194,14 +189,14 @@ def parity(run: RunFolder, folder: Path, answers: Sequence[Prediction]) -> Parit
 
 def _plain_answers(folder: Path, config: TrainConfig, ids: Sequence[str]) -> list[str]:
     split = open_splits(config.data, [])["validation"]
-    places = {id: place for place, id in enumerate(split.ids)}
-    missing = [id for id in ids if id not in places]
+    indices = {id: i for i, id in enumerate(split.ids)}
+    missing = [id for id in ids if id not in indices]
     if missing:
         raise UserError(f"{config.data.dataset}: validation has no {missing[0]}, which the run has an answer to")
     with tempfile.TemporaryDirectory() as pictures:
         paths = []
         for i, id in enumerate(ids):
-            image = split[places[id]].image
+            image = split[indices[id]].image
             paths.append(f"{pictures}/{i}.png")
             (on_square(image) if config.data.letterbox else image).save(paths[-1])
         wanted = {"model": str(folder), "prompt": config.data.prompt, "pictures": paths, "batch_size": BATCH}

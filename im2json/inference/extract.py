@@ -146,9 +146,9 @@ class Extractor:
             row["checks"] = check_results(self.settings.checks, reading.value)
         return row
 
-    def _load(self, place: int, picture: str | os.PathLike[str] | Image.Image) -> tuple[str, torch.Tensor | str]:
+    def _load(self, index: int, picture: str | os.PathLike[str] | Image.Image) -> tuple[str, torch.Tensor | str]:
         """Its name with its pixels, 1 x 3 x H x W, or with what is wrong."""
-        name = str(place) if isinstance(picture, Image.Image) else os.fspath(picture)
+        name = str(index) if isinstance(picture, Image.Image) else os.fspath(picture)
         try:
             shown = (
                 upright_rgb(picture, name)

@@ -97,6 +97,8 @@ def _from_pretrained(kind: Any, model: str, **settings: Any) -> Any:
     if Path(path).is_dir():
         try:
             return _complete(kind, path, **settings)
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, SafetensorError) as error:
             raise UserError(
                 f"--model {model}: the folder does not load as a PaliGemma with its processor: {first_line(error)}"

@@ -25,13 +25,13 @@ CHUNK = 16  # pictures at a time: always the same, so that a resumed run finds t
 
 
 def is_frozen(paligemma: Any) -> bool:
-    """Whether training leaves a picture's features as they are."""
+    """Return whether training leaves the features of a picture as they are."""
     parts = paligemma.model.vision_tower, paligemma.model.multi_modal_projector
     return not any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
 
 def feature_bytes(paligemma: Any, dtype: torch.dtype) -> int:
-    """Of one picture."""
+    """Return the size of one picture's features."""
     sizes = Sizes.of(paligemma.config)
     return sizes.image_tokens * sizes.text.hidden * dtype.itemsize
 
@@ -82,19 +82,22 @@ class Features:
         self.seconds = time.perf_counter() - start
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """What Collator makes of these examples, with image_features, B x I x D, for pixel_values."""
+        """Return the batch of these examples that Collator makes, with image_features, B x I x D, for pixel_values."""
         ids, targets = [self.ids[i] for i in indices], [self.targets[i] for i in indices]
         return self.collator.batch(ids, targets, image_features=self.kept[torch.tensor(indices)])
 
 
 def _shared_file(accelerator: Accelerator) -> tuple[BinaryIO, int, int]:
-    """A file without a name that this machine's processes have open; the place of this one among them, their number.
+    """Open a file without a name, shared by this machine's processes.
+
+    Returns:
+        The file, this process's index among them, and their number.
 
     Raises:
         OSError: on all processes, where one of them cannot open it.
     """
     machines = gather_object([platform.node()])
-    here = [place for place, machine in enumerate(machines) if machine == machines[accelerator.process_index]]
+    here = [index for index, machine in enumerate(machines) if machine == machines[accelerator.process_index]]
     rank = here.index(accelerator.process_index)
     own = _on_all(lambda: None if rank else tempfile.NamedTemporaryFile())  # noqa: SIM115
     names = gather_object([own and own.name])
@@ -105,7 +108,7 @@ def _shared_file(accelerator: Accelerator) -> tuple[BinaryIO, int, int]:
 
 
 def _on_all(call: Callable[[], T]) -> T:
-    """What `call` returns on this process, once all have come so far.
+    """Return what `call` returns on this process, once all have called it.
 
     Raises:
         OSError: that of any process.

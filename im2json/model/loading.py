@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 
 from im2json.model.base import load_base
-from im2json.model.card import check_card
+from im2json.model.gpu import check_gpu
 from im2json.model.lora import add_lora
 from im2json.options import ModelOptions
 
@@ -19,7 +19,7 @@ def choose_device() -> torch.device:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    check_card()
+    check_gpu()
     return torch.device("cuda")
 
 

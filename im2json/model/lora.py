@@ -108,6 +108,8 @@ def _warm_start(base: PaliGemmaForConditionalGeneration, adapter: str) -> PeftMo
     folder = adapter_folder(Path(adapter))
     try:
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"--adapter {adapter} does not fit this model: {first_line(error)}") from error
 

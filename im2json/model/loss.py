@@ -1,4 +1,4 @@
-"""The loss on target tokens."""
+"""The loss on target tokens. Training and tests take it by the same function, `summed_loss`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from im2json.data.collate import IGNORE
-from im2json.model.forward import hidden_states
 
 # B examples, S positions, N label positions of a microbatch, D hidden, V vocabulary, C label positions of a chunk.
 CHUNK = 512
@@ -17,33 +16,28 @@ SCALE = 2.0**10
 """In fp16, so that it keeps probabilities down to 6e-11."""
 
 
-def summed_loss(model: Any, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy summed over the target tokens of a microbatch, in nats.
+def summed_loss(model: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy summed over the target tokens of a microbatch, in nats.
 
-    Summed and not averaged: the caller divides once by the target tokens of the whole step, so that any split into
-    microbatches and processes gives the same gradient.
+    It is summed and not averaged: the caller divides once by the target tokens of the whole step, so that any split
+    into microbatches and processes gives the same gradient.
 
     Args:
         model: a PaliGemmaForConditionalGeneration, with or without LoRA.
-        batch: input_ids, attention_mask and token_type_ids (B, S), pixel_values (B, 3, H, W).
-        labels: (B, S), -100 where nothing is to be learned.
+        hidden: the last hidden states, B x S x D (see model.forward).
+        labels: B x S, -100 where nothing is to be learned. On the CPU, looking for the others waits for no GPU.
     """
-    paligemma = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return loss_at(paligemma, hidden_states(paligemma, batch), *label_positions(labels))
+    positions, targets = (found.to(hidden.device) for found in label_positions(labels))
+    predicting = hidden.flatten(0, 1).index_select(0, positions)  # N x D
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return _ChunkedCrossEntropy.apply(predicting, model.get_output_embeddings().weight, targets, cap)
 
 
 def label_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the hidden state predicts a target token, counted through all rows, and that token; (N,) each."""
+    """Return where the hidden state predicts a target token, counted through all rows, and that token; (N,) each."""
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()  # position s predicts token s + 1
-    places = (following != IGNORE).nonzero().squeeze(1)  # N
-    return places, following[places]
-
-
-def loss_at(paligemma: Any, hidden: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """`summed_loss` from the hidden states B x S x D, at the given places."""
-    predicting = hidden.flatten(0, 1).index_select(0, places)  # N x D
-    cap = getattr(paligemma.config.get_text_config(), "final_logit_softcapping", None)
-    return _ChunkedCrossEntropy.apply(predicting, paligemma.lm_head.weight, targets, cap)
+    positions = (following != IGNORE).nonzero().squeeze(1)  # N
+    return positions, following[positions]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

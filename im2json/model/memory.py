@@ -98,9 +98,14 @@ class Setting:
 
     @classmethod
     def of(
-        cls, config: TrainConfig, precision: str, model: torch.nn.Module, checkpointing: bool, compiled: bool = False
+        cls,
+        config: TrainConfig,
+        precision: str,
+        model: torch.nn.Module,
+        checkpointing: bool = False,
+        compiled: bool = False,
     ) -> Setting:
-        """That of a model which has its LoRA layers already."""
+        """Return the setting of a model that has its LoRA layers already."""
         adapted = [name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name]
         text, vision = (
             tuple(sorted({name.rsplit(".", 1)[-1] for name in adapted if tower in name}))
@@ -251,16 +256,19 @@ def _evaluation(sizes: Sizes, setting: Setting, load: Load, linear: int) -> floa
     return linear * e + max(merging, cache + reading)
 
 
-def largest_microbatch(most: int, needs: Callable[[int], float], free: float) -> int:
-    """`most` examples, halved until what so many need has room in `free` bytes; at least 1."""
-    while most > 1 and needs(most) > MARGIN * free:
+def largest_microbatch(most: int, needs: Callable[[int], float], available: float) -> int:
+    """Return `most` examples, halved until the bytes that they need are available; at least 1."""
+    while most > 1 and needs(most) > MARGIN * available:
         most = (most + 1) // 2
     return most
 
 
 def free_bytes() -> float:
-    """What this process may still take of its GPU: free for all, or held by its allocator and unused; no more than
-    torch.cuda.set_per_process_memory_fraction leaves."""
+    """Return the bytes that this process may still take of its GPU.
+
+    These are free for all processes, or held by this one's allocator and unused. They are no more than
+    torch.cuda.set_per_process_memory_fraction leaves.
+    """
     free, total = torch.cuda.mem_get_info()
     reserved, used = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
     allowed = torch.cuda.get_per_process_memory_fraction() * total

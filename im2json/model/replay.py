@@ -18,7 +18,7 @@ from im2json.model.memory import free_bytes
 
 
 class Forward:
-    """`hidden_states` of a model in training."""
+    """Computes `hidden_states` of a model in training."""
 
     round_up = 1  # S has to be a multiple of this
 
@@ -31,10 +31,10 @@ class Forward:
         return hidden_states(self.paligemma, batch)
 
     def forget(self) -> None:
-        """Give back the memory that is held from one pass to the next."""
+        """Release the memory that is held from one pass to the next."""
 
     def pause(self) -> None:
-        """Something else will be done before the next pass, and may need the memory."""
+        """Release memory if what is done before the next pass needs it."""
 
 
 class Replayed(Forward):
@@ -46,14 +46,14 @@ class Replayed(Forward):
     (see training.optimizer.flatten), and a forward pass must be followed by its backward pass.
 
     Args:
-        room: bytes that what is done between steps needs.
+        reserve: bytes to leave for what is done between steps.
     """
 
     round_up = 64  # so that few shapes occur
 
-    def __init__(self, model: PeftModel, room: float = 0.0) -> None:
+    def __init__(self, model: PeftModel, reserve: float = 0.0) -> None:
         super().__init__(model)
-        self.room = room
+        self.reserve = reserve
         self.stream = torch.cuda.Stream()  # memory can be used again on the stream that it was used on alone
         self.forget()
 
@@ -64,7 +64,7 @@ class Replayed(Forward):
 
     def pause(self) -> None:
         held = sum(segment["total_size"] for segment in self.pool.snapshot())
-        if free_bytes() - held < self.room:
+        if free_bytes() - held < self.reserve:
             self.forget()
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -130,8 +130,13 @@ class _Replay(torch.autograd.Function):
         return None, None
 
 
-def make_forward(model: PeftModel, launch: str, checkpointing: bool, room: float = 0.0) -> Forward:
-    """What --launch and --gradient-checkpointing ask for: single, graphs or compiled; `room` as in Replayed."""
+def make_forward(model: PeftModel, launch: str, checkpointing: bool, reserve: float = 0.0) -> Forward:
+    """Return the pass that --launch and --gradient-checkpointing ask for.
+
+    Args:
+        launch: single, graphs or compiled.
+        reserve: as in Replayed.
+    """
     if checkpointing:
         base: Any = model.get_base_model()
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -139,4 +144,4 @@ def make_forward(model: PeftModel, launch: str, checkpointing: bool, room: float
         compile_layers(model)
     # checkpointing saves and sets the state of the random numbers, which cannot be recorded
     recorded = launch != "single" and not checkpointing and next(model.parameters()).is_cuda
-    return Replayed(model, room) if recorded else Forward(model)
+    return Replayed(model, reserve) if recorded else Forward(model)

@@ -6,10 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 
+from im2json.catalogue import labelled
 from im2json.report.table import before_after_table, table
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS, Difference, compare_predictions
-from im2json.scoring.catalogue import labelled
 from im2json.scoring.checks import CheckCounts, count_checks
 from im2json.scoring.examples import kept_predictions, score_run
 from im2json.scoring.field_confidence import ALL, FieldConfidence, run_confidence

@@ -9,13 +9,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from im2json.catalogue import labelled
 from im2json.files import read_json
-from im2json.options import FIELDS, TrainConfig
+from im2json.options import OPTIONS, TrainConfig
 from im2json.report.comparison import fields_table
 from im2json.resume import PATHS
 from im2json.runs import HUB_NAME, USAGE, RunFolder
 from im2json.scoring import METRICS
-from im2json.scoring.catalogue import labelled
 from im2json.scoring.examples import kept_predictions
 from im2json.scoring.scorecard import Scorecard
 
@@ -127,7 +127,7 @@ def _options(config: TrainConfig) -> str:
     shown = {
         name: _shown(value) if name in PATHS else value
         for name, value in config.flat().items()
-        if value is not None and not FIELDS[name].metadata["free"]
+        if value is not None and OPTIONS[name].affects_result
     }
     rows = [f"| {name} | {_cell(value)} |" for name, value in shown.items()]
     return "\n".join(["## Options", "", "| option | value |", "|---|---|", *rows])

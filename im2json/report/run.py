@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from im2json.catalogue import labelled
 from im2json.files import atomically
 from im2json.jsontext import canonical
 from im2json.records import Prediction
@@ -21,7 +22,6 @@ from im2json.report.plot import Curve, curve_plot, legend
 from im2json.report.table import cell_text
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS
-from im2json.scoring.catalogue import labelled
 from im2json.scoring.confidence import DIGITS, Calibration, judge_leaves, reliability, risk_coverage
 from im2json.scoring.errors import example_errors
 from im2json.scoring.examples import kept_predictions

@@ -6,8 +6,8 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from im2json.catalogue import labelled
 from im2json.scoring import METRICS
-from im2json.scoring.catalogue import labelled
 
 BEFORE_AFTER = ["metric", "before", "after", "change", ""]
 

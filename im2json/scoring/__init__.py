@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from im2json.scoring.catalogue import METRICS, Metric
+from im2json.catalogue import METRICS, Metric
 
 if TYPE_CHECKING:
     from im2json.scoring.evaluator import Difference, StreamingEvaluator, compare, compare_predictions

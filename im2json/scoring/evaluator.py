@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from im2json.catalogue import METRICS
 from im2json.errors import UserError
 from im2json.jsontext import Reading, scoring_text
 from im2json.records import Prediction
 from im2json.scoring.bootstrap import REPLICATES, example_key, interval, poisson_weights
-from im2json.scoring.catalogue import METRICS
 from im2json.scoring.metrics import SUMS, from_sums, score
 
 

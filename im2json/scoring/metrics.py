@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 
+from im2json.catalogue import METRICS
 from im2json.jsontext import Reading, canonical, read, scoring_text
-from im2json.scoring.catalogue import METRICS
 from im2json.scoring.normal import fields, normal_items
 from im2json.scoring.tree import tree_edit_accuracy
 

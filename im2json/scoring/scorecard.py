@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from im2json.catalogue import METRICS
 from im2json.jsontext import Reading, read
-from im2json.scoring.catalogue import METRICS
 from im2json.scoring.errors import ErrorCounts, example_errors
 from im2json.scoring.evaluator import StreamingEvaluator
 from im2json.scoring.fieldtable import FieldTable

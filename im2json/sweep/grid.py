@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from im2json.errors import UserError
 from im2json.files import read_json
-from im2json.options import FIELDS, PRESETS, TrainConfig, check, flag_name, scalar_type
+from im2json.options import OPTIONS, PRESETS, TrainConfig, check, flag_name
 from im2json.resume import fresh_options
 
 PARTS = ("preset", "base", "grid", "ablate", "seeds")
@@ -83,7 +83,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     name = name.removeprefix("--").replace("-", "_")
     if not equals:
         raise UserError(f"--set {text}: expected NAME=VALUE, like steps=50")
-    if name in FIELDS and scalar_type(name)[0] is str:
+    if name in OPTIONS and OPTIONS[name].kind is str:
         return name, value
     try:
         return name, json.loads(value)
@@ -99,7 +99,7 @@ def make_plan(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> Plan:
     """
     for part in stored:
         if part not in PARTS:
-            hint = "; options go into base, grid or ablate" if part in FIELDS else ""
+            hint = "; options go into base, grid or ablate" if part in OPTIONS else ""
             raise UserError(f"unknown key {part!r}: a grid holds {', '.join(PARTS)}{hint}")
     preset = stored.get("preset")
     if preset is not None and preset not in list(PRESETS):  # a list, because a JSON value may not be hashable
@@ -173,15 +173,11 @@ def _point(base: Values, variant: Variant, seed: Values, preset: str | None) -> 
         id=point_id(config),
         config=config,
         flags=_flags(given, config, preset or "tiny"),
-        resume_flags=[flag for name in given if not _affects_result(name) for flag in _flag(name, given[name])],
+        resume_flags=[flag for name in given if not OPTIONS[name].affects_result for flag in _flag(name, given[name])],
         axis_values=variant.axis_values,
         setting=_in_words(variant.changes),
         name=_in_words({**variant.changes, **seed}),
     )
-
-
-def _affects_result(name: str) -> bool:
-    return not FIELDS[name].metadata["free"]
 
 
 def _resolve(given: Values, preset: str | None) -> TrainConfig:
@@ -191,7 +187,7 @@ def _resolve(given: Values, preset: str | None) -> TrainConfig:
 
 def point_id(config: TrainConfig) -> str:
     """Return a name that follows from the options that decide the result."""
-    decides = {name: value for name, value in config.flat().items() if _affects_result(name)}
+    decides = {name: value for name, value in config.flat().items() if OPTIONS[name].affects_result}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
     model, train = config.model, config.train
     shown = f"r{model.r}-alpha{model.alpha:g}-dropout{model.dropout:g}-lr{train.lr:g}-seed{train.seed}"
@@ -246,7 +242,7 @@ def _checked_axes(axes: Any, part: str) -> dict[str, list[Any]]:
         raise UserError(f'{part}: expected an object of axes, like {{"r": [8, 16, 32]}}')
     for name, values in axes.items():
         _check_values(f"{part}.{name}", name, values)
-        if name == "metric" or not _affects_result(name):
+        if name == "metric" or not OPTIONS[name].affects_result:
             why = "points are ranked by one metric" if name == "metric" else "it does not change the result"
             raise UserError(f"{part}.{name}: {why}; it belongs into base")
     return axes

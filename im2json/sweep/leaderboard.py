@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from im2json.catalogue import labelled
 from im2json.errors import UserError
 from im2json.jsontext import scoring_text
 from im2json.records import RunResult
 from im2json.report.duration import clock_time
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS, StreamingEvaluator, compare
-from im2json.scoring.catalogue import labelled
 from im2json.sweep.grid import Plan, Values, shown
 from im2json.sweep.halving import Dropped
 from im2json.sweep.jobs import Job

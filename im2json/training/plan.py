@@ -1,4 +1,4 @@
-"""What train.py --plan says of a run that is not begun: its size, its memory, and from a few steps its time."""
+"""The report of train.py --plan on a run that is not begun: its size, its memory, and from a few steps its time."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ import time
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 
 from im2json.data.lengths import TargetLengths
 from im2json.data.loader import StepLoader
-from im2json.model.lora import count_parameters, trained
+from im2json.data.order import Order
+from im2json.model.lora import count_parameters
 from im2json.model.memory import Forecast
-from im2json.model.replay import Forward
-from im2json.options import TrainConfig
+from im2json.options import TrainConfig, TrainOptions
 from im2json.report.table import table
-from im2json.training.loop import Microbatch, peak_memory_bytes, seed_dropout, train_step
-from im2json.training.optimizer import flatten, make_optimizer
+from im2json.training.loop import peak_memory_bytes
+from im2json.training.update import Update, seed_dropout
 
 TIMED = 3  # steps
 ROUNDS = 3
@@ -28,7 +27,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Timing:
-    """Of a few real steps, the longest example of an epoch in one of them."""
+    """The time of a few real steps, with the longest example of an epoch in one of them."""
 
     seconds: float  # a step, the median
     peak: int | None  # bytes on the GPU; None on a CPU
@@ -36,7 +35,7 @@ class Timing:
 
 
 def size_report(model: PeftModel, loader: StepLoader, lengths: TargetLengths, config: TrainConfig) -> str:
-    """Weights, targets, steps and evaluations."""
+    """Return lines on weights, targets, steps and evaluations."""
     trainable, weights = count_parameters(model)
     options, order = config.train, loader.order
     steps = order.total(options)
@@ -58,7 +57,7 @@ def size_report(model: PeftModel, loader: StepLoader, lengths: TargetLengths, co
 
 
 def refusals(lengths: TargetLengths) -> str:
-    """How many targets limits at powers of two would refuse, up to the first that refuses none."""
+    """Return how many targets each limit at a power of two would refuse, up to the first that refuses none."""
     limits = [2**power for power in range(3, 30)]
     enough = next(limit for limit in limits if limit >= lengths.longest)
     shown = [limit for limit in limits if enough // 8 <= limit <= enough]
@@ -66,7 +65,7 @@ def refusals(lengths: TargetLengths) -> str:
 
 
 def memory_report(parts: Forecast) -> str:
-    """The forecast, part by part, and its peak."""
+    """Return a table of the forecast, part by part, and its peak."""
     rows: list[tuple[str, float]] = [
         ("frozen weights", parts.weights),
         ("embedding, tied to the output layer", parts.embedding),
@@ -81,45 +80,39 @@ def memory_report(parts: Forecast) -> str:
     return table([[name, value / GIB] for name, value in rows], ["forecast of memory on a GPU", "GiB"])
 
 
-def time_steps(
-    forward: Forward, loader: StepLoader, target_lengths: list[int], config: TrainConfig, accelerator: Accelerator
-) -> Timing:
+def time_steps(update: Update, loader: StepLoader, options: TrainOptions) -> Timing:
     """Take a few steps with the model in memory, three times, as passes are compiled at first and recorded when they
     come again; nothing of them is kept.
 
-    The steps stand together in the run's order, the one with the epoch's longest example first.
+    The steps follow each other in the run's order, the one with the epoch's longest example first.
     """
-    parameters = [flatten(trained(forward.model))]
-    optimizer = accelerator.prepare(make_optimizer(parameters, config.train))
-    microbatch = Microbatch(loader.microbatch)
-    first = longest_step(loader, target_lengths, loader.order.total(config.train))
+    accelerator, order = update.accelerator, loader.order
+    first = longest_step(order, order.total(options))
     seconds = []
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     steps = [*loader.steps(first, first + TIMED)] * ROUNDS  # decoded before the clock runs, as workers do it
     clock = time.perf_counter()
-    for place, batches in enumerate(steps):
-        step = first + place % TIMED
-        target_tokens = sum(target_lengths[i] for i in loader.order.step(step))
-        seed_dropout(config.train.seed, step, accelerator.process_index)
-        train_step(
-            forward, batches, target_tokens, parameters, optimizer, accelerator, config.train.max_grad_norm,
-            microbatch=microbatch,
-        )  # fmt: skip
+    for i, batches in enumerate(steps):
+        step = first + i % TIMED
+        seed_dropout(options.seed, step, accelerator.process_index)
+        update(batches, order.target_tokens(step))
         seconds.append(time.perf_counter() - clock)
         clock = time.perf_counter()
     peak = peak_memory_bytes() if accelerator.device.type == "cuda" else None
-    return Timing(statistics.median(seconds[-TIMED:]), peak, microbatch.most)
+    return Timing(statistics.median(seconds[-TIMED:]), peak, update.microbatch)
 
 
-def longest_step(loader: StepLoader, target_lengths: list[int], steps: int) -> int:
-    """The first of the steps (of the first epoch, at most) that holds their longest target."""
-    within = range(min(steps, loader.order.steps_per_epoch))
-    return max(within, key=lambda step: max(target_lengths[i] for i in loader.order.step(step)))
+def longest_step(order: Order, steps: int) -> int:
+    """Return the first of the steps (of the first epoch, at most) that holds their longest target."""
+    lengths = order.lengths
+    assert lengths is not None
+    within = range(min(steps, order.steps_per_epoch))
+    return max(within, key=lambda step: max(lengths[i] for i in order.step(step)))
 
 
 def time_report(timing: Timing, parts: Forecast, steps: int, price: float | None) -> str:
-    """What the steps took, and what all of them will; `price` is of an hour, in any currency."""
+    """Return lines on what the steps took and what all of them will take. `price` is of an hour, in any currency."""
     lines = []
     if timing.peak is not None:
         expected = parts.resident + parts.step
@@ -138,7 +131,7 @@ def time_report(timing: Timing, parts: Forecast, steps: int, price: float | None
 
 
 def duration(seconds: float) -> str:
-    """Hours and minutes, or minutes and seconds."""
+    """Return a time in hours and minutes, or minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

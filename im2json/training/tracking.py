@@ -18,7 +18,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from im2json.data.lengths import TargetLengths
 from im2json.files import append_lines
-from im2json.options import FIELDS, TrainConfig
+from im2json.options import OPTIONS, TrainConfig
 from im2json.records import EvaluationKey, LogLine
 from im2json.runs import RunFolder, step_of
 
@@ -91,7 +91,7 @@ class Tracker:
         `validation_best/name`), and the last value of each of the `tested` metrics."""
         if self.writer is None:
             return
-        options = {n: v for n, v in self.config.flat().items() if v is not None and not FIELDS[n].metadata["free"]}
+        options = {n: v for n, v in self.config.flat().items() if v is not None and OPTIONS[n].affects_result}
         metrics = {f"validation_best/{name}": value for name, value in best.items() if name != "num"}
         for summary in hparams(options, metrics | {f"test/{name}": 0.0 for name in tested if name != "num"}):
             self.writer._get_file_writer().add_summary(summary)

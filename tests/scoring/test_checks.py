@@ -6,7 +6,7 @@ import json
 from decimal import Decimal
 
 import pytest
-from predictions import prediction
+from helpers import prediction
 
 from im2json.scoring.checks import CheckCounts, SumCheck, amount, count_checks, parse_checks
 

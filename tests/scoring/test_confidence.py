@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from predictions import prediction
+from helpers import prediction
 
 from im2json.jsontext import canonical, leaf_spans, map_leaves, read
 from im2json.scoring.confidence import (

@@ -3,9 +3,9 @@ import pickle
 import random
 
 import pytest
+from helpers import prediction
 from oracles import edited, pairs, random_pair, random_receipt
 from oracles import normal as oracle_normal
-from predictions import prediction
 
 from im2json.records import Prediction
 from im2json.scoring import StreamingEvaluator

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers import prediction
 from oracles import random_pair
-from predictions import prediction
 
 from im2json.records import Prediction
 from im2json.scoring import METRICS, StreamingEvaluator, compare, compare_predictions

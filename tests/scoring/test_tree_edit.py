@@ -2,7 +2,7 @@ import random
 import time
 
 import pytest
-from conftest import slow
+from helpers import slow
 from oracles import edited, oracle_distance, random_object, random_pair, random_receipt
 
 from im2json.scoring import forest

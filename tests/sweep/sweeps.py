@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, clear_error
+from helpers import ROOT, clear_error
 
 from im2json.files import append_lines, lock
 from im2json.scoring import StreamingEvaluator

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sweeps import ROOT, board_of, clear_error, plan
 
-from im2json.options import FIELDS, TrainConfig
+from im2json.options import OPTIONS, TrainConfig
 from im2json.sweep.grid import read_plan
 from im2json.sweep.leaderboard import markdown
 
@@ -89,7 +89,7 @@ def test_the_flags_of_a_point_make_its_config(preset, microbatch, monkeypatch):
     base["microbatch"] = microbatch
     (point,) = plan(preset=preset, base={**base, "r": 32, "lr": 1.23456789e-4}).points
     configs: list[TrainConfig] = []
-    monkeypatch.setattr("im2json.programs.train", lambda config, *more: configs.append(config))
+    monkeypatch.setattr("im2json.commands.train.train", lambda config, *more: (configs.append(config), config))
     train.main(point.flags, standalone_mode=False)
     assert configs == [point.config]
     assert configs[0].train.test is False
@@ -184,4 +184,4 @@ def test_the_grids_of_the_repository(name):
     assert options(found.points[3:4], "r", "alpha") == [(32, 32)]
     assert set(options(found.points, "dropout")) == {(0.0,), (0.05,)}
     rates = {lr for (lr,) in options(found.points, "lr")}
-    assert rates == ({2e-4, 2e-5} if "cord" in name else {FIELDS["lr"].default, FIELDS["lr"].default / 10})
+    assert rates == ({2e-4, 2e-5} if "cord" in name else {OPTIONS["lr"].default, OPTIONS["lr"].default / 10})

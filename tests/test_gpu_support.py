@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import clear_error
 
-from im2json.model.card import check_card, precision_note
+from im2json.model.gpu import check_gpu, precision_note
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -40,7 +41,7 @@ def card(monkeypatch):
 )
 def test_cards_that_are_served(card, capability, built):
     card("a card", capability, built)
-    check_card()
+    check_gpu()
 
 
 @pytest.mark.parametrize(
@@ -55,15 +56,13 @@ def test_cards_that_are_served(card, capability, built):
 def test_cards_that_are_not_served_are_named_with_the_build_that_serves_them(card, name, capability, built, advice):
     card(name, capability, built)
     with pytest.raises(ValueError, match=name) as error:
-        check_card()
+        check_gpu()
     text = str(error.value)
     assert f"{capability[0]}.{capability[1]}" in text and text.endswith(advice)
     assert "\n" not in text
 
 
 def test_a_card_that_is_not_served_stops_a_run_before_anything_is_loaded(card, cli, tmp_path):
-    from conftest import clear_error
-
     card("Tesla V100-SXM2-16GB", (7, 0), CUDA_13)
     error = clear_error(cli("train", "--dataset", tmp_path / "nowhere", "--output", tmp_path / "run"))
     assert error.startswith("Tesla V100-SXM2-16GB (compute capability 7.0) is not served")

@@ -1,4 +1,4 @@
-"""What the GPU at hand can do, said before anything is loaded."""
+"""Whether the GPU at hand can do what is asked, found out before anything is loaded."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 from im2json.errors import UserError
 
-LAST_FOR_OLD_CARDS = "pip install torch --index-url https://download.pytorch.org/whl/cu126"
+LAST_FOR_OLD_GPUS = "pip install torch --index-url https://download.pytorch.org/whl/cu126"
 """Up to torch 2.14 the wheels with CUDA 12.6 serve Pascal and Volta; those with CUDA 13 begin with Turing (7.5)."""
 
 
-def check_card() -> None:
-    """Refuse a card that this build of torch has no code for: its first kernel would fail, or the wrong one run.
+def check_gpu() -> None:
+    """Refuse a GPU that this build of torch has no code for: its first kernel would fail, or the wrong one run.
 
     Raises:
-        UserError: naming the card, its compute capability, and the build that serves it.
+        UserError: naming the GPU, its compute capability, and the build that serves it.
     """
     built = torch.cuda.get_arch_list()
     if not any(arch.startswith("sm_") for arch in built):  # AMD's are named otherwise
@@ -25,7 +25,7 @@ def check_card() -> None:
     if any(_serves(arch, capability) for arch in built):
         return
     old = capability < (7, 5)
-    advice = f"the last torch wheels for it are those with CUDA 12.6: {LAST_FOR_OLD_CARDS}" if old else "update torch"
+    advice = f"the last torch wheels for it are those with CUDA 12.6: {LAST_FOR_OLD_GPUS}" if old else "update torch"
     raise UserError(
         f"{torch.cuda.get_device_name()} (compute capability {capability[0]}.{capability[1]}) is not served by torch "
         f"{torch.__version__}, which is built for {', '.join(built)}: {advice}"
@@ -33,8 +33,8 @@ def check_card() -> None:
 
 
 def _serves(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether code for `arch`, like sm_86 or compute_120, runs on a card: compiled code on later cards of the same
-    generation, PTX on all later ones; with a letter (sm_90a) on no other."""
+    """Return whether code for `arch`, like sm_86 or compute_120, runs on a GPU: compiled code does on later GPUs of the
+    same generation, PTX on all later ones, and code with a letter (sm_90a) on no other."""
     match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", arch)
     if match is None:
         return False
@@ -46,7 +46,7 @@ def _serves(arch: str, capability: tuple[int, int]) -> bool:
 
 
 def precision_note(wanted: str, precision: str) -> str | None:
-    """What there is to know of a computation in fp16, in one line."""
+    """Return a line on what to know of a computation in fp16; None for other precisions."""
     if precision != "fp16":
         return None
     why = f"{torch.cuda.get_device_name()} has no bf16: " if wanted == "auto" else ""

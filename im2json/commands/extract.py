@@ -1,0 +1,49 @@
+"""Pictures that nobody has labelled, read with an adapter, row by row into a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from im2json.cli import quick_start, quiet_libraries
+from im2json.data.pictures import list_pictures
+
+
+def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict[str, Any]) -> tuple[int, int]:
+    """Write the rows that are not in the file yet.
+
+    Args:
+        run: a run folder, an adapter folder, or an adapter on the hub.
+        pictures: files, folders and patterns.
+        out: the file, or None for the standard output.
+        options: in place of the run's.
+
+    Returns:
+        How many rows of the file say that a picture could not be read, and how many rows it has.
+
+    Raises:
+        UserError: naming the option, file or row that is wrong.
+    """
+    quiet_libraries()
+    from im2json.inference.rowfile import row_file
+    from im2json.model.hub import adapter_path
+    from im2json.resume import reading_config, reading_digest
+
+    listed = list_pictures(pictures)
+    config = reading_config(adapter_path(run), options)
+    with row_file(out, reading_digest(config)) as rows:
+        missing = [picture for picture in listed if picture not in rows.ids]
+        if missing:
+            with quick_start():
+                import torch
+                from tqdm import tqdm
+
+                from im2json.inference.extract import Extractor
+
+                if config.train.threads is not None:
+                    torch.set_num_threads(config.train.threads)
+                extractor = Extractor.from_config(config)
+            done = len(listed) - len(missing)
+            for row in tqdm(extractor(missing), desc="extract", unit="pic", initial=done, total=len(listed)):
+                rows.write(row)
+        return rows.errors, len(rows.ids)
