@@ -1,4 +1,4 @@
-"""Ablations that finish, resume and decide.
+"""Run an ablation grid, and rank what it finds.
 
 python sweep.py grid.json             every point of the grid, then the leaderboard, then the test split for the winner
 python sweep.py grid.json --dry-run   the points, their commands, and what is done
@@ -6,101 +6,55 @@ python sweep.py grid.json --dry-run   the points, their commands, and what is do
 
 from __future__ import annotations
 
-import functools
-import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from im2json.catalogue import METRICS
 from im2json.cli import user_errors
-from im2json.runs import RunFolder, check_folder, make_folder
-from im2json.sweep.grid import read_plan
-from im2json.sweep.launch import Here, Job, Place, command, make_jobs, make_slots, run_jobs
+from im2json.commands.sweep import SweepOptions, list_points, sweep
 
 HERE = Path(__file__).resolve().parent
 
 
 @click.command()
 @click.argument("grid", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), help="the sweep's folder; runs/NAME for NAME.json")
-@click.option("--jobs", type=click.IntRange(1), help="points at a time; 1 on a CPU, else as many as the GPUs take")
-@click.option("--gpus-per-run", type=click.IntRange(1), help="GPUs for each point; 1 unless given")
 @click.option(
-    "--ray", metavar="HOST:PORT", help="run the points on this Ray cluster, or `auto`; it shares the sweep's folder"
+    "--output", type=click.Path(path_type=Path), help="Folder of the sweep; runs/NAME for NAME.json by default."
+)
+@click.option("--jobs", type=click.IntRange(1), help="Points at a time; 1 on a CPU, or as many as the GPUs allow.")
+@click.option("--gpus-per-run", type=click.IntRange(1), help="GPUs for each point; 1 by default.")
+@click.option(
+    "--ray",
+    metavar="HOST:PORT",
+    help="Ray cluster that runs the points, or auto; its machines share the sweep's folder.",
 )
 @click.option(
     "--halve",
-    "halving",
     metavar="METRIC",
     type=click.Choice(list(METRICS)),
-    help="drop the worse half of the settings, by this metric, at each rung of validations (successive halving)",
+    help="Metric of successive halving, which drops the worse half of the settings at each rung of validations.",
 )
-@click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="replace an option of the grid's base")
-@click.option("--dry-run", is_flag=True, help="only show the points, their commands, and what is done")
-@click.option("--list", "as_list", is_flag=True, help="only print a command for every point that is not done")
-def main(
-    grid: Path, output: Path | None, jobs: int | None, gpus_per_run: int | None, ray: str | None, halving: str | None,
-    overrides: tuple[str, ...], dry_run: bool, as_list: bool,
-) -> None:  # fmt: skip
-    """Run the points of GRID, rank them by what they generate, and score the winner's test split.
+@click.option(
+    "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Value that replaces one in the grid's base."
+)
+@click.option("--dry-run", is_flag=True, help="Only print the points, their states and their commands.")
+@click.option("--list", "as_list", is_flag=True, help="Only print a command for each point that is not done.")
+def main(dry_run: bool, as_list: bool, **flags: Any) -> None:
+    """Run the points of GRID, rank them by the text that they generate, and score the winner on the test split.
 
-    The same command again goes on: finished points are kept, stopped ones resumed, and new ones added.
+    The same command continues a sweep: it keeps finished points, resumes stopped ones, and adds new ones.
     """
-    if halving is not None and (dry_run or as_list):
-        raise click.UsageError("--halve finds out while it runs which points go on: leave out --dry-run and --list")
+    options = SweepOptions(train=HERE / "train.py", evaluate=HERE / "evaluate.py", **flags)
+    if options.halve is not None and (dry_run or as_list):
+        raise click.UsageError("--halve decides while it runs which points go on: leave out --dry-run and --list")
     with user_errors("the same command goes on"):
-        plan = read_plan(grid, overrides)
-        sweep = output or Path("runs") / grid.stem
-        sweep = sweep.absolute() if ray is not None else sweep  # the cluster's programs start somewhere else
-        points = make_jobs(plan.points, sweep)
-        elsewhere = as_list or ray is not None  # on machines that need not have what this one has
-        slots, processes, threads = ([], gpus_per_run or 1, None) if elsewhere else make_slots(jobs, gpus_per_run)
-
-        def make_command(job: Job) -> list[str]:
-            return command(job, HERE / "train.py", processes, threads)
-
         if dry_run or as_list:
-            for job in points:
-                if dry_run:
-                    click.echo(f"{job.point.name}: {job.state}, {job.run.path}")
-                if job.state != "done":
-                    click.echo(("    " if dry_run else "") + shlex.join(make_command(job)))
-            return
-        from im2json.sweep.answer import answer
-        from im2json.sweep.cluster import Cluster
-        from im2json.sweep.halving import Dropped, check_rungs, halve
-        from im2json.sweep.progress import Progress
-
-        if halving is not None:
-            check_rungs(plan.points)
-        check_folder(sweep)
-        place: Place
-        if ray is None:
-            place = Here(slots, make_command)
-        else:
-            place = Cluster(ray, HERE / "train.py", jobs or len(points), gpus_per_run)
-        make_folder(sweep)
-        run = functools.partial(run_jobs, points, place, Progress(points, plan.metric))
-        dropped: list[Dropped] = []
-        try:
-            if halving is None:
-                run()
-            else:
-                halve(points, halving, run, dropped)
-        except KeyboardInterrupt:
-            answer(plan, points, sweep, dropped)
-            raise
-
-        def score(winner: RunFolder, log: Path) -> tuple[int, str]:
-            return place.output_of([str(HERE / "evaluate.py"), str(winner.path), "--json"], log)
-
-        answer(plan, points, sweep, dropped, score)
-        failed = sum(job.state == "failed" for job in points)
-        if failed:
-            click.echo(f"{failed} of {len(points)} points failed; the same command tries them again", err=True)
-        sys.exit(1 if failed else 0)
+            list_points(options, with_states=dry_run, elsewhere=as_list)
+        elif not sweep(options):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

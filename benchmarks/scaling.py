@@ -41,8 +41,8 @@ import click
 from full_size import REPOSITORY, MemoryWatch, save_random_paligemma, write_cord_rows
 
 from im2json.files import read_lines
+from im2json.machine import visible_gpus
 from im2json.runs import RunFolder
-from im2json.sweep.launch import visible_gpus
 
 GIB = 2**30
 COMPARED = 20  # steps at most

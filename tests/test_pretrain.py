@@ -12,8 +12,9 @@ from click.testing import CliRunner
 from helpers import slow
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
-from im2json.data.page import Cell, Line
-from im2json.data.receipts import CONTENT_CLASSES, OTHER_CLASS, content_class, draw_receipt, render
+from im2json.data.receipts import draw_receipt, render
+from im2json.data.receipts.content import CONTENT_CLASSES, OTHER_CLASS, content_class
+from im2json.data.receipts.layout import Cell, Line
 from im2json.pretrain import content, forms, looks, mixture, pages
 from im2json.pretrain.__main__ import main
 from im2json.pretrain.evaluate import Reading, error_rate, summary

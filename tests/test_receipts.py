@@ -1,4 +1,4 @@
-"""The synthetic receipts: the same everywhere, in CORD v2's schema, adding up, disjoint over splits."""
+"""The synthetic receipts are the same everywhere, follow the schema of CORD v2, add up, and differ between splits."""
 
 import collections
 import json
@@ -8,9 +8,10 @@ import re
 import numpy as np
 import pytest
 
-from im2json.data import words
-from im2json.data.page import SIDE, Cell, Line, draw_style, print_page
-from im2json.data.receipts import COUNTS, Receipts, content_class, draw_receipt, render
+from im2json.data.receipts import COUNTS, Receipts, draw_receipt, render, words
+from im2json.data.receipts.content import content_class
+from im2json.data.receipts.layout import SIDE, Cell, Line, draw_style
+from im2json.data.receipts.printing import print_page
 
 MENU_KEYS = {"nm", "num", "unitprice", "cnt", "discountprice", "price", "sub"}
 SUB_TOTAL_KEYS = {"subtotal_price", "discount_price", "service_price", "tax_price"}
@@ -41,7 +42,7 @@ def subs(item):
 
 
 def amount(text):
-    """In the smallest unit: every amount of a receipt is printed with the same decimals."""
+    """Return an amount in the smallest unit; all amounts of a receipt have the same number of decimals."""
     return int(re.sub(r"\D", "", text)) * (-1 if text.startswith("-") else 1)
 
 
@@ -54,7 +55,7 @@ def test_same_arguments_same_receipt():
 
 
 def test_content_does_not_change_between_versions():
-    """Published numbers hold only while the receipts stay what they were."""
+    """Published figures hold only as long as the receipts stay the same."""
     assert draw_receipt(0, "train", 0).target == PINNED
 
 
@@ -129,7 +130,7 @@ def test_a_third_of_the_words_is_random(many):
 
 
 def test_splits_share_no_receipt():
-    """By construction: the first item of a receipt says which split it is of, whatever the seed."""
+    """The first item of a receipt determines its split, whatever the seed."""
     firsts = {
         split: {
             (item["nm"], item["price"])
@@ -160,7 +161,7 @@ def test_a_sequence_of_examples():
 
 
 def test_centres_lie_on_the_printed_characters():
-    """Also on a turned page: where the strokes of an x cross, there is ink."""
+    """There is ink where the strokes of an x cross, also on a turned page."""
     lines = (Line((Cell("xxxx"), Cell("xxxx", "r", 1.0))),) * 6
     checked = 0
     for index in range(300):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from im2json.report import before_after_table, table
 from im2json.report import picture as panels
+from im2json.report.duration import clock_time, duration
 from im2json.report.picture import prediction_panel
 from im2json.report.plot import Curve, Estimate, curve_plot, estimate_plot, legend, log_ticks, round_ticks, thinned
 
@@ -37,6 +38,14 @@ def test_table_of_odd_cells():
     assert table([], ["metric", "value"]).splitlines() == ["metric  value", "------  -----"]
     with pytest.raises(ValueError, match="2 cells under 1 headers"):
         table([[1, 2]], ["one"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "clock", "words"),
+    [(4.4, "0:04", "0 min 4 s"), (3599.7, "1:00:00", "1 h 0 min"), (90061, "25:01:01", "25 h 1 min")],
+)
+def test_durations(seconds, clock, words):
+    assert (clock_time(seconds), duration(seconds)) == (clock, words)
 
 
 def test_before_after():

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from im2json.data.page import Line
+from im2json.data.receipts.layout import Line
 from im2json.pretrain.forms import compact, form_name, random_keys
 from im2json.pretrain.looks import KINDS, LABELS, Entry, Part, entries, only_last_amount
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from im2json.data.page import Line
+from im2json.data.receipts.layout import Line
 
 FORMS = 24
 NEUTRAL_KEYS = [

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from im2json.data.page import Line
+from im2json.data.receipts.layout import Line
 
 _MONEY = r"(?:Rp\.? ?|[$€£])?(?:\d{1,3}(?:[.,]\d{3})+(?:[.,]\d{2})?|\d+(?:[.,]\d{2})?)"
 _PATTERNS = {  # the first that matches the whole text says its kind

@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
-from im2json.data.page import SIDE, Line, Page, print_page
+from im2json.data.receipts.layout import SIDE, Line
+from im2json.data.receipts.printing import Page, print_page
 from im2json.pretrain.content import ContentForm, content_forms
 from im2json.pretrain.forms import Form, compact, fixed_forms, has_target_shape, keyed_form
 from im2json.pretrain.model import COLUMNS, GRID, PATCH, ROWS

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from im2json.data.page import SIDE
+from im2json.data.receipts.layout import SIDE
 from im2json.errors import UserError
 
 PATCH = 14  # px

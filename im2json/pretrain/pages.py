@@ -8,9 +8,9 @@ import random
 import string
 from dataclasses import dataclass
 
-from im2json.data.page import Cell, Line, Style, draw_style
 from im2json.data.receipts import draw_receipt
-from im2json.data.words import FOOD, SHOP, cased, phrase, random_word
+from im2json.data.receipts.layout import Cell, Line, Style, draw_style
+from im2json.data.receipts.words import FOOD, SHOP, cased, phrase, random_word
 from im2json.pretrain.looks import LABELS
 from im2json.pretrain.tokenizer import CHARACTERS
 

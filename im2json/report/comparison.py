@@ -1,4 +1,4 @@
-"""Tables of a scorecard and of two runs side by side."""
+"""Make the tables of a scorecard, and of two runs side by side."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from im2json.runs import RunFolder
 from im2json.scoring import METRICS, Difference, compare_predictions
 from im2json.scoring.checks import CheckCounts, count_checks
 from im2json.scoring.examples import kept_predictions, score_run
+from im2json.scoring.field_confidence import ALL, FieldConfidence, run_confidence
 from im2json.scoring.fieldtable import compare_fields
 from im2json.scoring.scorecard import Scorecard
-from im2json.scoring.sureness import ALL, Sureness, run_sureness
 
 MAX_FOREIGN_SHOWN = 10
-"""Rows of paths that no target has; --json has them all."""
+"""Rows shown of paths that no target has; --json has them all."""
 
 
-def scorecard_report(card: Scorecard, as_json: bool = False) -> str:
-    """Metrics with their intervals, fields, and errors, one table below the other, or `card.as_json()` as text."""
+def scorecard_report(scorecard: Scorecard, as_json: bool = False) -> str:
+    """Return tables of metrics with their intervals, of fields and of errors, or `scorecard.as_json()` as text."""
     if as_json:
-        return json.dumps(card.as_json(), indent=2)
-    values, bounds = card.metrics.compute(), card.metrics.intervals()
+        return json.dumps(scorecard.as_json(), indent=2)
+    values, bounds = scorecard.metrics.compute(), scorecard.metrics.intervals()
     metrics = table(
         [[labelled(name), values[name], *bounds[name]] for name in METRICS], ["metric", "value", "low", "high"]
     )
-    errors = [[name, found["examples"], found["occurrences"]] for name, found in card.errors.compute().items()]
-    parts = [f"{int(values['num'])} examples, with 95 % intervals:\n{metrics}", fields_table(card)]
+    errors = [[name, found["examples"], found["occurrences"]] for name, found in scorecard.errors.compute().items()]
+    parts = [f"{int(values['num'])} examples, with 95 % intervals:\n{metrics}", fields_table(scorecard)]
     return "\n\n".join([*filter(None, parts), table(errors, ["error", "examples", "times"])])
 
 
-def fields_table(card: Scorecard) -> str:
-    """A line a key path; of those that no target has the most frequent, and how many were left out.
+def fields_table(scorecard: Scorecard) -> str:
+    """Return a table with a line for each key path, or nothing if there is no field.
 
-    Empty where there is no field.
+    Of the paths that no target has, it holds the most frequent and says how many it leaves out.
     """
-    rows = card.fields.compute()
+    rows = scorecard.fields.compute()
     if not rows:
         return ""
     foreign = [row for row in rows if not row.support and row.path is not None]
@@ -61,22 +61,28 @@ def run_report(
     target_precision: float | None = None,
     as_json: bool = False,
 ) -> str:
-    """A split's metrics before and after, and what was answered after in detail; as JSON the metrics and confidence."""
-    sureness = run_sureness(run, split, target_precision)
+    """Return the metrics of a split before and after training, and details of the answers after it.
+
+    As JSON they are metrics, confidence and checks.
+
+    Raises:
+        UserError: if the run kept no predictions of the split.
+    """
+    confidence = run_confidence(run, split, target_precision)
     checks = count_checks(kept_predictions(run, split))
     if as_json:
-        told = {"checks": {text: found._asdict() for text, found in checks.items()}} if checks else {}
-        return json.dumps({**metrics, "confidence": sureness.as_json(), **told}, indent=2)
+        counts = {"checks": {text: found._asdict() for text, found in checks.items()}} if checks else {}
+        return json.dumps({**metrics, "confidence": confidence.as_json(), **counts}, indent=2)
     return (
         f"{split} split, generated text:\n{before_after_table(metrics['before'], metrics['after'])}\n\n"
         f"after, in detail: {scorecard_report(score_run(run, split))}\n\n"
-        f"{sureness_table(sureness)}\n\n{checks_table(checks)}"
+        f"{confidence_table(confidence)}\n\n{checks_table(checks)}"
         f"predictions  {run.predictions_file}\nreport       {run.report}\npicture      {run.path / f'{split}.png'}"
     )
 
 
-def sureness_table(found: Sureness) -> str:
-    """A line a key path, all of them together first."""
+def confidence_table(found: FieldConfidence) -> str:
+    """Return a table with a line for each key path, all leaves together first."""
     if not found.groups:
         return "no field has a confidence"
     headers = ["confidence", "fields", "right", "mean", "ECE", "AURC"]
@@ -97,7 +103,7 @@ def sureness_table(found: Sureness) -> str:
 
 
 def checks_table(checks: Mapping[str, CheckCounts]) -> str:
-    """A line a check, and an empty one behind them; empty where there is none."""
+    """Return a table with a line for each check and an empty line after it, or nothing if there is no check."""
     if not checks:
         return ""
     headers = ["check", "holds", "fails", "cannot say", "an amount is wrong", "and it fails"]
@@ -105,9 +111,10 @@ def checks_table(checks: Mapping[str, CheckCounts]) -> str:
 
 
 def comparison_report(first: RunFolder, second: RunFolder, split: str, as_json: bool = False) -> str:
-    """What two runs answered after training, compared on the same examples: metrics and the F1 of every field.
+    """Return a comparison of what two runs answered after training: the metrics and the F1 of every field.
 
-    Raises UserError where a run kept no answers for the split, or the examples are not the same.
+    Raises:
+        UserError: if a run kept no answers for the split, or the examples differ.
     """
     rows = kept_predictions(first, split), kept_predictions(second, split)
     metrics, fields = compare_predictions(*rows), compare_fields(*rows)
@@ -118,7 +125,7 @@ def comparison_report(first: RunFolder, second: RunFolder, split: str, as_json: 
 
 
 def comparison_tables(metrics: Mapping[str, Difference], fields: Mapping[str, Difference]) -> str:
-    """A table of metrics and, where there are any, one of fields."""
+    """Return a table of metrics and, if there are fields, one of fields."""
     headers = ["A", "B", "B - A", "low", "high", ""]
     rows = [[labelled(name), *_cells(found, METRICS[name].higher_is_better)] for name, found in metrics.items()]
     by_field = [[path, *_cells(found, True)] for path, found in fields.items()]
@@ -128,7 +135,7 @@ def comparison_tables(metrics: Mapping[str, Difference], fields: Mapping[str, Di
 
 
 def verdict(found: Difference, higher_is_better: bool) -> str:
-    """better, worse, within noise, or too few examples to say."""
+    """Return better, worse, within noise, or too few if there are too few examples to say."""
     if math.isnan(found.low):
         return "too few"
     if not found.exceeds_noise:
@@ -137,7 +144,7 @@ def verdict(found: Difference, higher_is_better: bool) -> str:
 
 
 def comparison_json(metrics: Mapping[str, Difference], fields: Mapping[str, Difference]) -> dict[str, object]:
-    """{"metrics": {name: ...}, "fields": {path: ...}}, each with first, second, difference, low, high, verdict."""
+    """Return {"metrics": {name: ...}, "fields": {path: ...}}, each with the values of a Difference and a verdict."""
     return {
         "metrics": {name: _as_json(found, METRICS[name].higher_is_better) for name, found in metrics.items()},
         "fields": {path: _as_json(found, True) for path, found in fields.items()},

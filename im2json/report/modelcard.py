@@ -1,4 +1,4 @@
-"""The card of an exported model, written from its run: data, options, metrics with intervals, limits."""
+"""Write the model card of an export from its run: data, options, metrics with intervals, and limits."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from im2json.scoring.scorecard import Scorecard
 EMBEDDED = {"model": "tiny", "dataset": "receipts"}
 
 
-def model_card(run: RunFolder, card: Scorecard, title: str, adapter_alone: bool, parity: str = "") -> str:
-    """README.md of a model on the hub, with its YAML head. No path of this machine is in it.
+def model_card(run: RunFolder, scorecard: Scorecard, title: str, adapter_alone: bool, parity: str = "") -> str:
+    """Return README.md of a model on the hub, with its YAML head. It holds no path of this machine.
 
     Args:
-        card: of the run's answers on the test split (see scoring.examples.score_run).
-        parity: how the answers of the exported weights compare with the run's; empty where that was not looked at.
+        scorecard: of the run's answers on the test split (see scoring.examples.score_run).
+        parity: how the answers of the exported weights compare with the run's; empty if they were not compared.
     """
     config = run.read_config()
     version = read_json(run.config)["versions"]["im2json"]
     parts = [
-        f"---\n{_head(config, card, title, adapter_alone)}\n---",
+        f"---\n{_head(config, scorecard, title, adapter_alone)}\n---",
         f"# {title}",
         f"Reads a picture of a document as JSON: {_base(config)}, fine-tuned with QLoRA by im2json {version}.",
         _usage(run, config, adapter_alone),
-        _data(run, config, card),
-        _metrics(card),
+        _data(run, config, scorecard),
+        _metrics(scorecard),
         _options(config),
-        _limits(run, config, card, adapter_alone, parity),
+        _limits(run, config, scorecard, adapter_alone, parity),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _head(config: TrainConfig, card: Scorecard, title: str, adapter_alone: bool) -> str:
+def _head(config: TrainConfig, scorecard: Scorecard, title: str, adapter_alone: bool) -> str:
     data, base = config.data.dataset, config.model.model
-    values = card.metrics.compute()
+    values = scorecard.metrics.compute()
     on_hub = _on_hub(data)
     results = [
         EvalResult(
@@ -92,7 +92,7 @@ def _usage(run: RunFolder, config: TrainConfig, adapter_alone: bool) -> str:
     )
 
 
-def _data(run: RunFolder, config: TrainConfig, card: Scorecard) -> str:
+def _data(run: RunFolder, config: TrainConfig, scorecard: Scorecard) -> str:
     result = run.read_result()
     parts = {
         "data set": _shown(config.data.dataset),
@@ -101,17 +101,17 @@ def _data(run: RunFolder, config: TrainConfig, card: Scorecard) -> str:
         "examples seen in training": result and result.examples,
         "steps": result and result.step,
         "best step": result and result.best_step,
-        "test examples": int(card.metrics.compute()["num"]),
+        "test examples": int(scorecard.metrics.compute()["num"]),
     }
     return "## Data\n\n" + "\n".join(f"- {name}: {value}" for name, value in parts.items() if value is not None)
 
 
-def _metrics(card: Scorecard) -> str:
-    values, bounds = card.metrics.compute(), card.metrics.intervals()
+def _metrics(scorecard: Scorecard) -> str:
+    values, bounds = scorecard.metrics.compute(), scorecard.metrics.intervals()
     rows = [
         f"| {labelled(name)} | {values[name]:.3f} | {bounds[name][0]:.3f} - {bounds[name][1]:.3f} |" for name in METRICS
     ]
-    fields = fields_table(card)
+    fields = fields_table(scorecard)
     return "\n".join([
         f"## Metrics\n\nOf generated text, on the {values['num']:.0f} examples of the test split, with 95 % intervals "
         "(Poisson bootstrap over examples):\n",
@@ -123,7 +123,7 @@ def _metrics(card: Scorecard) -> str:
 
 
 def _options(config: TrainConfig) -> str:
-    """All that decide the result."""
+    """Return the table of the options that affect the result."""
     shown = {
         name: _shown(value) if name in PATHS else value
         for name, value in config.flat().items()
@@ -134,12 +134,12 @@ def _options(config: TrainConfig) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value as a Markdown table can hold it."""
+    """Return a value as text that a cell of a Markdown table can hold."""
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
-def _limits(run: RunFolder, config: TrainConfig, card: Scorecard, adapter_alone: bool, parity: str) -> str:
-    values = card.metrics.compute()
+def _limits(run: RunFolder, config: TrainConfig, scorecard: Scorecard, adapter_alone: bool, parity: str) -> str:
+    values = scorecard.metrics.compute()
     pixels = read_json(run.adapter / "processor_config.json")["image_processor"]["size"]
     seen = f"{pixels['width']} x {pixels['height']} pixels"
     limits = [
@@ -174,7 +174,7 @@ def _on_hub(name: str) -> bool:
 
 
 def _shown(name: str) -> str:
-    """A data set or model as others know it: of a local path its last part."""
+    """Return the public name of a data set or model, which is the last part of a local path."""
     if name == EMBEDDED["dataset"]:
         return "synthetic receipts (im2json's own)"
     return name if _on_hub(name) or name in EMBEDDED.values() else Path(name).name

@@ -1,4 +1,4 @@
-"""The frame of a page that is one file: no network, dark where the reader's screen is."""
+"""The frame of an HTML page that is one file. It needs no network, and is dark if the reader's screen is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ h1, h2, h3 { overflow-wrap: anywhere }
 
 
 def html_page(title: str, style: str, body: str) -> str:
-    """A whole file; `title` is its heading too."""
+    """Return a whole HTML file, with the title as its heading."""
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -31,7 +31,7 @@ def html_page(title: str, style: str, body: str) -> str:
 
 
 def html_table(headers: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML, headers are text."""
+    """Return a table. Its cells are HTML, its headers are text."""
     head = "".join(f"<th>{html.escape(header)}</th>" for header in headers)
     body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'

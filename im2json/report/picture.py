@@ -1,4 +1,4 @@
-"""One picture of a prediction: the document, what it should become, and what the model wrote."""
+"""Draw one picture of a prediction: the document, its target, and the text of the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DOCUMENT_WIDTH = 420
 COLUMN_WIDTH = 400
 MIN_HEIGHT, MAX_HEIGHT = 360, 940  # of the document and of the columns
 
-PAGE, CARD, BORDER = "#eef0f3", "#ffffff", "#c9ced6"
+BACKGROUND, PAPER, BORDER = "#eef0f3", "#ffffff", "#c9ced6"
 INK, MUTED, HEADER_INK = "#1d232b", "#6b7480", "#ffffff"
 SLATE, GREEN, AMBER, RED = "#44505e", "#2c7a4b", "#9a6700", "#b03a2e"
 WRONG = "#fbe3df"  # behind lines that the target does not have
@@ -36,15 +36,15 @@ class _Column:
     title: str
     verdict: str
     colour: str  # of the header
-    lines: list[tuple[str, bool]]  # text as wide as the column at most, and whether the target has it
+    lines: list[tuple[str, bool]]  # text that fits the column, and whether the target has it
 
 
 def prediction_panel(image: Image.Image, target_text: str, before_text: str | None, after_text: str) -> Image.Image:
-    """The document beside its target and the model's text before and after training; mode RGB.
+    """Draw the document beside its target and the text of the model before and after training, in mode RGB.
 
-    Without `before_text` there is one column for the prediction. A JSON object is shown indented, its lines
-    that the target does not have tinted; other text is shown as it is. Text that does not fit is clipped, and
-    a line at the end says so; characters that the font lacks are shown as JSON escapes.
+    Without `before_text` there is one column for the prediction. A JSON object is indented, and its lines that the
+    target does not have are tinted; other text is shown as it is. Text that does not fit is clipped, and the last line
+    says so. Characters that the font lacks are shown as JSON escapes.
     """
     columns = [_column("target", target_text, None)]
     if before_text is not None:
@@ -55,7 +55,7 @@ def prediction_panel(image: Image.Image, target_text: str, before_text: str | No
     needed = [HEADER + 2 * PADDING + LINE * len(column.lines) for column in columns]
     height = min(max(MIN_HEIGHT, document.height, *needed), MAX_HEIGHT)
     width = MARGIN + document.width + MARGIN + len(columns) * (COLUMN_WIDTH + MARGIN)
-    panel = Image.new("RGB", (width, MARGIN + height + MARGIN), PAGE)
+    panel = Image.new("RGB", (width, MARGIN + height + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(panel)
     panel.paste(document, (MARGIN, MARGIN))
     draw.rectangle((MARGIN - 1, MARGIN - 1, MARGIN + document.width, MARGIN + document.height), outline=BORDER)
@@ -67,7 +67,7 @@ def prediction_panel(image: Image.Image, target_text: str, before_text: str | No
 
 
 def _fit(image: Image.Image) -> Image.Image:
-    """As large as the space allows, enlarged at most twice; never thinner than a pixel."""
+    """Scale a document to the space: enlarge it at most twice, and make it at least one pixel wide and high."""
     scale = min(DOCUMENT_WIDTH / image.width, MAX_HEIGHT / image.height, 2.0)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.LANCZOS)
@@ -84,14 +84,14 @@ def _column(title: str, text: str, target_text: str | None) -> _Column:
     else:
         verdict, colour = "differs", AMBER
     lines = _readable(text)
-    judged = target_text is not None and parsed is not None  # the header says enough of what is no JSON
+    judged = target_text is not None and parsed is not None  # for text that is no JSON, the header says enough
     right = _shared(lines, _readable(target_text or "")) if judged else [True] * len(lines)
     wrapped = [(part, ok) for line, ok in zip(lines, right) for part in _wrap(line, _columns_of_text())]
     return _Column(title, verdict, colour, wrapped)
 
 
 def _readable(text: str) -> list[str]:
-    """Indented where it is a JSON object, in characters that the font has."""
+    """Return the lines of a text, indented if it is a JSON object, in characters that the font has."""
     parsed = parse(text)
     shown = text if parsed is None else json.dumps(parsed, ensure_ascii=False, indent=2)
     shown = shown.replace("\r\n", "\n").expandtabs(4)
@@ -104,8 +104,8 @@ def _escape(char: str) -> str:
 
 
 def _shared(lines: Sequence[str], target: Sequence[str]) -> list[bool]:
-    """For each line, whether the target has it at its place, a comma at the end aside."""
-    most = MAX_HEIGHT // LINE  # more are not shown, and comparing costs their product
+    """Return for each line whether the target has it in the same order, regardless of a comma at the end."""
+    most = MAX_HEIGHT // LINE  # more are not shown, and the cost of comparing is their product
     here, there = ([line.rstrip(",") for line in side[:most]] for side in (lines, target))
     right = [False] * len(lines)
     for start, _, size in difflib.SequenceMatcher(None, here, there, autojunk=False).get_matching_blocks():
@@ -114,7 +114,7 @@ def _shared(lines: Sequence[str], target: Sequence[str]) -> list[bool]:
 
 
 def _wrap(line: str, width: int) -> list[str]:
-    """Parts of at most `width` characters, broken at a space if one is near; continued two further in."""
+    """Break a line into parts of at most `width` characters, at a space if one is near; indent the others by 2 more."""
     indent = " " * min(len(line) - len(line.lstrip(" ")) + 2, width // 2)
     parts = []
     while len(line) > width:
@@ -127,14 +127,14 @@ def _wrap(line: str, width: int) -> list[str]:
 
 def _draw_column(draw: ImageDraw.ImageDraw, column: _Column, left: int, height: int) -> None:
     top, right, font = MARGIN, left + COLUMN_WIDTH, _font()
-    draw.rectangle((left, top, right - 1, top + height - 1), fill=CARD, outline=BORDER)
+    draw.rectangle((left, top, right - 1, top + height - 1), fill=PAPER, outline=BORDER)
     draw.rectangle((left, top, right - 1, top + HEADER - 1), fill=column.colour)
     middle = top + HEADER // 2
     draw.text((left + PADDING, middle), column.title, HEADER_INK, font, anchor="lm")
     draw.text((right - PADDING, middle), column.verdict, HEADER_INK, font, anchor="rm")
 
-    room = (height - HEADER - 2 * PADDING) // LINE
-    lines = column.lines if len(column.lines) <= room else column.lines[: room - 1]
+    most = (height - HEADER - 2 * PADDING) // LINE
+    lines = column.lines if len(column.lines) <= most else column.lines[: most - 1]
     y = top + HEADER + PADDING
     if not any(text for text, _ in lines):
         draw.text((left + PADDING, y), "(nothing)", MUTED, font)
@@ -151,7 +151,7 @@ def _draw_column(draw: ImageDraw.ImageDraw, column: _Column, left: int, height: 
 
 @cache
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The package's monospace font, or Pillow's own where the package was stripped of it."""
+    """Return the package's monospace font, or Pillow's own if the package was installed without it."""
     file = files("im2json") / "data" / "fonts" / "mono.ttf"
     if not file.is_file():
         return ImageFont.load_default(FONT_SIZE)
@@ -160,7 +160,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 @cache
 def _columns_of_text() -> int:
-    """Characters that fit side by side."""
+    """Return how many characters fit in a column."""
     return int((COLUMN_WIDTH - 2 * PADDING) / _font().getlength("M"))
 
 
@@ -170,6 +170,6 @@ def _has_glyph(char: str) -> bool:
         return True
     if not char.isprintable():
         return False
-    # Fonts draw one and the same box for all that they lack; U+FFFF is in none.
+    # A font draws the same box for every character that it lacks, and no font has U+FFFF.
     mask, box = (_font().getmask(c) for c in (char, "\uffff"))
     return mask.size != box.size or bytes(mask) != bytes(box)

@@ -1,4 +1,4 @@
-"""Plots as SVG text for a page: estimates with their intervals, and curves. Their ink is the page's, dark or light."""
+"""Draw plots as SVG text for an HTML page: estimates with intervals, and curves, in the ink of the page."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "currentColor")
-"""Okabe and Ito's, which colour-blind people can tell apart too, but for yellow, which white swallows."""
+"""The colours of Okabe and Ito, which colour-blind people can tell apart, without yellow, which is faint on white."""
 DASHES = ("none", "8 4", "2 3", "10 3 2 3", "16 4", "8 3 2 3 2 3")
 
 # All in pixels.
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 34, 40
 FONT_SIZE = 12
-CHARACTER = 7  # a little more than its mean width
-LONGEST_LABEL = 24  # in characters; hovering tells the rest
-NARROWEST, TILTED = 64, 26  # what a value takes on an axis, and where labels have to be tilted
+CHARACTER = 7  # a little more than the mean width of a character
+LONGEST_LABEL = 24  # in characters; hovering shows the rest
+NARROWEST, TILTED = 64, 26  # the least width of a value on an axis, with upright and with tilted labels
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the interval that it lies in."""
+    """A value with its interval."""
 
     label: str
-    value: float | None  # None leaves its place empty
+    value: float | None  # None: only the label is drawn
     low: float | None = None
     high: float | None = None
-    singles: Sequence[float] = ()  # what the value is the mean of
+    singles: Sequence[float] = ()  # the values of which this is the mean
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Round values, of which the first lies at pixel `start` and the last at `end`."""
+    """An axis: round values, the first at pixel `start` and the last at pixel `end`."""
 
     ticks: Sequence[float]
     start: float
@@ -55,32 +55,32 @@ class _Scale:
 
 
 def estimate_plot(estimates: Sequence[Estimate], x_label: str, y_label: str) -> str:
-    """Each estimate in a place of its own, in the order given; empty where there is no value."""
+    """Draw the estimates side by side, in the order given; return nothing if none has a value."""
     known = [e for e in estimates if e.value is not None]
     values = [v for e in known for v in (e.value, e.low, e.high, *e.singles) if v is not None]
     if not values:
         return ""
     longest = CHARACTER * max(len(_shortened(e.label)) for e in estimates)
-    slot: float = max(NARROWEST, longest + 2 * CHARACTER)
-    tilted = LEFT + slot * len(estimates) + RIGHT > WIDTH
-    slot = TILTED if tilted else slot
+    spacing: float = max(NARROWEST, longest + 2 * CHARACTER)
+    tilted = LEFT + spacing * len(estimates) + RIGHT > WIDTH
+    spacing = TILTED if tilted else spacing
     lean = longest * 0.71 if tilted else 0  # the sine of 45 degrees
     left = max(LEFT, lean)
-    width = max(WIDTH // 2, left + slot * len(estimates) + RIGHT)
-    slot = (width - left - RIGHT) / len(estimates)
+    width = max(WIDTH // 2, left + spacing * len(estimates) + RIGHT)
+    spacing = (width - left - RIGHT) / len(estimates)
     y = _Scale(round_ticks(min(values), max(values)), HEIGHT - BOTTOM, TOP)
     parts = []
     for i, estimate in enumerate(estimates):
-        x = left + slot * (i + 0.5)
+        x = left + spacing * (i + 0.5)
         parts.append(_x_label(x, estimate.label, tilted, muted=estimate.value is None))
         parts.append(_estimate(x, y, estimate))
     return _svg(left, width, HEIGHT + lean, x_label, y_label, y, parts)
 
 
 def curve_plot(curves: Sequence[Curve], x_label: str, y_label: str, log: bool = False) -> str:
-    """Curves over whole numbers from 0 on, the first on top; empty where no curve has a point.
+    """Draw curves over whole numbers from 0 on, the first on top; return nothing if no curve has a point.
 
-    On a logarithmic scale what is not positive is left out.
+    A logarithmic scale leaves out points that are not positive.
     """
     drawn = [(curve, [(x, y) for x, y in curve.points if math.isfinite(y) and (y > 0 or not log)]) for curve in curves]
     points = [point for _, kept in drawn for point in kept]
@@ -103,7 +103,7 @@ def curve_plot(curves: Sequence[Curve], x_label: str, y_label: str, log: bool = 
 
 
 def legend(names: Iterable[str]) -> str:
-    """An HTML list of the styles 0, 1, 2, ... and what each stands for."""
+    """Return an HTML list of the styles 0, 1, 2, ... and their names."""
     items = (
         f'<li><svg width="36" height="10"><line x1="0" y1="5" x2="36" y2="5" {_stroke(style)}/></svg> '
         f"{html.escape(name)}</li>"
@@ -113,26 +113,26 @@ def legend(names: Iterable[str]) -> str:
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = 100) -> list[tuple[float, float]]:
-    """At most so many points, each the mean of its share of neighbours."""
+    """Return at most `most` points, each the mean of neighbouring points."""
     size = max(1, math.ceil(len(points) / most))
     shares = (points[i : i + size] for i in range(0, len(points), size))
     return [(sum(x for x, _ in share) / len(share), sum(y for _, y in share) / len(share)) for share in shares]
 
 
 def round_ticks(low: float, high: float, most: int = 6, least: float = 0.0) -> list[float]:
-    """About `most` multiples of 1, 2 or 5 times a power of ten, `least` apart or more, that enclose low and high."""
+    """Return about `most` multiples of 1, 2 or 5 times a power of ten, `least` or more apart, around low and high."""
     if low == high:
-        room = abs(low) / 10 or 1.0
-        low, high = (low - room, high) if low > 0 else (low, high + room)
+        gap = abs(low) / 10 or 1.0
+        low, high = (low - gap, high) if low > 0 else (low, high + gap)
     rough = (high - low) / (most - 1)
     power = 10.0 ** math.floor(math.log10(rough))
-    # a hair more, as 0.3 / 0.1 is less than 3
+    # 1e-9 makes up for rounding: 0.3 / 0.1 is less than 3.
     step = max(least, next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9)))
     return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, where they are few 2 and 5 times them too, that enclose low and high."""
+    """Return powers of ten that enclose low and high; if they are few, also 2 and 5 times them."""
     high = high if high > low else 2 * low
     multiples = (1,) if high / low > 1000 else (1, 2, 5)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -143,12 +143,12 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def _estimate(x: float, y: _Scale, estimate: Estimate) -> str:
-    """A dot, its interval as a bar, and beside it what it is the mean of."""
+    """Draw a dot, its interval as a bar, and beside it the single values."""
     if estimate.value is None:
         return ""
-    told, bar = f"{estimate.label}: {estimate.value:.3f}", ""
+    title, bar = f"{estimate.label}: {estimate.value:.3f}", ""
     if estimate.low is not None and estimate.high is not None:
-        told += f" [{estimate.low:.3f}, {estimate.high:.3f}]"
+        title += f" [{estimate.low:.3f}, {estimate.high:.3f}]"
         low, high = y(estimate.low), y(estimate.high)
         caps = f"M{x - 6:.1f} {low:.1f}h12M{x - 6:.1f} {high:.1f}h12"
         bar = f'<path d="M{x:.1f} {low:.1f}V{high:.1f}{caps}" fill="none" {_stroke(0)}/>'
@@ -156,20 +156,20 @@ def _estimate(x: float, y: _Scale, estimate: Estimate) -> str:
         f'<circle cx="{x + 12:.1f}" cy="{y(v):.1f}" r="2.5" fill="{_colour(3)}"/>' for v in estimate.singles
     )
     dot = f'<circle cx="{x:.1f}" cy="{y(estimate.value):.1f}" r="5" fill="{_colour(0)}"/>'
-    return f"<g><title>{html.escape(told)}</title>{bar}{dot}{singles}</g>"
+    return f"<g><title>{html.escape(title)}</title>{bar}{dot}{singles}</g>"
 
 
 def _x_label(x: float, label: str, tilted: bool, muted: bool) -> str:
     y = HEIGHT - BOTTOM + 18
     turn = f' transform="rotate(-45 {x + 4:.1f} {y})"' if tilted else ""
     faint = ' opacity="0.5"' if muted else ""
-    place = f'x="{x + 4 * tilted:.1f}" y="{y}" text-anchor="{"end" if tilted else "middle"}"'
+    position = f'x="{x + 4 * tilted:.1f}" y="{y}" text-anchor="{"end" if tilted else "middle"}"'
     title = f"<title>{html.escape(label)}</title>"
-    return f'<text {place} fill="currentColor"{turn}{faint}>{html.escape(_shortened(label))}{title}</text>'
+    return f'<text {position} fill="currentColor"{turn}{faint}>{html.escape(_shortened(label))}{title}</text>'
 
 
 def _svg(left: float, width: float, height: float, x_label: str, y_label: str, y: _Scale, parts: Sequence[str]) -> str:
-    """The parts between the axes; the label of y stands above it, where it need not be turned."""
+    """Draw the parts between the axes. The label of y is above the plot, so that it need not be turned."""
     grid = "".join(
         f'<line x1="{left:.1f}" y1="{y(tick):.1f}" x2="{width - RIGHT}" y2="{y(tick):.1f}" stroke="currentColor" '
         f'stroke-opacity="{0.6 if i == 0 else 0.15}"/>{_text(left - 8, y(tick) + 4, _number(tick), "end")}'

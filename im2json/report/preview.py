@@ -1,4 +1,4 @@
-"""A page of examples as training sees them: the document, the target, and which tokens are learned."""
+"""Make an HTML page of examples as training sees them: document, target, and which tokens are learned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from im2json.report.page import html_page
 
 LONGEST_SIDE = 700
-"""Pixels of a document; larger ones are scaled down."""
+"""Pixels of a document; larger documents are scaled down."""
 
 _STYLE = """
 section { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); gap: 1.5em }
@@ -33,13 +33,13 @@ class Preview:
 
     id: str
     document: Image.Image
-    seen: Image.Image  # what the model is shown
+    seen: Image.Image  # the picture that the model gets
     target: dict[str, Any]
-    tokens: list[tuple[str, bool]]  # the text of each, and whether it is a label
+    tokens: list[tuple[str, bool]]  # text, and whether the token is a label
 
 
 def preview_page(title: str, notes: str, previews: Iterable[Preview]) -> str:
-    """One HTML file with everything in it: notes, and a section an example."""
+    """Return one HTML file that needs no other, with the notes and a section for each example."""
     sections = "\n".join(map(_section, previews))
     return html_page(
         title,

@@ -1,4 +1,4 @@
-"""The page of a run: how good its answers on a split are, field by field, how sure it was, and the examples."""
+"""Write the HTML page of a run: scores and confidence of its answers on a split, field by field, and the examples."""
 
 from __future__ import annotations
 
@@ -22,54 +22,57 @@ from im2json.report.plot import Curve, curve_plot, legend
 from im2json.report.table import cell_text
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS
-from im2json.scoring.confidence import DIGITS, judge_leaves, reliability, risk_coverage
+from im2json.scoring.confidence import DIGITS, Calibration, judge_leaves, reliability, risk_coverage
 from im2json.scoring.errors import example_errors
 from im2json.scoring.examples import kept_predictions
+from im2json.scoring.field_confidence import ALL, FieldConfidence, calibrated, run_confidence
 from im2json.scoring.metrics import matches
 from im2json.scoring.normal import fields, normal_items
 from im2json.scoring.scorecard import Scorecard
-from im2json.scoring.sureness import ALL, Sureness, calibrated, run_sureness
 
 LONGEST_SIDE = 480
-"""Pixels of a document; larger ones are scaled down."""
+"""Pixels of a document; larger documents are scaled down."""
 
 MOST = 1_000
-"""Examples in the page: of more the worst."""
+"""Examples on the page: the worst, if there are more."""
 
 POINTS = 200
-"""Of the risk-coverage curve that are drawn."""
+"""Points that are drawn of the risk-coverage curve."""
 
-Line = tuple[int, str, str, int, float | None]
-"""Of indented JSON: depth, what stands before the leaf, the leaf, OK, WRONG or NO_FIELD, and how sure it is."""
+JsonLine = tuple[int, str, str, int, float | None]
+"""A line of indented JSON: depth, text before the leaf, leaf, state (OK, WRONG or NO_FIELD), and confidence.
+
+It is a plain tuple because the page embeds it as JSON, which run.js reads by position.
+"""
 
 OK, WRONG, NO_FIELD = 0, 1, 2
 FAILS = "does not add up"
-"""The class of answers for which a check fails, beside those of scoring.errors."""
+"""The class of answers that fail a check, in addition to the classes of scoring.errors."""
 
 
 def write_report(
     run: RunFolder, split: str, picture: Callable[[str], Image.Image], before: Mapping[str, float] | None = None
 ) -> None:
-    """Writes report.html of what the run kept of a split after training: one file, no network.
+    """Write report.html, one file that needs no network, about the predictions of a split after training.
 
     Args:
-        picture: the document of an example, by its id.
-        before: the base's metrics.
+        picture: returns the document of an example, by its id.
+        before: metrics of the base.
 
     Raises:
-        UserError: if the run kept nothing of this split.
+        UserError: if the run kept no predictions of this split.
     """
-    kept, sureness = kept_predictions(run, split), run_sureness(run, split)
-    card = Scorecard()
-    scores = {each.id: card.update(each.reading, each.target, each.id)["field_f1"] for each in kept}
+    kept, confidence = kept_predictions(run, split), run_confidence(run, split)
+    scorecard = Scorecard()
+    scores = {each.id: scorecard.update(each.reading, each.target, each.id)["field_f1"] for each in kept}
     worst = sorted(kept, key=lambda each: scores[each.id])[:MOST]
-    examples = [_example(each, scores[each.id], sureness, picture(each.id)) for each in worst]
+    examples = [_example(each, scores[each.id], confidence.calibration, picture(each.id)) for each in worst]
     left_out = f" The {MOST} worst of {len(kept)} are shown." if len(kept) > MOST else ""
     parts = [
         f"<p>{len(kept)} examples of the {html.escape(split)} split, generated text, with 95 % intervals.</p>",
-        f'<div class="columns">{_metrics(card, before)}{_errors(card)}</div>',
-        _fields(card, sureness),
-        _confidence(sureness),
+        f'<div class="columns">{_metrics(scorecard, before)}{_errors(scorecard)}</div>',
+        _fields(scorecard, confidence),
+        _confidence(confidence),
         files("im2json.report").joinpath("run.html").read_text("utf-8").replace("<!-- left out -->", left_out),
         f'<script type="application/json" id="data">{_embedded(examples)}</script>',
         f"<script>{files('im2json.report').joinpath('run.js').read_text('utf-8')}</script>",
@@ -80,12 +83,12 @@ def write_report(
 
 
 def _embedded(value: Any) -> str:
-    """JSON that no text within it can end the script of."""
+    """Return JSON in which no text can end the script element around it."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _metrics(card: Scorecard, before: Mapping[str, float] | None) -> str:
-    values, bounds = card.metrics.compute(), card.metrics.intervals()
+def _metrics(scorecard: Scorecard, before: Mapping[str, float] | None) -> str:
+    values, bounds = scorecard.metrics.compute(), scorecard.metrics.intervals()
     rows = [
         [labelled(name), (before or {}).get(name), values[name], f"[{bounds[name][0]:.3f}, {bounds[name][1]:.3f}]"]
         for name in METRICS
@@ -93,16 +96,16 @@ def _metrics(card: Scorecard, before: Mapping[str, float] | None) -> str:
     return f"<section><h2>Metrics</h2>{_table(['metric', 'before', 'after', '95 % interval'], rows)}</section>"
 
 
-def _errors(card: Scorecard) -> str:
-    rows = [[name, found["examples"], found["occurrences"]] for name, found in card.errors.compute().items()]
+def _errors(scorecard: Scorecard) -> str:
+    rows = [[name, found["examples"], found["occurrences"]] for name, found in scorecard.errors.compute().items()]
     return f"<section><h2>Errors</h2>{_table(['error', 'examples', 'times'], rows)}</section>"
 
 
-def _fields(card: Scorecard, sureness: Sureness) -> str:
-    """The worst first."""
+def _fields(scorecard: Scorecard, confidence: FieldConfidence) -> str:
+    """Return the table of fields, the worst first."""
     rows = []
-    for row in sorted(card.fields.compute(), key=lambda row: row.f1):
-        group = sureness.groups.get(row.path or "")
+    for row in sorted(scorecard.fields.compute(), key=lambda row: row.f1):
+        group = confidence.groups.get(row.path or "")
         sure = group[2:5] if group else (None, None, None)
         rows.append([row.path or "(other)", row.support, row.predicted, row.precision, row.recall, row.f1, *sure])
     headers = ["field", "support", "predicted", "precision", "recall", "F1", "mean confidence", "ECE", "AURC"]
@@ -113,8 +116,8 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return html_table(headers, [[html.escape(cell_text(value)) for value in row] for row in rows])
 
 
-def _confidence(found: Sureness) -> str:
-    """Reliability and risk against coverage, in per cent; a sentence where the answers have no confidence."""
+def _confidence(found: FieldConfidence) -> str:
+    """Return plots of reliability and of risk against coverage, or a sentence if the answers have no confidence."""
     if ALL not in found.groups:
         return "<section><h2>Confidence</h2><p>These answers were kept without it.</p></section>"
     sure, right = [leaf.confidence for leaf in found.leaves], [leaf.right for leaf in found.leaves]
@@ -123,7 +126,7 @@ def _confidence(found: Sureness) -> str:
     chosen = sorted({round(i * (len(risk) - 1) / POINTS) for i in range(POINTS + 1)})
     curve = [(100 * float(coverage[i]), 100 * float(risk[i])) for i in chosen]
     group = found.groups[ALL]
-    told = (
+    summary = (
         f"{group.leaves} predicted fields, {group.right:.1%} of them right; mean confidence {group.confidence:.1%}; "
         f"calibration error {group.calibration_error:.4f}; area under the risk-coverage curve {group.aurc:.5f}."
     )
@@ -134,14 +137,15 @@ def _confidence(found: Sureness) -> str:
         curve_plot([Curve("wrong of those kept", 0, curve)], "the surest fields kept, %", "wrong of those kept, %"),
     ]
     drawn = "".join(f'<div class="wide">{plot}</div>' for plot in plots)
-    return f'<section><h2>Confidence</h2><p>{told}</p><div class="plots">{drawn}</div></section>'
+    return f'<section><h2>Confidence</h2><p>{summary}</p><div class="plots">{drawn}</div></section>'
 
 
-def _example(prediction: Prediction, f1: float, sureness: Sureness, picture: Image.Image) -> dict[str, Any]:
+def _example(prediction: Prediction, f1: float, calibration: Calibration, picture: Image.Image) -> dict[str, Any]:
+    """Return what run.js shows of an example."""
     id, text, reading = prediction.id, prediction.text, prediction.reading
     document, target = reading.value, prediction.target
-    confidence = sureness.calibration.of(prediction.confidence) if prediction.confidence else None
-    leaves = calibrated(judge_leaves(prediction), sureness.calibration) if confidence else []
+    confidence = calibration.of(prediction.confidence) if prediction.confidence else None
+    leaves = calibrated(judge_leaves(prediction), calibration) if confidence else []
     leaves = [leaf._replace(confidence=round(leaf.confidence, DIGITS)) for leaf in leaves]
     fails = sum(holds is False for holds in prediction.checks.values())
     wrong = [leaf.confidence for leaf in leaves if not leaf.right]
@@ -164,11 +168,11 @@ def _example(prediction: Prediction, f1: float, sureness: Sureness, picture: Ima
     }
 
 
-def _lines(document: dict[str, Any], others: Counter[tuple[str, str]], confidence: Any = None) -> Iterator[Line]:
-    """Indented JSON; a leaf is OK where the other side has an equal pair that is not taken yet."""
+def _lines(document: dict[str, Any], others: Counter[tuple[str, str]], confidence: Any = None) -> Iterator[JsonLine]:
+    """Yield indented JSON. A leaf is OK if the other side has an equal pair that no earlier leaf has matched."""
     left = Counter(others)
 
-    def walk(value: Any, sure: Any, path: str, depth: int, head: str, tail: str) -> Iterator[Line]:
+    def walk(value: Any, sure: Any, path: str, depth: int, head: str, tail: str) -> Iterator[JsonLine]:
         if isinstance(value, dict | list) and value:
             brackets = "{}" if isinstance(value, dict) else "[]"
             yield depth, head + brackets[0], "", NO_FIELD, None

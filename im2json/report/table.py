@@ -1,4 +1,4 @@
-"""Plain text tables: aligned, without colour, and right in a log file as in a terminal."""
+"""Make plain text tables: aligned and without colour, so that they suit a log file as well as a terminal."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ BEFORE_AFTER = ["metric", "before", "after", "change", ""]
 
 
 def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
-    """Rows under headers and a rule, columns two spaces apart, no newline at the end.
+    """Return rows under headers and a rule, with columns two spaces apart and no newline at the end.
 
-    A column of numbers (None, shown as -, among them) is aligned to the right, any other to the left. Floats
-    have three decimals. Raises ValueError for a row that is not as long as the headers.
+    A column of numbers and None, which is shown as -, is aligned to the right, any other to the left. Floats have three
+    decimals.
+
+    Raises:
+        ValueError: if a row is not as long as the headers.
     """
     body = [list(row) for row in rows]
     for row in body:
@@ -41,17 +44,17 @@ def table(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
 
 
 def before_after_table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """A line a metric: before, after, the change, and whether it is for the better.
+    """Return a table with a line for each metric: before, after, change, and whether it is better.
 
-    Metrics come in the order of scoring.METRICS, which says which way is better; a name that is not there (a
-    loss) follows in the order given, without a verdict; `num`, the examples, is left to the caption. A change that
-    rounds to 0.000 is "same".
+    The metrics are in the order of scoring.METRICS, which says which direction is better. Other names, such as a loss,
+    follow in the order given and without a verdict. `num`, the number of examples, is left out. A change that rounds to
+    0.000 is "same".
     """
     return table(before_after_rows(before, after), BEFORE_AFTER)
 
 
 def before_after_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[list[Any]]:
-    """The rows of `before_after_table`, under the headers BEFORE_AFTER."""
+    """Return the rows of `before_after_table`, for the headers BEFORE_AFTER."""
     given = [name for name in dict.fromkeys([*before, *after]) if name != "num"]
     names = [name for name in METRICS if name in given] + [name for name in given if name not in METRICS]
     return [_comparison(name, before.get(name), after.get(name)) for name in names]
@@ -64,17 +67,17 @@ def _comparison(name: str, before: float | None, after: float | None) -> list[An
         change = None if before is None or after is None else _Signed(after - before)
         return [shown, before, after, change, ""]
     gain = round(after - before if metric.higher_is_better else before - after, 3)
-    # not a number is none of these
+    # nan is neither
     verdict = "better" if gain > 0 else "worse" if gain < 0 else "same" if gain == 0 else ""
     return [shown, before, after, _Signed(after - before), verdict]
 
 
 class _Signed(float):
-    """A difference, shown with its sign."""
+    """A difference, which is shown with its sign."""
 
 
 def cell_text(value: Any) -> str:
-    """A value as a table shows it."""
+    """Return a value as a table shows it."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -82,7 +85,7 @@ def cell_text(value: Any) -> str:
     if isinstance(value, float):
         text = f"{value:+.3f}" if isinstance(value, _Signed) else f"{value:.3f}"
         return text[1:] if text in ("-0.000", "+0.000") else text
-    # a line break or an escape sequence out of somebody's data must not break the table
+    # A line break or an escape sequence in a user's data must not break the table.
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(value))
 
 
@@ -92,7 +95,7 @@ def _is_numeric(values: Sequence[Any]) -> bool:
 
 
 def _width(text: str) -> int:
-    """Columns in a terminal: wide East Asian characters take two, combining ones none."""
+    """Return the columns that a text takes in a terminal: wide East Asian characters take 2, combining ones 0."""
     if text.isascii():
         return len(text)
     return sum(

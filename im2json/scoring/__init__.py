@@ -1,6 +1,6 @@
-"""What a prediction is worth: JSON text, tree edit, metrics, intervals.
+"""Score predictions: JSON text, tree edit, metrics, intervals.
 
-`METRICS` costs nothing to import; the other public names load numpy and rapidfuzz when first asked for.
+`METRICS` costs nothing to import. The other public names load numpy and rapidfuzz when they are first used.
 """
 
 from __future__ import annotations

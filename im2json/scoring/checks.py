@@ -1,4 +1,4 @@
-"""Whether the amounts of a document add up. A check is a remark on a prediction and never changes it."""
+"""Check whether the amounts of a document add up. A check is a remark on a prediction, and never changes it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _AMOUNT = re.compile(r"\d+(?:[.,' \u00a0]\d+)*")
 
 
 class SumCheck(NamedTuple):
-    """An equation between sums of all leaves at some paths."""
+    """An equation between two sums of all leaves at some paths."""
 
-    text: str  # as it was given
+    text: str  # as the user wrote it
     left: list[tuple[int, str]]  # signs and paths
     right: list[tuple[int, str]]
 
     @classmethod
     def parse(cls, text: str) -> SumCheck:
-        """Reads `menu.price + menu.sub.price = total.total_price`; a minus needs a space before it.
+        """Read an equation, such as `menu.price + menu.sub.price = total.total_price`. A minus needs a space before it.
 
         Raises:
-            UserError: if it is none.
+            UserError: if the text is no such equation.
         """
         sides = [[*_TERM.finditer(side)] for side in text.split("=")]
         whole = ["".join(term.group() for term in terms).strip() for terms in sides]
@@ -41,7 +41,10 @@ class SumCheck(NamedTuple):
         return cls(text.strip(), left, right)
 
     def holds(self, document: dict[str, Any]) -> bool | None:
-        """Whether it adds up. Paths without a leaf count as 0; None where a side has no leaf, or a leaf no amount."""
+        """Return whether a document adds up, or None if a side has no leaf or a leaf is no amount.
+
+        A path without leaves counts as 0.
+        """
         leaves: dict[str, list[str]] = {}
         for path, leaf in fields(normal_items(document)):
             leaves.setdefault(path, []).append(leaf)
@@ -50,24 +53,24 @@ class SumCheck(NamedTuple):
             amounts = [(sign, amount(leaf)) for sign, path in side for leaf in leaves.get(path, [])]
             if not amounts or any(value is None for _, value in amounts):
                 return None
-            # sums of Decimals are rounded to 28 digits
+            # A sum of Decimals would be rounded to 28 digits.
             sums.append(sum(sign * Fraction(value) for sign, value in amounts if value is not None))
         return bool(sums[0] == sums[1])
 
 
 def check_results(checks: Iterable[SumCheck], document: Mapping[str, Any] | None) -> dict[str, bool | None]:
-    """Return whether each check holds, by its text; None for one that cannot be decided, as in an unreadable answer."""
+    """Return check -> whether it holds, or None if that is undecided, for example in an unreadable answer."""
     return {check.text: check.holds(dict(document or {})) for check in checks}
 
 
 class CheckCounts(NamedTuple):
-    """How often the answers to some examples add up, and what that says about those they were checked for."""
+    """How often some predictions pass a check, and how many wrong ones it catches."""
 
     holds: int
     fails: int
     cannot_say: int
-    wrong: int  # answers with a leaf that is not the target's at any path of the equation, or one missing
-    caught: int  # of these, where it fails
+    wrong: int  # predictions that differ from their target at a path of the equation
+    caught: int  # of these, predictions that fail the check
 
 
 def count_checks(predictions: Iterable[Prediction]) -> dict[str, CheckCounts]:
@@ -78,12 +81,12 @@ def count_checks(predictions: Iterable[Prediction]) -> dict[str, CheckCounts]:
             check = SumCheck.parse(text)
             paths = {path for _, path in [*check.left, *check.right]}
             sides = (prediction.document, prediction.target)
-            have, want = (Counter(f for f in fields(normal_items(side)) if f[0] in paths) for side in sides)
+            have, want = (Counter(pair for pair in fields(normal_items(side)) if pair[0] in paths) for side in sides)
             outcomes.setdefault(text, []).append((holds, have != want))
     counts = {}
-    for text, found in outcomes.items():
-        states = [holds for holds, _ in found]
-        wrong = [holds for holds, is_wrong in found if is_wrong]
+    for text, pairs in outcomes.items():
+        states = [state for state, _ in pairs]
+        wrong = [state for state, is_wrong in pairs if is_wrong]
         counts[text] = CheckCounts(
             states.count(True), states.count(False), states.count(None), len(wrong), wrong.count(False)
         )
@@ -91,16 +94,19 @@ def count_checks(predictions: Iterable[Prediction]) -> dict[str, CheckCounts]:
 
 
 def parse_checks(text: str | None) -> list[SumCheck]:
-    """The equations in --check-sum, joined by semicolons. Raises UserError for one that is none."""
+    """Read the equations of --check-sum, which semicolons separate.
+
+    Raises:
+        UserError: naming the one that is no equation.
+    """
     return [SumCheck.parse(part) for part in (text or "").split(";") if part.strip()]
 
 
 def amount(text: str) -> Decimal | None:
-    """The one number in a text, with any currency around it: `Rp. 12.500`, `-1,200.50`, `$ 3,5`; None where there is
-    none or more than one.
+    """Return the only number in a text with any currency around it, or None if there is none or more than one.
 
-    The last separator is a decimal point unless three digits follow it, or another such separator is before it. A minus
-    before the number or a pair of parentheses around the text makes it negative.
+    Examples are `Rp. 12.500`, `-1,200.50` and `$ 3,5`. The last separator is a decimal point unless three digits follow
+    it or the same separator precedes it. A minus before the number, or parentheses around the text, make it negative.
     """
     found = _AMOUNT.findall(text)
     if len(found) != 1:

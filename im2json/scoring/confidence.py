@@ -1,9 +1,9 @@
-"""How sure a prediction is of each of its leaves, and how far that can be believed.
+"""Compute the confidence of each leaf of a prediction, calibrate it, and measure how well it holds.
 
-A leaf's confidence is the probability that its text and what leads to it had when they were written: the product
-over all tokens since the leaf before it ended, keys, brackets and quotes included, since its path must be right too.
-What that is worth is calibrated on answers whose targets are known. A leaf is right as the field metrics have it: its
-(path, value) pair is one of the target's, list positions left out, and not yet taken by an equal one before it.
+The confidence of a leaf is the probability that the model gave to its text and to what leads to it: the product over
+all tokens since the previous leaf, with keys, brackets and quotes, because the path of a leaf must be right too. It is
+calibrated on answers whose targets are known. A leaf is right as in the field metrics: its (path, value) pair, without
+list positions, is one of the target's that no equal leaf before it has matched.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from im2json.scoring.normal import fields, normal_items
 Array = NDArray[np.float64]
 
 DIGITS = 6
-"""Decimals of a confidence that is kept. What is nearer to 0 or 1 counts as that near."""
+"""Decimals of a stored confidence. For log-odds, 0 and 1 count as one unit of the last decimal away from 0 and 1."""
 
 BINS = 15
-"""Of the calibration error, as in Guo et al. (2017)."""
+"""Bins of the calibration error, as in Guo et al. (2017)."""
 
 
 class Leaf(NamedTuple):
@@ -46,9 +46,9 @@ def leaf_confidence(
     """Return the object that a text is read as, with each leaf replaced by its probability; None if it is unreadable.
 
     Args:
-        starts: where in the text each token begins, ascending; those of one character begin at the same place.
-        logprobs: of each token, in nats; minus infinity for one that the model did not write.
-        reading: of the text, if it was read already.
+        starts: index in the text at which each token begins, ascending; the tokens of one character share an index.
+        logprobs: of each token, in nats; minus infinity for a token that the model did not write.
+        reading: of the text, if it was read before.
     """
     spans = leaf_spans(text, reading)
     if spans is None:
@@ -90,7 +90,7 @@ def judge_leaves(prediction: Prediction) -> list[Leaf]:
 
 
 def _pairs(value: Any, confidence: Any, path: str) -> Iterator[tuple[str, str, float]]:
-    """`normal.fields` of a document as parsed, each with its confidence."""
+    """Yield `normal.fields` of a document as parsed, each with its confidence."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _pairs(inner, confidence[key], f"{path}.{key}" if path else key)
@@ -104,30 +104,32 @@ def _pairs(value: Any, confidence: Any, path: str) -> Iterator[tuple[str, str, f
 class Calibration(NamedTuple):
     """Platt scaling of the log-odds: 1 / (1 + exp(-(slope x log(p / (1 - p)) + intercept))), which keeps the order.
 
-    Two parameters, as a validation split holds few wrong leaves (J. Platt, "Probabilistic Outputs for Support Vector
-    Machines", 1999; on log-odds it is what Guo et al., "On Calibration of Modern Neural Networks", 2017, compare with).
+    It has only two parameters because a validation split holds few wrong leaves (J. Platt, "Probabilistic Outputs for
+    Support Vector Machines", 1999; Guo et al., "On Calibration of Modern Neural Networks", 2017, compare with it on
+    log-odds).
     """
 
     slope: float = 1.0
     intercept: float = 0.0
 
     def __call__(self, confidence: Any) -> Any:
-        """Calibrated, in the shape given; what the model did not write stays at 0."""
+        """Return calibrated confidence in the given shape; 0, for what the model did not write, stays 0."""
         calibrated = 1 / (1 + np.exp(-(self.slope * _log_odds(confidence) + self.intercept)))
         return np.where(np.asarray(confidence, float) > 0, calibrated, 0.0)
 
     def of(self, confidence: dict[str, Any]) -> dict[str, Any]:
-        """What `leaf_confidence` returned, calibrated."""
+        """Return the result of `leaf_confidence`, calibrated."""
         calibrated: dict[str, Any] = map_leaves(confidence, lambda p: round(float(self(p)), DIGITS))
         return calibrated
 
     @classmethod
     def fit(cls, confidence: Sequence[float], right: Sequence[bool]) -> Calibration:
-        """The most likely parameters for Platt's targets, (right + 1) / (right + 2) and 1 / (wrong + 2), by Newton's
-        method. They are finite where all leaves are right, too; a slope below 0 is taken as 0.
+        """Fit the parameters to Platt's targets, (right + 1) / (right + 2) and 1 / (wrong + 2), by Newton's method.
+
+        The parameters are finite even if all leaves are right. A slope below 0 becomes 0.
 
         Raises:
-            UserError: if there are no leaves.
+            ValueError: if there are no leaves.
         """
         if not len(confidence):
             raise ValueError("there are no leaves to calibrate confidence on")
@@ -148,7 +150,7 @@ def _log_odds(confidence: Any) -> Array:
 
 
 def _logistic(x: Array, wanted: Array) -> Array:
-    """Weights of the most likely logistic regression, with a ridge of 1e-6 for columns that do not vary."""
+    """Return the maximum-likelihood weights of a logistic regression, with a ridge of 1e-6 for constant columns."""
 
     def loss(weights: Array) -> float:
         z = x @ weights
@@ -160,7 +162,7 @@ def _logistic(x: Array, wanted: Array) -> Array:
         gradient = x.T @ (p - wanted) + 1e-6 * weights
         step = np.linalg.solve((x.T * (p * (1 - p))) @ x + 1e-6 * np.eye(len(weights)), gradient)
         size = 1.0
-        while loss(weights - size * step) > loss(weights) and size > 1e-6:  # Newton alone may overshoot
+        while loss(weights - size * step) > loss(weights) and size > 1e-6:  # a full Newton step may overshoot
             size /= 2
         weights = weights - size * step
         if np.abs(size * step).max() < 1e-10:
@@ -169,19 +171,19 @@ def _logistic(x: Array, wanted: Array) -> Array:
 
 
 def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: int = BINS) -> float:
-    """Expected calibration error: the mean over leaves of |mean confidence - share right| of a leaf's bin.
+    """Return the expected calibration error: the mean over leaves of |mean confidence - share right| of a leaf's bin.
 
-    The bins hold equally many leaves each, in the order of confidence: with most of them near 1, bins of equal width
-    would be empty but for the last. NaN without leaves.
+    All bins hold equally many leaves, in the order of confidence. Most leaves are near 1, so bins of equal width would
+    be empty except for the last. NaN without leaves.
     """
     gaps = [abs(sure - share) * count for sure, share, count in reliability(confidence, right, bins)]
     return sum(gaps) / len(confidence) if len(confidence) else math.nan
 
 
 def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = BINS) -> list[tuple[float, float, int]]:
-    """(mean confidence, share right, leaves) of each bin that has leaves; the bins are those of the calibration error.
+    """Return (mean confidence, share right, leaves) of each bin of the calibration error that has leaves.
 
-    Leaves of equal confidence, which have no order, count as right by the share of them that is.
+    Leaves of equal confidence have no order, so each of them counts as right by the share of them that is right.
     """
     sure, shared = _ordered(confidence, right)
     parts = zip(np.array_split(sure, bins), np.array_split(shared, bins))
@@ -189,34 +191,36 @@ def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = 
 
 
 def risk_coverage(confidence: Sequence[float], right: Sequence[bool]) -> tuple[Array, Array]:
-    """Share of leaves kept, and of these the share that is wrong, for each number of the most confident kept (Geifman
-    and El-Yaniv, "Selective Classification for Deep Neural Networks", 2017). Ties as in `reliability`."""
+    """Return the share of leaves kept and the share of wrong ones among them, for each number of most confident leaves.
+
+    Geifman and El-Yaniv, "Selective Classification for Deep Neural Networks", 2017. Ties count as in `reliability`.
+    """
     _, shared = _ordered(confidence, right)
     count = np.arange(1, len(shared) + 1)
     return count / max(1, len(shared)), np.cumsum(1 - shared) / count
 
 
 def area_under_risk_coverage(confidence: Sequence[float], right: Sequence[bool]) -> float:
-    """AURC: the mean of the risks of `risk_coverage`; smaller is better, 0 where all are right. NaN without leaves."""
+    """Return AURC, the mean risk of `risk_coverage`: smaller is better, 0 if all are right, NaN without leaves."""
     _, risk = risk_coverage(confidence, right)
     return float(risk.mean()) if len(risk) else math.nan
 
 
 def threshold_for(confidence: Sequence[float], right: Sequence[bool], precision: float) -> float:
-    """The least confidence from which on leaves are kept so that so many of those kept are right; inf if there is none.
+    """Return the least threshold at which the leaves kept have this precision, or inf if there is none.
 
-    One wrong leaf more than there were is allowed for among those kept, as in conformal risk control (Angelopoulos et
-    al., 2022): on few leaves a share could be met by luck.
+    As in conformal risk control (Angelopoulos et al., 2022), one wrong leaf more than observed is assumed among those
+    kept, because few leaves may reach a precision by luck.
     """
     sure, shared = _ordered(confidence, right)
     count = np.arange(1, len(sure) + 1)
     met = (np.cumsum(1 - shared) + 1) / (count + 1) <= 1 - precision + 1e-12
-    met &= np.append(sure[1:] < sure[:-1], True)  # equal ones are kept together
+    met &= np.append(sure[1:] < sure[:-1], True)  # equal leaves are kept together
     return float(sure[met][-1]) if met.any() else math.inf
 
 
 def kept(confidence: Sequence[float], right: Sequence[bool], threshold: float) -> tuple[float, float]:
-    """The share of leaves at the threshold or above, and how many of these are right; NaN where there is none."""
+    """Return the share of leaves at the threshold or above, and the share of these that is right; NaN if undefined."""
     above = np.asarray(confidence) >= threshold
     if not len(above):
         return math.nan, math.nan
@@ -224,7 +228,7 @@ def kept(confidence: Sequence[float], right: Sequence[bool], threshold: float) -
 
 
 def _ordered(confidence: Sequence[float], right: Sequence[bool]) -> tuple[Array, Array]:
-    """Confidence in descending order, and for each the share that is right of those that are as sure."""
-    sure, place, count = np.unique(np.asarray(confidence, float), return_inverse=True, return_counts=True)
-    share = np.bincount(place, np.asarray(right, float), len(sure)) / np.maximum(count, 1)
+    """Return confidence in descending order, and for each the share right among leaves of the same confidence."""
+    sure, inverse, count = np.unique(np.asarray(confidence, float), return_inverse=True, return_counts=True)
+    share = np.bincount(inverse, np.asarray(right, float), len(sure)) / np.maximum(count, 1)
     return np.repeat(sure[::-1], count[::-1]), np.repeat(share[::-1], count[::-1])

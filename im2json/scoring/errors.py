@@ -1,4 +1,4 @@
-"""What went wrong in a prediction, by class: counts per example, and in total."""
+"""Classify what is wrong in a prediction, and count the classes over examples."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ ERRORS = {
     "wrong_value": "a value that differs from its counterpart, by more than a digit slip",
     "digit_slip": "a value with one digit wrong, missing or too many, or two neighbouring digits swapped",
 }
-"""The classes and what each counts. An object is a row where either side has several at its place; a row
-that is missing or extra counts once, its values do not count as fields. Documents are compared in normal
-form; one that cannot be read is counted as invalid or truncated alone."""
+"""The classes and what each counts.
+
+An object is a row if either side has several under the same key. A missing or extra row counts once, and its values do
+not count as fields. Documents are compared in normal form; an unreadable one counts only as invalid or truncated.
+"""
 
 MAX_PAIRS = 2_500
-"""Pairs of rows that are looked at to align two lists; longer lists are aligned in order."""
+"""Pairs of rows that are compared to align two lists. If there are more, the lists are aligned in order."""
 
 
 def example_errors(reading: Reading, target: dict[str, Any]) -> Counter[str]:
-    """How often each class of ERRORS occurs in a prediction as `jsontext.read` has read it."""
+    """Count how often each class of ERRORS occurs in a prediction, as `jsontext.read` has read it."""
     found: Counter[str] = Counter()
     if reading.how != "strict":
         found["truncated" if reading.truncated else "invalid_json"] += 1
@@ -41,29 +43,29 @@ def example_errors(reading: Reading, target: dict[str, Any]) -> Counter[str]:
 
 
 class ErrorCounts:
-    """For every class of ERRORS, in how many examples it occurs and how often; merges, and never grows."""
+    """Counts for each class of ERRORS in how many examples it occurs and how often. Mergeable, constant in memory."""
 
     def __init__(self) -> None:
         self.examples: Counter[str] = Counter()
         self.occurrences: Counter[str] = Counter()
 
     def update(self, found: Counter[str]) -> None:
-        """Counts the errors of one more example."""
+        """Count the errors of one more example."""
         self.examples.update(found.keys())
         self.occurrences.update(found)
 
     def merge(self, other: ErrorCounts) -> None:
-        """Takes in what another has counted."""
+        """Add what another has counted."""
         self.examples.update(other.examples)
         self.occurrences.update(other.occurrences)
 
     def compute(self) -> dict[str, dict[str, int]]:
-        """{class: {"examples", "occurrences"}}, every class of ERRORS, in their order."""
+        """Return {class: {"examples", "occurrences"}} for all of ERRORS, in their order."""
         return {name: {"examples": self.examples[name], "occurrences": self.occurrences[name]} for name in ERRORS}
 
 
 def digit_slip(a: str, b: str) -> bool:
-    """True where two texts differ in their digits alone, by one of them or by a swap of two neighbours."""
+    """Return whether two texts differ only in one digit, or in the order of two neighbouring digits."""
     digits = ["".join(char for char in text if char.isdigit()) for text in (a, b)]
     rest = ["".join(char for char in text if not char.isdigit()) for text in (a, b)]
     return rest[0] == rest[1] and all(digits) and OSA.distance(*digits, score_cutoff=1) == 1
@@ -99,7 +101,7 @@ def _compare_leaves(predicted: list[str], wanted: list[str], found: Counter[str]
 
 
 def unmatched(a: list[str], b: list[str]) -> tuple[list[str], list[str]]:
-    """Two lists of leaves without those that both hold, as often as both hold them."""
+    """Return two lists of leaves without what they share, as often as they share it."""
     left, right = Counter(a), Counter(b)
     return list((left - right).elements()), list((right - left).elements())
 
@@ -107,10 +109,9 @@ def unmatched(a: list[str], b: list[str]) -> tuple[list[str], list[str]]:
 def aligned(
     predicted: list[Normal], wanted: list[Normal]
 ) -> tuple[list[tuple[Normal, Normal]], list[Normal], list[Normal]]:
-    """Rows paired with the row that they share the most fields with, and those left over on either side.
+    """Pair each row with the row that shares the most fields with it, and return the rows left over on either side.
 
-    Rows that share nothing are paired too, the nearest first; of two lists a row is left over on one side
-    at most.
+    Rows that share nothing are paired too, the nearest first, so rows are left over on at most one side.
     """
     if (len(predicted) <= 1 and len(wanted) <= 1) or len(predicted) * len(wanted) > MAX_PAIRS:
         common = min(len(predicted), len(wanted))

@@ -1,4 +1,4 @@
-"""Scores a stream of predictions in constant memory, with intervals, and compares two."""
+"""Score a stream of predictions in constant memory, with intervals, and compare two streams."""
 
 from __future__ import annotations
 
@@ -17,24 +17,28 @@ from im2json.scoring.metrics import SUMS, from_sums, score
 
 
 class StreamingEvaluator:
-    """Sums over examples, once as they are and once for every bootstrap replicate; its size never changes.
+    """Keeps sums over examples, for all examples and for every bootstrap replicate. Its size is constant.
 
-    Evaluators of different processes merge into one that equals a single pass up to the rounding of sums
-    (1e-12). Can be pickled (about 100 kB).
+    Evaluators of different processes merge into one that equals a single pass up to the rounding of sums (1e-12). An
+    evaluator can be pickled (about 100 kB).
     """
 
     def __init__(self, seed: int = 0) -> None:
-        """`seed` is that of the bootstrap; only evaluators of the same seed can be merged or compared."""
+        """Start without examples. Only evaluators with the same bootstrap seed can be merged or compared."""
         self._seed = seed
         self._sums = np.zeros((len(SUMS), 1 + REPLICATES))  # the first column counts every example once
-        self._examples = 0  # a sum over the examples' keys: who was counted, in any order
+        self._examples = 0  # a sum over the examples' keys, which is the same in any order
 
     def update(self, prediction: str | Reading, target: dict[str, Any], id: str | None = None) -> dict[str, float]:
-        """Counts one example, and returns its own scores under the names of METRICS. A text may have been read already.
+        """Count one example, and return its own scores by the names of METRICS.
 
-        `id` names the example for the bootstrap. Examples without one are named by their target, and those
-        whose targets are equal are then drawn together. Raises ValueError where the target is not a JSON
-        object; never on account of the prediction's content.
+        Args:
+            prediction: the text, or its reading.
+            id: names the example for the bootstrap. Examples without an id are named by their target, so those with
+                equal targets are drawn together.
+
+        Raises:
+            ValueError: if the target is not a JSON object, but never because of the prediction's content.
         """
         sums = score(prediction, target)
         key = example_key(self._seed, id, scoring_text(target) if id is None else "")
@@ -44,9 +48,10 @@ class StreamingEvaluator:
         return {name: float(value) for name, value in from_sums(sums).items()}
 
     def merge(self, other: StreamingEvaluator) -> None:
-        """Takes in the examples that another evaluator counted; the other is left as it is.
+        """Add the examples that another evaluator has counted, which stays unchanged.
 
-        Raises ValueError where the seeds differ.
+        Raises:
+            ValueError: if the seeds differ.
         """
         if self._seed != other._seed:
             raise ValueError(f"evaluators of seeds {self._seed} and {other._seed} cannot be merged")
@@ -54,19 +59,19 @@ class StreamingEvaluator:
         self._examples = (self._examples + other._examples) % 2**64
 
     def compute(self) -> dict[str, float]:
-        """Every metric of METRICS over all examples so far, and their number `num`.
+        """Return every metric of METRICS over all examples so far, and their number `num`.
 
-        The field metrics and key_f1 are micro-averages, the others means over examples (`from_sums` has the
-        formulas). Before the first example every metric is NaN and num 0.
+        The field metrics and key_f1 are micro-averages, and the others means over examples (`from_sums` has the
+        formulas). Before the first example, every metric is NaN and num is 0.
         """
         num = float(self._sums[SUMS.index("num"), 0])
         return {name: float(values[0]) for name, values in self._values().items()} | {"num": num}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """The 95 % interval (low, high) of every metric of METRICS, by a Poisson bootstrap over examples.
+        """Return the 95 % interval (low, high) of every metric of METRICS, by a Poisson bootstrap over examples.
 
-        The percentile interval of REPLICATES replicates. NaN before the first example; a handful of examples
-        gives intervals that are too narrow, and where all examples score the same it has no width.
+        It is the percentile interval of REPLICATES replicates, and NaN before the first example. It is too narrow for
+        a handful of examples, and has no width if all examples score the same.
         """
         return {name: interval(values[1:]) for name, values in self._values().items()}
 
@@ -77,7 +82,7 @@ class StreamingEvaluator:
 
 
 class Difference(NamedTuple):
-    """A metric of two runs on the same examples: second - first, with its 95 % interval."""
+    """A metric of two runs on the same examples, and their difference second - first with its 95 % interval."""
 
     first: float
     second: float
@@ -87,16 +92,17 @@ class Difference(NamedTuple):
 
     @property
     def exceeds_noise(self) -> bool:
-        """True where the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 def compare(first: StreamingEvaluator, second: StreamingEvaluator) -> dict[str, Difference]:
-    """The paired bootstrap of two evaluators that counted the same examples, metric by metric.
+    """Compare two evaluators of the same examples by a paired bootstrap, metric by metric.
 
-    Both weight an example alike in every replicate, so the replicates' differences are free of what the
-    examples have in common. Raises ValueError where the examples (by id, or target where there is none) or
-    seeds differ.
+    Both give an example the same weight in every replicate, so the noise that they share cancels in the difference.
+
+    Raises:
+        ValueError: if the seeds or the examples differ, by id or else by target.
     """
     same = first._seed == second._seed and first._examples == second._examples
     if not same or not np.array_equal(first._sums[SUMS.index("num")], second._sums[SUMS.index("num")]):

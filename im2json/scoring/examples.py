@@ -1,4 +1,4 @@
-"""Predictions and targets from JSON-lines files, wherever they were made, and from the runs that kept them."""
+"""Score predictions: those in JSON-lines files, wherever they were made, and those that runs kept."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from im2json.scoring.scorecard import Scorecard
 
 Row = dict[str, Any]
 Problem = Callable[[str], None]
-"""Told in a line of each row that cannot be scored, and where it is."""
+"""Called with a line of text for each row that cannot be scored."""
 
 
 class _Problems:
-    """Passes the first MAX_SHOWN problems on, counts the rest, and at the end says how many there were."""
+    """Shows the first MAX_SHOWN problems, and in the end how many more there were."""
 
     MAX_SHOWN = 20
 
@@ -42,48 +42,59 @@ class _Problems:
             self.show(f"and {self.count - self.MAX_SHOWN} more such rows")
 
 
-class _Place(NamedTuple):
-    line: int
+class _Position(NamedTuple):
+    """The line of a row in its file."""
+
+    line: int  # from 1
     offset: int  # bytes before the line
 
 
 def score_files(predictions: Path, targets: Path | None, split: str, show: Problem) -> tuple[Scorecard, int]:
-    """Scores the rows of a file, or those of two files joined by id; memory grows with the ids alone.
+    """Score the rows of a file, or of two files joined by id. Memory grows with the ids alone.
 
-    A row holds `prediction` (or `text`): a text, an object, or null for none; `target`: an object, or the
-    text of one; `id`: a text or a whole number, which may be left out where the targets are in the same
-    file. Of a run's own predictions.jsonl those of `split` after training are taken. What cannot be scored
-    is left out and told to `show`, the rest counts. Returns the scores and how many rows were left out;
-    raises UserError where none is left.
+    A row has `prediction` (or `text`), which is a text, an object, or null for no prediction; `target`, which is an
+    object or the text of one; and `id`, a text or a whole number, which may be missing if the targets are in the same
+    file. In a run's own predictions.jsonl, only the rows of `split` after training count.
+
+    Args:
+        show: called for each row that cannot be scored, which is left out.
+
+    Returns:
+        The scores, and how many rows were left out.
+
+    Raises:
+        UserError: if no row can be scored.
     """
-    card = Scorecard()
+    scorecard = Scorecard()
     with _Problems(show) as problem:
         index = None if targets is None else _index(targets, problem)
         seen: set[str] = set()
         for where, row in _rows(predictions, problem):
             try:
                 if not _other_stage(row, split):
-                    _count(card, row, targets, index, seen)
+                    _count(scorecard, row, targets, index, seen)
             except UserError as error:
                 problem(f"{where}: {error}")
         for id in index or ():
             if id not in seen:
                 problem(f"{predictions}: no prediction for id {id!r} of {targets}")
-    if not card.metrics.compute()["num"]:
+    if not scorecard.metrics.compute()["num"]:
         raise UserError(f"{predictions} holds no example that can be scored")
-    return card, problem.count
+    return scorecard, problem.count
 
 
-def _count(card: Scorecard, row: Row, targets: Path | None, index: dict[str, _Place] | None, seen: set[str]) -> None:
+def _count(
+    scorecard: Scorecard, row: Row, targets: Path | None, index: dict[str, _Position] | None, seen: set[str]
+) -> None:
     id = _id(row, needed=index is not None)
     if id is not None:
         if id in seen:
             raise UserError(f"id {id!r} comes twice")
         seen.add(id)
     if targets is not None and index is not None and id is not None:
-        card.update(_prediction(row), _target(_target_row(targets, index, id)), id)
+        scorecard.update(_prediction(row), _target(_target_row(targets, index, id)), id)
     else:
-        card.update(_prediction(row), _target(row), id)
+        scorecard.update(_prediction(row), _target(row), id)
 
 
 def kept_predictions(run: RunFolder, split: str, stage: str = "after") -> list[Prediction]:
@@ -104,15 +115,15 @@ def kept_predictions(run: RunFolder, split: str, stage: str = "after") -> list[P
 
 
 def score_run(run: RunFolder, split: str, stage: str = "after") -> Scorecard:
-    """Score what a run kept.
+    """Score the predictions that a run kept.
 
     Raises:
-        UserError: if it kept nothing of this split and stage.
+        UserError: if it kept none of this split and stage.
     """
-    card = Scorecard()
+    scorecard = Scorecard()
     for prediction in kept_predictions(run, split, stage):
-        card.update(prediction.reading, prediction.target, prediction.id)
-    return card
+        scorecard.update(prediction.reading, prediction.target, prediction.id)
+    return scorecard
 
 
 def calibrate(run: RunFolder, step: int) -> Calibration | None:
@@ -160,9 +171,9 @@ def read_calibration(run: RunFolder) -> tuple[Calibration, int] | None:
 
 
 def _rows(path: Path, problem: Problem) -> Iterator[tuple[str, Row]]:
-    """The rows that are JSON objects, each with the name of its place; blank lines are passed over."""
-    for place, line in _lines(path):
-        where = f"{path}:{place.line}"
+    """Yield the rows that are JSON objects, each with its file and line; blank lines are skipped."""
+    for position, line in _lines(path):
+        where = f"{path}:{position.line}"
         try:
             if line.strip():
                 yield where, _row(line, where)
@@ -170,11 +181,11 @@ def _rows(path: Path, problem: Problem) -> Iterator[tuple[str, Row]]:
             problem(str(error))
 
 
-def _lines(path: Path) -> Iterator[tuple[_Place, bytes]]:
+def _lines(path: Path) -> Iterator[tuple[_Position, bytes]]:
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            yield _Place(number, offset), line
+            yield _Position(number, offset), line
             offset += len(line)
 
 
@@ -185,13 +196,13 @@ def _row(line: bytes, where: str) -> Row:
     return row
 
 
-def _index(path: Path, problem: Problem) -> dict[str, _Place]:
-    """Where the row of each id begins; the targets themselves stay on disk."""
-    found: dict[str, _Place] = {}
-    for place, line in _lines(path):
+def _index(path: Path, problem: Problem) -> dict[str, _Position]:
+    """Return where the row of each id is; the targets themselves stay on disk."""
+    found: dict[str, _Position] = {}
+    for position, line in _lines(path):
         if not line.strip():
             continue
-        where = f"{path}:{place.line}"
+        where = f"{path}:{position.line}"
         try:
             row = _row(line, where)
         except UserError as error:
@@ -203,13 +214,13 @@ def _index(path: Path, problem: Problem) -> dict[str, _Place]:
             if id in found:
                 raise UserError(f"id {id!r} comes twice, first in line {found[id].line}")
             _target(row)
-            found[id] = place
+            found[id] = position
         except UserError as error:
             problem(f"{where}: {error}")
     return found
 
 
-def _target_row(path: Path, index: dict[str, _Place], id: str) -> Row:
+def _target_row(path: Path, index: dict[str, _Position], id: str) -> Row:
     if id not in index:
         raise UserError(f"{path} has no target for id {id!r}")
     with path.open("rb") as file:
@@ -250,5 +261,5 @@ def _target(row: Row) -> dict[str, Any]:
 
 
 def _other_stage(row: Row, split: str) -> bool:
-    """True for a line of a run's predictions.jsonl that belongs to another split or stage."""
+    """Return whether a row is a line of a run's predictions.jsonl that belongs to another split or stage."""
     return {"step", "split", "stage"} <= row.keys() and (row["split"], row["stage"]) != (split, "after")

@@ -1,4 +1,4 @@
-"""How well each field was read: sums per key path, list positions left out."""
+"""Measure how well each field is read, by sums for each key path without list positions."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from im2json.scoring.evaluator import Difference
 from im2json.scoring.normal import fields, normal_items
 
 MAX_FOREIGN = 100
-"""Paths that only predictions have, kept one by one; the rest are added up."""
+"""Paths that only predictions have and that are kept one by one; the others are added up."""
 
 MAX_FOREIGN_LENGTH = 200
-"""Characters; longer paths that only predictions have are never kept one by one."""
+"""Characters. Longer paths that only predictions have are never kept one by one."""
 
 MIN_EXAMPLES = 5
-"""A field of fewer examples has no interval: resampling a handful says nothing about others like them."""
+"""A field with fewer examples has no interval, because resampling a handful says little about others."""
 
 _WANTED, _PREDICTED, _MATCHED, _SIMILARITY, _EXAMPLES = range(5)
 Array = NDArray[np.float64]
 
 
 class FieldRow(NamedTuple):
-    """A key path over all examples. `path` is None in the row that adds up what was not kept apart."""
+    """A key path over all examples. `path` is None in the row that adds up the paths that were not kept."""
 
     path: str | None
     support: int  # values in the targets
     predicted: int
-    precision: float | None  # None where nothing was predicted
-    recall: float | None  # None where the targets have no value
+    precision: float | None  # None if nothing was predicted
+    recall: float | None  # None if the targets have no value
     f1: float
     similarity: float | None  # mean over the targets' values, 0 for those without a counterpart
 
 
 class FieldTable:
-    """Sums per key path, mergeable.
+    """Keeps sums for each key path. Mergeable.
 
-    The targets' paths are all kept. Of those that only predictions have the MAX_FOREIGN shortest stay, so
-    which ones do depends neither on the order of the examples nor on how they are spread. (Only the row of a
-    path that was first thrown together with the others and then turns up in a target lacks what was
-    predicted before.) With a `seed` every sum is also kept for each bootstrap replicate, about 30 kB a path.
+    All paths of targets are kept. Of the paths that only predictions have, the MAX_FOREIGN shortest are kept, so the
+    choice depends neither on the order of the examples nor on how they are spread over processes. (If a path was added
+    to the others before it occurs in a target, its row lacks what was predicted before.) With a `seed`, every sum is
+    also kept for each bootstrap replicate, which takes about 30 kB per path.
     """
 
     def __init__(self, seed: int | None = None) -> None:
@@ -59,7 +59,7 @@ class FieldTable:
         self._other = np.zeros((5, columns))
 
     def update(self, document: dict[str, Any], target: dict[str, Any], id: str | None = None) -> None:
-        """Counts one example; a prediction that could not be read is {}."""
+        """Count one example. The document of an unreadable prediction is {}."""
         predicted, wanted = (_by_path(fields(normal_items(side))) for side in (document, target))
         weights = self._weights(target, id)
         for path in predicted.keys() | wanted.keys():
@@ -68,7 +68,11 @@ class FieldTable:
         self._limit()
 
     def merge(self, other: FieldTable) -> None:
-        """Takes in what another table has counted. Raises ValueError where the seeds differ."""
+        """Add what another table has counted.
+
+        Raises:
+            ValueError: if the seeds differ.
+        """
         if self._seed != other._seed:
             raise ValueError(f"field tables of seeds {self._seed} and {other._seed} cannot be merged")
         for path, sums in other._paths.items():
@@ -77,8 +81,11 @@ class FieldTable:
         self._limit()
 
     def compute(self) -> list[FieldRow]:
-        """A row a path: those of the targets by name, then those that only predictions have, the frequent
-        first, then the rest of these in one row (left out where there is none)."""
+        """Return a row for each path.
+
+        The paths of targets come first, by name, then those that only predictions have, the most frequent first. The
+        last row adds up the paths that were not kept, if there are any.
+        """
         wanted = sorted(self._paths.keys() - self._foreign)
         foreign = sorted(self._foreign, key=lambda path: (-self._paths[path][_PREDICTED, 0], path))
         rows = [_row(path, self._paths[path][:, 0]) for path in [*wanted, *foreign]]
@@ -113,8 +120,11 @@ class FieldTable:
 def compare_fields(first: Iterable[Prediction], second: Iterable[Prediction], seed: int = 0) -> dict[str, Difference]:
     """Compare the F1 of every target path by a paired bootstrap, for predictions of the same examples.
 
-    Of twenty fields one can be expected to exceed the noise by chance: each interval is a 95 % one by
-    itself, and NaN for fields of fewer than MIN_EXAMPLES examples. Raises ValueError where the targets' paths differ.
+    Each interval is a 95 % interval by itself, so of twenty fields one is expected to exceed the noise by chance. It is
+    NaN for fields with fewer than MIN_EXAMPLES examples.
+
+    Raises:
+        ValueError: if the paths of the targets differ.
     """
     tables = [FieldTable(seed), FieldTable(seed)]
     for table, predictions in zip(tables, (first, second)):
@@ -135,7 +145,7 @@ def _difference(before: Array, after: Array) -> Difference:
 
 
 def _f1(sums: Array) -> Array:
-    """By replicate; NaN in those that drew no example with the field."""
+    """Return F1 for each replicate, or NaN in a replicate that drew no example with the field."""
     either = sums[_WANTED] + sums[_PREDICTED]
     return np.divide(2 * sums[_MATCHED], either, out=np.full(either.shape, np.nan), where=sums[_WANTED] != 0)
 
@@ -148,7 +158,7 @@ def _by_path(pairs: list[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def _counts(predicted: list[str], wanted: list[str]) -> Array:
-    """What an example adds to a path's sums; for similarity equal values go first, the others pair in order."""
+    """Return what an example adds to the sums of a path. For similarity, values that are not equal pair in order."""
     if predicted == wanted:
         return np.array([len(wanted)] * 4 + [1], dtype=float)
     have, want = unmatched(predicted, wanted)

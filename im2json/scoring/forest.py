@@ -116,7 +116,7 @@ def _columns(tree: _Tree) -> _Columns:
             firsts = tree.first[first : keyroot + 1]
             back.append(start)
             back.extend([start - first + before for before in firsts])
-            spine.extend([start + 1 + place for place, before in enumerate(firsts) if before == first])
+            spine.extend([start + 1 + column for column, before in enumerate(firsts) if before == first])
             table.extend([number] * (keyroot - first + 2))
             number += 1
         spines.append(np.array(spine))

@@ -1,8 +1,8 @@
-"""The scores of one prediction against its target.
+"""Score one prediction against its target.
 
-A document is looked at in two ways. Fields are the (path, leaf) pairs of Donut's normal form
-(`im2json.scoring.normal`), list positions left out; Donut's F1 counts them. Places keep list positions, an
-object being a one-item list of itself, and hold the values as parsed, so that numbers compare as numbers.
+A document is taken apart in two ways. Fields are the (path, leaf) pairs of Donut's normal form, without list positions
+(`im2json.scoring.normal`); Donut's F1 counts them. Positioned values keep the list positions, where an object counts as
+a list of one item, and are compared as parsed, so that numbers compare as numbers.
 """
 
 from __future__ import annotations
@@ -38,17 +38,21 @@ SUMS = (
     "value_similarity",
     "edit_distance",
 )
-"""What an example adds up to: the number of examples, counts of (path, leaf) pairs, and the metrics that
-are means over examples. There are as many keys predicted and wanted as fields."""
+"""The sums over examples: their number, counts of (path, leaf) pairs, and the metrics that are means over examples.
+
+The counts of keys predicted and wanted equal those of fields.
+"""
 
 
 def from_sums(sums: Array) -> dict[str, Array]:
-    """The metrics of METRICS from sums over examples: SUMS down the first axis, any columns behind it.
+    """Return the metrics of METRICS from sums over examples.
 
-    field_precision, field_recall, field_f1 and key_f1 are ratios of the sums (micro-averages): matched /
-    predicted, matched / wanted and 2 matched / (predicted + wanted), which is Donut's tp / (tp + (fp + fn)
-    / 2). Where that is 0 / 0 they are 1.0 if neither side holds a field and else 0.0. Without examples the
-    means are NaN.
+    field_precision, field_recall, field_f1 and key_f1 are ratios of the sums (micro-averages): matched / predicted,
+    matched / wanted and 2 matched / (predicted + wanted), which is Donut's tp / (tp + (fp + fn) / 2). Instead of 0 / 0
+    they are 1.0 if neither side has a field, and 0.0 otherwise. Without examples the means are NaN.
+
+    Args:
+        sums: SUMS along the first axis, and any axes after it.
     """
     num, matched, predicted, wanted, keys_matched = sums[: SUMS.index("json_validity")]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -66,11 +70,13 @@ def _share(part: Array, whole: Array, either: Array) -> Array:
 
 
 def score(prediction: str | Reading, target: dict[str, Any]) -> Array:
-    """One example's sums, in the order of SUMS. A prediction is scored as `jsontext.read` reads it, or {}.
+    """Return the sums of one example, in the order of SUMS.
 
-    Only json_validity and exact_match ask for strict JSON.
+    A prediction is scored as `jsontext.read` reads it, or as {} if it is unreadable. Only json_validity and exact_match
+    require strict JSON.
 
-    Raises ValueError where the target is not a JSON object; never on account of the prediction's content.
+    Raises:
+        ValueError: if the target is not a JSON object, but never because of the prediction's content.
     """
     if not isinstance(prediction, str | Reading):
         raise ValueError(f"a prediction is text, not {type(prediction).__name__}")
@@ -80,7 +86,7 @@ def score(prediction: str | Reading, target: dict[str, Any]) -> Array:
     strict = reading.how == "strict"
     document = reading.value or {}
     predicted_fields, wanted_fields = fields(normal_items(document)), fields(normal_items(target))
-    accuracy, similarity = value_scores(places(document), places(target))
+    accuracy, similarity = value_scores(positioned_values(document), positioned_values(target))
     return np.array([
         1,
         matches(predicted_fields, wanted_fields),
@@ -99,13 +105,13 @@ def score(prediction: str | Reading, target: dict[str, Any]) -> Array:
 
 
 def matches(predicted: Iterable[Any], wanted: Iterable[Any]) -> int:
-    """How many members two multisets share."""
+    """Return how many members two multisets share."""
     left = Counter(wanted)
     return sum(min(count, left[field]) for field, count in Counter(predicted).items())
 
 
 def key_paths(document: dict[str, Any]) -> set[str]:
-    """The paths of all keys of a document as parsed, inner ones too, list positions left out."""
+    """Return the paths of all keys of a document, inner ones too, without list positions."""
     found: set[str] = set()
     _key_paths(document, "", found)
     return found
@@ -123,34 +129,34 @@ def _key_paths(value: Any, path: str, found: set[str]) -> None:
 
 
 def jaccard(a: set[str], b: set[str]) -> float:
-    """Size of the intersection over size of the union; 1.0 where both are empty."""
+    """Return the size of the intersection over the size of the union, or 1.0 if both sets are empty."""
     return len(a & b) / len(a | b) if a or b else 1.0
 
 
-def places(document: dict[str, Any]) -> dict[str, Any]:
-    """Where each scalar of a document stands (keys and list positions) -> the scalar as parsed."""
+def positioned_values(document: dict[str, Any]) -> dict[str, Any]:
+    """Return position -> scalar as parsed. A position is all keys and list indices that lead to the scalar."""
     found: dict[str, Any] = {}
-    _places(document, "", found)
+    _positioned_values(document, "", found)
     return found
 
 
-def _places(value: Any, place: str, found: dict[str, Any]) -> None:
-    for position, item in enumerate(value if isinstance(value, list) else [value]):
+def _positioned_values(value: Any, position: str, found: dict[str, Any]) -> None:
+    for index, item in enumerate(value if isinstance(value, list) else [value]):
         if isinstance(item, dict):
             for key, inner in item.items():
-                _places(inner, f"{place}\0{position}\0{key}", found)
+                _positioned_values(inner, f"{position}\0{index}\0{key}", found)
         elif isinstance(item, list):
-            _places(item, f"{place}\0{position}\0", found)
+            _positioned_values(item, f"{position}\0{index}\0", found)
         else:
-            found[f"{place}\0{position}"] = item
+            found[f"{position}\0{index}"] = item
 
 
 def value_scores(predicted: dict[str, Any], wanted: dict[str, Any]) -> tuple[float, float]:
-    """Share of equal values and mean similarity, over the places that both documents fill.
+    """Return the share of equal values and the mean similarity, over the positions that both documents have.
 
-    Where they share none both are 0.0, unless both are empty, which is 1.0.
+    If they have none in common, both are 0.0, or 1.0 if both documents are empty.
     """
-    shared = [(value, wanted[place]) for place, value in predicted.items() if place in wanted]
+    shared = [(value, wanted[position]) for position, value in predicted.items() if position in wanted]
     if not shared:
         return (0.0, 0.0) if predicted or wanted else (1.0, 1.0)
     equal = sum(same_value(a, b) for a, b in shared)
@@ -158,7 +164,7 @@ def value_scores(predicted: dict[str, Any], wanted: dict[str, Any]) -> tuple[flo
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Equality of parsed JSON: key order is of no matter, 1 equals 1.0, true is not 1."""
+    """Return whether two parsed JSON values are equal: key order does not matter, 1 equals 1.0, true is not 1."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same_value(value, b[key]) for key, value in a.items())
     if isinstance(a, list) and isinstance(b, list):
@@ -167,10 +173,10 @@ def same_value(a: Any, b: Any) -> bool:
 
 
 def similarity(a: Any, b: Any) -> float:
-    """How alike two scalars are, within [0, 1].
+    """Return how similar two scalars are, within [0, 1].
 
-    Numbers: max(0, 1 - |a - b| / max(|a|, |b|)). Anything else: 1 - Levenshtein distance / length of the
-    longer, on text as it is and on the JSON text of other values.
+    Numbers: max(0, 1 - |a - b| / max(|a|, |b|)). Others: 1 - Levenshtein distance / length of the longer text, where a
+    value that is no text counts as its JSON.
     """
     if is_number(a) and is_number(b):
         try:
@@ -182,5 +188,5 @@ def similarity(a: Any, b: Any) -> float:
 
 
 def is_number(value: Any) -> bool:
-    """True for an int or a float that is not a boolean."""
+    """Return whether a value is an int or a float, and no boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool)

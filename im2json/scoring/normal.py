@@ -1,8 +1,8 @@
-"""The form in which documents are compared: Donut's normal form, and its policy where Donut has none.
+"""Bring documents into the form in which they are compared: Donut's normal form, and ours where Donut has none.
 
 Donut (clovaai/donut 1.0.9, donut/util.py, JSONParseEvaluator) strips values, sorts keys by (length, name),
-wraps what is not in a list into one, and drops what is empty. We follow it, save where it loses data or
-mixes things up:
+wraps what is not in a list into one, and drops what is empty. We follow it, except where it loses data or
+confuses values:
 
 - 0 and false are kept, and false and true are written as in JSON (Donut drops the first two and writes
   "True");
@@ -10,9 +10,8 @@ mixes things up:
 - lists within a list are spliced into it (Donut drops them);
 - a value that contains the characters "<leaf>" is a value like any other.
 
-null, "" and empty containers are dropped as in Donut: a field without a value is no field. A value of white
-space alone is kept as an empty leaf where it is not in a list, dropped where it is: that too is Donut's
-doing.
+null, "" and empty containers are dropped as in Donut: a field without a value is no field. Also as in Donut, a value
+of white space alone is an empty leaf, but is dropped if it is in a list.
 """
 
 from __future__ import annotations
@@ -26,10 +25,12 @@ Normal = dict[str, list[Any]]
 
 
 def normal_items(value: Any) -> list[Any]:
-    """The items of a document, or of a field's value, in normal form: [] where it is empty.
+    """Return the items of a document, or of a field's value, in normal form; [] if it is empty.
 
-    An object is a one-item list of itself. Raises ValueError for what JSON cannot hold or nests beyond
-    MAX_DEPTH.
+    An object is a list of one item.
+
+    Raises:
+        ValueError: if JSON cannot hold the value, or it nests deeper than MAX_DEPTH.
     """
     return _items(value, MAX_DEPTH)
 
@@ -68,7 +69,11 @@ def _sorted_keys(value: dict[str, Any]) -> list[str]:
 
 
 def leaf_text(value: Any) -> str:
-    """A number or a boolean as its JSON text. Raises ValueError for anything else that is not text."""
+    """Return a number or a boolean as its JSON text.
+
+    Raises:
+        ValueError: if it is neither.
+    """
     if value is True:
         return "true"
     if value is False:
@@ -79,7 +84,7 @@ def leaf_text(value: Any) -> str:
 
 
 def fields(items: list[Any]) -> list[tuple[str, str]]:
-    """The (path, leaf) pairs of a document in normal form; a path is the keys, joined by dots."""
+    """Return the (path, leaf) pairs of a document in normal form. A path is its keys, joined by dots."""
     found: list[tuple[str, str]] = []
     _collect(items, "", found)
     return found

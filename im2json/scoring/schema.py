@@ -1,10 +1,10 @@
-"""The JSON Schema of a run's targets: induced from them, kept in the run folder, and read from a file.
+"""Induce the JSON Schema of a run's targets, and read and check a schema from a file.
 
-What decoding can be held to is part of JSON Schema (2020-12):
+Decoding can be constrained to a part of JSON Schema (2020-12):
 
 - anyOf, enum, const, or type, which may be a list;
-- objects: properties, required. Others than the properties are never written, whether or not additionalProperties
-  says false. Their order is free;
+- objects: properties, required. The properties come in any order, and no others are written, whether or not
+  additionalProperties is false;
 - arrays: items, minItems, maxItems;
 - strings: pattern, format, minLength, maxLength; numbers: minimum, maximum, exclusiveMinimum, exclusiveMaximum,
   multipleOf.
@@ -25,7 +25,7 @@ from im2json.jsontext import MAX_DEPTH, load_json
 
 Schema = dict[str, Any]
 NOTES = {"$schema", "$id", "$comment", "title", "description", "default", "examples"}
-"""Keywords that say nothing of what may be written."""
+"""Keywords that do not constrain what is written."""
 
 BY_TYPE = {
     "object": {"properties", "required", "additionalProperties"},
@@ -44,7 +44,7 @@ ONE_OF = ("anyOf", "enum", "const", "type")
 
 
 class _Object(Object):
-    """Says so where no key is required: genson leaves that out, and then takes it for not known."""
+    """Writes `required` also if it is empty. genson omits it then, and would read the omission as unknown."""
 
     def to_schema(self) -> Schema:
         return {**super().to_schema(), "required": sorted(self._required or ())}
@@ -55,9 +55,9 @@ class _Builder(SchemaBuilder):
 
 
 def induce(targets: Iterable[dict[str, Any]]) -> Schema:
-    """The schema of all that occurs: the types of each place, its keys, and which of them are always there.
+    """Return the schema of all that occurs in the targets: types, keys, and which keys are always present.
 
-    Keys come in the order in which they were first met. An array that was always empty may be nothing else.
+    Keys are in the order of their first occurrence. An array that was always empty may only be empty.
     """
     builder = _Builder(schema_uri="https://json-schema.org/draft/2020-12/schema")
     builder.add_schema({"type": "object"})
@@ -67,7 +67,7 @@ def induce(targets: Iterable[dict[str, Any]]) -> Schema:
 
 
 def _closed(schema: Schema) -> Schema:
-    """The same with what never occurred ruled out: genson leaves it open."""
+    """Return a schema that excludes what never occurred, which genson would allow."""
     closed = dict(schema)
     types = types_of(schema)
     if "anyOf" in schema:
@@ -81,8 +81,10 @@ def _closed(schema: Schema) -> Schema:
 
 
 def _alike(branches: list[Schema]) -> list[Schema]:
-    """Where an object stands in some targets and a list of objects in others, each may hold what the other may: one
-    row instead of several is no other row."""
+    """Give an object and a list of objects in the same position the keys of both.
+
+    Some targets have one row where others have a list of rows, and the rows are of the same kind.
+    """
     found = {name: branch for branch in branches for name in types_of(branch)}
     if not {"object", "array"} <= found.keys() or "object" not in types_of(found["array"].get("items", {})):
         return branches
@@ -95,16 +97,16 @@ def _alike(branches: list[Schema]) -> list[Schema]:
 
 
 def types_of(schema: Schema) -> list[str]:
-    """What `type` names; nothing where it is absent."""
+    """Return the types that `type` names, or none if it is absent."""
     types = schema.get("type", [])
     return [types] if isinstance(types, str) else types
 
 
 def read_schema(path: Path) -> Schema:
-    """A schema that decoding can be held to, from a file.
+    """Read a schema that decoding can be constrained to.
 
     Raises:
-        UserError: naming the file, the place in it and what is wrong there.
+        UserError: naming the file, the JSON pointer and what is wrong there.
     """
     try:
         schema = load_json(path.read_bytes(), f"schema {path}")
@@ -117,68 +119,68 @@ def read_schema(path: Path) -> Schema:
     return schema
 
 
-def _problems(schema: Any, place: str) -> Iterator[str]:
-    """What is wrong at and below a place, `place` being a JSON pointer."""
+def _problems(schema: Any, pointer: str) -> Iterator[str]:
+    """Yield what is wrong in a schema, and in the schemas within it; `pointer` is its JSON pointer."""
     if not isinstance(schema, dict):
-        yield f"{place} is not a schema, which is an object"
+        yield f"{pointer} is not a schema, which is an object"
         return
-    if place.count("/") > 2 * MAX_DEPTH:
-        yield f"{place} nests deeper than {MAX_DEPTH} levels"
+    if pointer.count("/") > 2 * MAX_DEPTH:
+        yield f"{pointer} nests deeper than {MAX_DEPTH} levels"
         return
     kinds = [name for name in ONE_OF if name in schema]
     if not kinds:
-        yield f"{place} has none of {', '.join(ONE_OF)}, one of which says what may stand there"
+        yield f"{pointer} has none of {', '.join(ONE_OF)}, one of which says what may stand there"
         return
     known = set(NOTES) | ({"type"} if kinds[0] != "anyOf" else set())
     if kinds[0] == "type":
         types = types_of(schema)
         if not isinstance(types, list) or not types or any(name not in list(BY_TYPE) for name in types):
-            yield f"{place}/type: {schema['type']!r} is not one of {', '.join(BY_TYPE)}, or a list of them"
+            yield f"{pointer}/type: {schema['type']!r} is not one of {', '.join(BY_TYPE)}, or a list of them"
             return
         known = known.union(*(BY_TYPE[name] for name in types))
     for keyword in schema.keys() - known - {kinds[0]}:
-        yield f"{place}: {keyword} is not supported here"
-    yield from _wrong_values(schema, place)
-    for below, part in _parts(schema, place):
+        yield f"{pointer}: {keyword} is not supported here"
+    yield from _wrong_values(schema, pointer)
+    for below, part in _parts(schema, pointer):
         yield from _problems(part, below)
 
 
-def _wrong_values(schema: Schema, place: str) -> Iterator[str]:
+def _wrong_values(schema: Schema, pointer: str) -> Iterator[str]:
     properties = schema.get("properties", {})
     required = schema.get("required", [])
     if not isinstance(properties, dict):
-        yield f"{place}/properties is not an object"
+        yield f"{pointer}/properties is not an object"
     elif not isinstance(required, list) or not all(isinstance(key, str) and key in properties for key in required):
-        yield f"{place}/required is not a list of names that are in properties"
+        yield f"{pointer}/required is not a list of names that are in properties"
     elif len(set(required)) < len(required):
-        yield f"{place}/required names a key twice"
+        yield f"{pointer}/required names a key twice"
     if schema.get("additionalProperties", False) is not False:
-        yield f"{place}: additionalProperties can only be false: name what may be written in properties"
+        yield f"{pointer}: additionalProperties can only be false: name what may be written in properties"
     for name in ("anyOf", "enum"):
         if name in schema and not (isinstance(schema[name], list) and schema[name]):
-            yield f"{place}/{name} is not a list with something in it"
+            yield f"{pointer}/{name} is not a list with something in it"
     listed = schema["enum"] if isinstance(schema.get("enum"), list) else []
     for value in [*listed, *([schema["const"]] if "const" in schema else [])]:
         if "type" in schema and not any(name in types_of(schema) for name in TYPES_OF[type(value)]):
-            yield f"{place}: {json.dumps(value)} is not of the type that stands beside it"
+            yield f"{pointer}: {json.dumps(value)} is not of the type that stands beside it"
     least, most = schema.get("minItems", 0), schema.get("maxItems")
     if not _whole(least) or not (most is None or (_whole(most) and most >= least)):
-        yield f"{place}: minItems and maxItems are whole numbers, the first not above the second"
+        yield f"{pointer}: minItems and maxItems are whole numbers, the first not above the second"
     elif "array" in types_of(schema) and "items" not in schema and most != 0:
-        yield f"{place} is an array without items: say what may stand in it"
+        yield f"{pointer} is an array without items: say what may stand in it"
 
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _parts(schema: Schema, place: str) -> Iterator[tuple[str, Any]]:
-    """The schemas directly within one, each with its place."""
+def _parts(schema: Schema, pointer: str) -> Iterator[tuple[str, Any]]:
+    """Yield the schemas directly within a schema, each with its JSON pointer."""
     branches, properties = schema.get("anyOf"), schema.get("properties")
     if isinstance(branches, list):
-        yield from ((f"{place}/anyOf/{i}", branch) for i, branch in enumerate(branches))
+        yield from ((f"{pointer}/anyOf/{i}", branch) for i, branch in enumerate(branches))
     if isinstance(properties, dict):
         for key, value in properties.items():
-            yield f"{place}/properties/{key.replace('~', '~0').replace('/', '~1')}", value
+            yield f"{pointer}/properties/{key.replace('~', '~0').replace('/', '~1')}", value
     if "items" in schema:
-        yield f"{place}/items", schema["items"]
+        yield f"{pointer}/items", schema["items"]

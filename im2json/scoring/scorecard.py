@@ -1,4 +1,4 @@
-"""Everything there is to say about a set of predictions: metrics, intervals, fields and errors."""
+"""Score a set of predictions in every way: metrics, intervals, fields and errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from im2json.scoring.fieldtable import FieldTable
 
 
 class Scorecard:
-    """A StreamingEvaluator, a FieldTable and ErrorCounts over the same examples; merges like them."""
+    """A StreamingEvaluator, a FieldTable and ErrorCounts over the same examples. Mergeable like them."""
 
     def __init__(self, seed: int = 0) -> None:
         self.metrics = StreamingEvaluator(seed)
@@ -20,7 +20,7 @@ class Scorecard:
         self.errors = ErrorCounts()
 
     def update(self, prediction: str | Reading, target: dict[str, Any], id: str | None = None) -> dict[str, float]:
-        """Count one example, and return its own scores; raises as `StreamingEvaluator.update` does."""
+        """Count one example, and return its own scores, as `StreamingEvaluator.update` does."""
         reading = read(prediction) if isinstance(prediction, str) else prediction
         scores = self.metrics.update(reading, target, id)
         self.fields.update(reading.value or {}, target)
@@ -28,14 +28,21 @@ class Scorecard:
         return scores
 
     def merge(self, other: Scorecard) -> None:
-        """Takes in the examples that another has counted. Raises ValueError where the seeds differ."""
+        """Add the examples that another has counted.
+
+        Raises:
+            ValueError: if the seeds differ.
+        """
         self.metrics.merge(other.metrics)
         self.fields.merge(other.fields)
         self.errors.merge(other.errors)
 
     def as_json(self) -> dict[str, Any]:
-        """{"num", "metrics": {name: {"value", "low", "high"}}, "fields": [a FieldRow each], "errors": {class:
-        {"examples", "occurrences"}}}; NaN, which JSON cannot hold, only before the first example."""
+        """Return the scores as an object that JSON can hold, except before the first example, when metrics are NaN.
+
+        {"num", "metrics": {name: {"value", "low", "high"}}, "fields": [the fields of FieldRow], "errors": {class:
+        {"examples", "occurrences"}}}
+        """
         values, bounds = self.metrics.compute(), self.metrics.intervals()
         return {
             "num": int(values["num"]),

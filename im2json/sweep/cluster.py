@@ -1,4 +1,4 @@
-"""Points on a Ray cluster that is there: each a task, in a sweep folder that all its machines share."""
+"""Run jobs on an existing Ray cluster, each as a task, in a sweep folder that all machines of the cluster share."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from im2json.errors import UserError, first_line
-from im2json.sweep.launch import (
-    POLL_SECONDS,
-    STOP_REQUESTED,
-    Job,
-    command,
-    is_locked,
-    launch,
-    lock,
-    output_of,
-    signal_group,
-)
+from im2json.files import is_locked, lock
+from im2json.sweep.jobs import STOP_REQUESTED, Job, train_command
+from im2json.sweep.processes import Output, launch, run_python, signal_group
+from im2json.sweep.scheduler import POLL_SECONDS
 
-ANSWER_SECONDS = 5  # for a cluster to take a connection; Ray itself tries for minutes
-RETRIES = 3  # of a point whose worker or machine was lost; it goes on from its checkpoint
+ANSWER_SECONDS = 5
+"""How long a cluster may take to accept a connection. Ray itself tries for minutes."""
+RETRIES = 3
+"""How often Ray tries a job again after its worker or machine was lost. Each try resumes from the last checkpoint."""
 
 
 class Cluster:
-    """As many points at a time as the cluster has room for; Ray queues the others."""
+    """The backend of a cluster. Ray runs as many jobs as the cluster can hold, and queues the others."""
 
     def __init__(self, address: str, train: Path, capacity: int, gpus_per_run: int | None) -> None:
-        """
+        """Connect to a cluster.
+
+        Args:
+            address: HOST:PORT, or auto for the cluster on this machine.
+            train: path of train.py, the same on all machines.
+            capacity: jobs that are handed to Ray at a time.
+            gpus_per_run: None means 1, or 0 if the cluster has no GPU.
+
         Raises:
             UserError: if Ray is not installed, no cluster answers, or no machine has as many GPUs.
         """
@@ -44,24 +46,24 @@ class Cluster:
         except ImportError:
             raise UserError("--ray needs Ray: pip install 'im2json[ray]'") from None
         self.ray, self.train, self.capacity = ray, train, capacity
-        self.tasks: dict[str, Any] = {}  # by point
+        self.tasks: dict[str, Any] = {}  # point id -> Ray's task
         handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
             raise UserError(f"--ray {address}: no Ray cluster answers there ({first_line(error)})") from None
         finally:
-            signal.signal(signal.SIGTERM, handler)  # which Ray has replaced by its own
+            signal.signal(signal.SIGTERM, handler)  # Ray has replaced it
         most = max(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
         self.gpus = gpus_per_run or min(1, int(most))
         if self.gpus > most:
             raise UserError(f"--gpus-per-run {self.gpus}: no machine of the cluster has more than {most:g} GPU(s)")
 
-    def has_room(self, beside: Sequence[Job]) -> bool:
-        return len(beside) < self.capacity
+    def has_capacity(self, running: Sequence[Job]) -> bool:
+        return len(running) < self.capacity
 
-    def start(self, job: Job, beside: Sequence[Job]) -> bool:
-        # on CPUs a point takes a core, or as many as the grid says
+    def start(self, job: Job, running: Sequence[Job]) -> bool:
+        # Without GPUs a job takes one core, or as many as the grid says.
         threads = None if self.gpus else job.point.config.train.threads or 1
         run = self.ray.remote(num_gpus=self.gpus, num_cpus=threads or 1, max_retries=RETRIES)(run_point)
         self.tasks[job.point.id] = run.remote(job, self.train, max(1, self.gpus), threads)
@@ -76,25 +78,29 @@ class Cluster:
             self.ray.get(task)
         except self.ray.exceptions.TaskCancelledError:
             pass
-        except self.ray.exceptions.RayTaskError as error:  # its own text begins with where it was raised
-            job.complain(f"Ray gave up on this point: {first_line(error.cause)}")
+        except self.ray.exceptions.RayTaskError as error:  # its text begins with the location, so use the cause
+            job.log_error(f"Ray gave up on this point: {first_line(error.cause)}")
         except self.ray.exceptions.RayError as error:
-            job.complain(f"Ray gave up on this point: {first_line(error)}")
+            job.log_error(f"Ray gave up on this point: {first_line(error)}")
         return is_locked(job.log)
 
     def stop(self, job: Job, at_once: bool) -> None:
         if task := self.tasks.get(job.point.id):
             self.ray.cancel(task, force=at_once)
-        if at_once or task is None:  # without a task, another sweep has started it
+        if at_once or task is None:  # another sweep started a job without a task
             signal_group(job, signal.SIGKILL if at_once else signal.SIGTERM)
 
-    def output_of(self, arguments: list[str], log: Path) -> tuple[int, str]:
-        run = self.ray.remote(num_gpus=self.gpus, max_retries=RETRIES)(output_of)
+    def run_python(self, arguments: list[str], log: Path) -> Output:
+        run = self.ray.remote(num_gpus=self.gpus, max_retries=RETRIES)(run_python)
         return self.ray.get(run.remote(arguments, log))
 
 
 def check_address(address: str) -> None:
-    """Raises UserError where there is no cluster to be found, which Ray would take minutes to say."""
+    """Check that a cluster answers at an address, which Ray itself would try for minutes.
+
+    Raises:
+        UserError: if none does, or the address is not HOST:PORT.
+    """
     found = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:([0-9]+)", address)
     if address != "auto" and found is None:
         raise UserError(f"--ray {address}: expected the HOST:PORT of a cluster, or auto for the one on this machine")
@@ -107,25 +113,26 @@ def check_address(address: str) -> None:
 
 
 def run_point(job: Job, train: Path, processes: int, threads: int | None) -> None:
-    """The task: a point's program, brought to its end on the machine that Ray has chosen.
+    """Run a job to its end on the machine that Ray has chosen; this function is the task.
 
-    Where the worker that runs this ends, in whatever way, the guard asks the point to save and stop, and Ray's next try
-    goes on.
+    If the worker that runs this function ends in any way, the guard asks the job to save and stop, and Ray's next try
+    resumes it.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what it starts in the background
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray cancels a task by it
+    # A shell ignores SIGINT in what it starts in the background, but Ray cancels a task by SIGINT.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with job.log.open("ab") as log:
-            while not lock(log):  # what a lost worker has started is ending
+            while not lock(log):  # the processes that a lost worker started are ending
                 time.sleep(POLL_SECONDS)
             if job.state_at_rest() in ("done", "paused"):
                 return
-            process = launch(job, command(job, train, processes, threads), log, {})
+            process = launch(job, train_command(job, train, processes, threads), log, {})
         guard = start_guard(job, process.pid)
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
         guard.communicate(b"\n")
-    except KeyboardInterrupt:  # as Ray cancels a task; it ends a worker by SystemExit, which is the guard's matter
+    except KeyboardInterrupt:  # Ray cancels the task; it ends a worker by SystemExit, which the guard handles
         signal_group(job, signal.SIGTERM)
         while is_locked(job.log):
             time.sleep(POLL_SECONDS)
@@ -133,13 +140,14 @@ def run_point(job: Job, train: Path, processes: int, threads: int | None) -> Non
 
 
 def start_guard(job: Job, group: int) -> subprocess.Popen:
-    """What asks a process group to stop, unless it was asked, when this process ends; a line sends it home.
+    """Start a guard that asks a process group to stop, unless that was done, when this process ends.
 
-    It waits for the line in a grandchild: Ray kills the children of a worker that it kills.
+    A line on the guard's stdin dismisses it. The guard waits in a grandchild of this process, because Ray kills the
+    children of a worker that it kills.
     """
-    note = shlex.quote(str(job.group))
-    ask = f"grep -qx '{STOP_REQUESTED}' {note} || {{ kill -TERM -{group} && echo '{STOP_REQUESTED}' >> {note}; }}"
+    file = shlex.quote(str(job.process_file))
+    stop = f"grep -qx '{STOP_REQUESTED}' {file} || {{ kill -TERM -{group} && echo '{STOP_REQUESTED}' >> {file}; }}"
     return subprocess.Popen(
-        ["sh", "-c", f"exec 3<&0; (read _ <&3 || {{ {ask}; }}) &"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        ["sh", "-c", f"exec 3<&0; (read _ <&3 || {{ {stop}; }}) &"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""From grid.json to the points of a sweep: every value checked, every point with an id of its own."""
+"""Read grid.json as the points of a sweep. Every value is checked, and every point gets an id of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from im2json.errors import UserError
 from im2json.files import read_json
@@ -17,10 +17,11 @@ from im2json.options import OPTIONS, PRESETS, TrainConfig, check, flag_name
 from im2json.resume import fresh_options
 
 PARTS = ("preset", "base", "grid", "ablate", "seeds")
-NOT_HERE = {  # options that a grid may not hold, and why
+NOT_HERE = {
     "output": "sweep.py names the run folders itself",
     "test": "sweep.py scores the test split once, for the winner",
 }
+"""Options that a grid may not set, and why."""
 Values = dict[str, Any]
 
 
@@ -28,13 +29,13 @@ Values = dict[str, Any]
 class Point:
     """One run of a sweep."""
 
-    id: str  # the same for the same options that decide the result, in any grid
+    id: str  # follows from the options that decide the result, so it is the same in any grid
     config: TrainConfig
-    flags: list[str]  # of train.py, for these options and no others
-    free: list[str]  # of them, those of the options that change no result, as --resume takes them again
-    place: Values  # axis -> its value as the grid has it ("2r" for alpha)
-    setting: str  # in words, what the grid makes different from its base; the same for all seeds
-    name: str  # the same with the seed, where the grid repeats its points
+    flags: list[str]  # of train.py, for this config
+    resume_flags: list[str]  # those of options that do not affect the result, which --resume accepts again
+    axis_values: Values  # axis -> value as written in the grid ("2r" for alpha)
+    setting: str  # the differences from the base in words; the same for all seeds
+    name: str  # the setting, with the seed if the grid repeats its points
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,23 @@ class Plan:
     """All points of a grid, in its order."""
 
     points: list[Point]
-    axes: dict[str, list[Any]]  # axis -> its values in the order of the grid; one that only the base has comes first
-    metric: str  # what points are ranked by
-    base: Values | None  # the place that the axes are varied around, one at a time; None where they are crossed
+    axes: dict[str, list[Any]]  # axis -> its values in the order of the grid; a value that only the base has is first
+    metric: str  # ranks the points
+    base: Values | None  # axis -> value of the base of an ablation; None if the axes are crossed
+
+
+class Variant(NamedTuple):
+    """A combination of axis values, and how it differs from the base."""
+
+    axis_values: Values
+    changes: Values
 
 
 def read_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
-    """The plan of a grid file, with some of its base replaced by NAME=VALUE.
+    """Return the plan of a grid file.
+
+    Args:
+        overrides: NAME=VALUE, replacing values of its base.
 
     Raises:
         UserError: naming the file, and the key or line that is wrong.
@@ -63,10 +74,10 @@ def read_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """NAME=VALUE as (name, value), the value read as its option's type wants it.
+    """Return NAME=VALUE as (name, value), with the value in the type of its option.
 
     Raises:
-        UserError: where there is no `=`.
+        UserError: if there is no `=`.
     """
     name, equals, value = text.partition("=")
     name = name.removeprefix("--").replace("-", "_")
@@ -77,17 +88,21 @@ def parse_override(text: str) -> tuple[str, Any]:
     try:
         return name, json.loads(value)
     except ValueError:
-        return name, value  # "2r", or what the check will refuse
+        return name, value  # "2r", or a value that the check will refuse
 
 
 def make_plan(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> Plan:
-    """`read_plan` for a grid that was read."""
+    """Return the plan of a grid that was read from its file.
+
+    Raises:
+        UserError: naming the key that is wrong.
+    """
     for part in stored:
         if part not in PARTS:
             hint = "; options go into base, grid or ablate" if part in OPTIONS else ""
             raise UserError(f"unknown key {part!r}: a grid holds {', '.join(PARTS)}{hint}")
     preset = stored.get("preset")
-    if preset is not None and preset not in list(PRESETS):  # a list, as what JSON holds may not be hashable
+    if preset is not None and preset not in list(PRESETS):  # a list, because a JSON value may not be hashable
         raise UserError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
     if "grid" in stored and "ablate" in stored:
         raise UserError("grid and ablate: give one of the two, a grid crosses its axes, ablate varies one at a time")
@@ -101,73 +116,77 @@ def make_plan(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> Plan:
         if "seeds" in stored and "seed" in names:
             raise UserError(f"{where}.seed and seeds: leave one out")
 
-    places = _ablated(base, axes, preset) if part == "ablate" else _crossed(axes)
-    points = [
-        _point({**base, **values, **seed}, preset, place, _words(values), _words({**values, **seed}))
-        for place, values in places
-        for seed in seeds
-    ]
+    variants = _ablated(base, axes, preset) if part == "ablate" else _crossed(axes)
+    points = [_point(base, variant, seed, preset) for variant in variants for seed in seeds]
     _refuse_copies(points)
     if any(point.config.train.eval_every == 0 for point in points):
         raise UserError("eval_every: 0 leaves nothing to rank the points by: at least 1")
-    around = places[0][0] if part == "ablate" else None
-    ordered = {name: _ordered([place[name] for place, _ in places], values) for name, values in axes.items()}
-    return Plan(points, ordered, points[0].config.train.metric, around)
+    centre = variants[0].axis_values if part == "ablate" else None
+    ordered = {name: _ordered([v.axis_values[name] for v in variants], values) for name, values in axes.items()}
+    return Plan(points, ordered, points[0].config.train.metric, centre)
 
 
-def _ordered(placed: list[Any], values: list[Any]) -> list[Any]:
-    """The values that the points have on an axis, in the grid's order; one that only the base has comes first."""
-    return [value for value in dict.fromkeys([*(v for v in placed if v not in values), *values]) if value in placed]
+def _ordered(used: list[Any], values: list[Any]) -> list[Any]:
+    """Return the values that points use on an axis, in the grid's order; a value that only the base has is first."""
+    return [value for value in dict.fromkeys([*(v for v in used if v not in values), *values]) if value in used]
 
 
-def _crossed(axes: Mapping[str, list[Any]]) -> list[tuple[Values, Values]]:
-    """(place, values) of every combination."""
+def _crossed(axes: Mapping[str, list[Any]]) -> list[Variant]:
+    """Return every combination of the axes' values."""
     combinations = (dict(zip(axes, values)) for values in itertools.product(*axes.values()))
-    return [(place, place) for place in combinations]
+    return [Variant(values, values) for values in combinations]
 
 
-def _ablated(base: Values, axes: Mapping[str, list[Any]], preset: str | None) -> list[tuple[Values, Values]]:
-    """(place, values) of the base, and of the base with one value changed.
+def _ablated(base: Values, axes: Mapping[str, list[Any]], preset: str | None) -> list[Variant]:
+    """Return the base, and the base with one value changed, for each value.
 
-    A value that the base has already is no point more; it gives the base its name on that axis.
+    A value that the base already has makes no further point; it becomes the base's value on that axis, as written.
     """
-    centre = _resolve(base, preset)
-    middle = {name: centre.flat()[name] for name in axes}
+    base_config = _resolve(base, preset)
+    middle = {name: base_config.flat()[name] for name in axes}
     changes = []
     for name, values in axes.items():
-        same = [value for value in values if point_id(_resolve({**base, name: value}, preset)) == point_id(centre)]
+        same = [value for value in values if point_id(_resolve({**base, name: value}, preset)) == point_id(base_config)]
         if len(same) > 1:
             raise UserError(f"ablate.{name}: {same[0]!r} and {same[1]!r} are the same point")
         middle[name] = same[0] if same else middle[name]
         changes += [(name, value) for value in values if value not in same]
     follows = base.get("alpha", "2r")
     if {"r", "alpha"} <= axes.keys() and isinstance(follows, str) and not isinstance(middle["alpha"], str):
-        middle["alpha"] = follows  # which the points of another r have as well, and no number says
-    return [(middle, {})] + [({**middle, name: value}, {name: value}) for name, value in changes]
+        middle["alpha"] = follows  # true for points of every r, while a number would be true for the base alone
+    return [Variant(middle, {})] + [Variant({**middle, name: value}, {name: value}) for name, value in changes]
 
 
-def _words(values: Values) -> str:
+def _in_words(values: Values) -> str:
     return " ".join(f"{name}={shown(value)}" for name, value in values.items()) or "base"
 
 
 def shown(value: Any) -> str:
-    """A value on one line: text that holds a line break or the like is quoted and escaped."""
+    """Return a value as text on one line; text with a line break or the like is quoted and escaped."""
     return str(value) if str(value).isprintable() else repr(value)
 
 
-def _point(given: Values, preset: str | None, place: Values, setting: str, name: str) -> Point:
+def _point(base: Values, variant: Variant, seed: Values, preset: str | None) -> Point:
+    given = {**base, **variant.changes, **seed}
     config = _resolve(given, preset)
-    free = [flag for option in given if not OPTIONS[option].affects_result for flag in _flag(option, given[option])]
-    return Point(point_id(config), config, _flags(given, config, preset or "tiny"), free, place, setting, name)
+    return Point(
+        id=point_id(config),
+        config=config,
+        flags=_flags(given, config, preset or "tiny"),
+        resume_flags=[flag for name in given if not OPTIONS[name].affects_result for flag in _flag(name, given[name])],
+        axis_values=variant.axis_values,
+        setting=_in_words(variant.changes),
+        name=_in_words({**variant.changes, **seed}),
+    )
 
 
 def _resolve(given: Values, preset: str | None) -> TrainConfig:
-    """The config of a point, as train.py would come to it."""
+    """Return the config that train.py would resolve a point's values to."""
     return TrainConfig.resolve(fresh_options({**_with_alpha(given, preset), "test": False}, preset), preset)
 
 
 def point_id(config: TrainConfig) -> str:
-    """A name that follows from the options that decide the result."""
+    """Return a name that follows from the options that decide the result."""
     decides = {name: value for name, value in config.flat().items() if OPTIONS[name].affects_result}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
     model, train = config.model, config.train
@@ -176,7 +195,7 @@ def point_id(config: TrainConfig) -> str:
 
 
 def _with_alpha(given: Values, preset: str | None) -> Values:
-    """The values with an alpha like "2r" worked out."""
+    """Return the values with an alpha like "2r" as a number."""
     alpha = given.get("alpha")
     if not isinstance(alpha, str):
         return given
@@ -186,12 +205,12 @@ def _with_alpha(given: Values, preset: str | None) -> Values:
 
 
 def _times(alpha: str) -> float:
-    """How many times r an alpha like "2r" is."""
+    """Return the factor of an alpha like "2r"."""
     return float(alpha.removesuffix("r") or 1)
 
 
 def _flags(given: Values, config: TrainConfig, preset: str) -> list[str]:
-    """The flags that make train.py resolve to this config: what was given, and what differs from the preset."""
+    """Return the flags that give train.py this config: the given values, and all that differ from the preset."""
     usual = TrainConfig.resolve({}, preset).flat()
     flags = ["--preset", preset]
     for name, value in config.flat().items():
@@ -201,7 +220,7 @@ def _flags(given: Values, config: TrainConfig, preset: str) -> list[str]:
 
 
 def _flag(name: str, value: Any) -> list[str]:
-    """What gives train.py this value."""
+    """Return the flag that gives train.py this value."""
     flag = flag_name(name)
     if value is None:
         return []

@@ -1,9 +1,8 @@
-"""The page of a sweep: its leaderboard, a plot an axis, the training curves, and the test split."""
+"""The HTML page of a sweep: the leaderboard, a plot for each axis, the training curves, and the test split."""
 
 from __future__ import annotations
 
 import html
-from typing import Any
 
 from im2json.catalogue import labelled
 from im2json.report.page import html_page, html_table
@@ -11,7 +10,7 @@ from im2json.report.plot import Curve, Estimate, curve_plot, estimate_plot, lege
 from im2json.report.table import BEFORE_AFTER, before_after_rows, cell_text
 from im2json.scoring import METRICS
 from im2json.sweep.grid import Values, shown
-from im2json.sweep.leaderboard import Board, Cell, absent, axis_line, cells, note, rows
+from im2json.sweep.leaderboard import AxisVerdict, Board, Cell, WinnerScores, absent, cells, note, rows, settings_along
 
 _STYLE = """
 h2, h3 { margin: 0 0 .5em; font-size: 1.15em }
@@ -32,8 +31,8 @@ polyline:hover { stroke-width: 4 }
 """
 
 
-def sweep_page(board: Board, name: str, test: dict[str, Any] | None) -> str:
-    """One HTML file with everything in it. `test`: {"point", "before", "after"}, None where it was not scored."""
+def sweep_page(board: Board, name: str, test: WinnerScores | None) -> str:
+    """Return one HTML file that needs no other. `test` is None if the test split was not scored."""
     table = rows(board)
     plots = "\n".join(_axis(board, axis, table) for axis in board.axes)
     parts = [
@@ -49,9 +48,9 @@ def sweep_page(board: Board, name: str, test: dict[str, Any] | None) -> str:
 def _summary(board: Board) -> str:
     done = sum(len(setting.runs) for setting in board.settings)
     settings = f", of {len(board.settings)} settings" if done > len(board.settings) else ""
-    told = f"Ranked by <b>{labelled(board.metric)}</b>: {html.escape(METRICS[board.metric].help)}."
+    ranking = f"Ranked by <b>{labelled(board.metric)}</b>: {html.escape(METRICS[board.metric].help)}."
     counted = f"{done} of {board.points} points have a result{settings}."
-    return f"<p>{told}</p>\n<p>{html.escape(' '.join([counted, *absent(board)]))}</p>"
+    return f"<p>{ranking}</p>\n<p>{html.escape(' '.join([counted, *absent(board)]))}</p>"
 
 
 def _leaderboard(board: Board, table: list[Values]) -> str:
@@ -65,10 +64,10 @@ def _cell(cell: Cell) -> str:
     return text + "".join(f"<small>{html.escape(more)}</small>" for more in cell.more)
 
 
-def _axis(board: Board, axis: dict[str, Any], table: list[Values]) -> str:
-    """The axis' sentence, and the settings that it is about."""
-    name, metric = axis["axis"], board.metric
-    found = {setting.place[name]: setting for setting in axis_line(name, board.around, board.settings)}
+def _axis(board: Board, verdict: AxisVerdict, table: list[Values]) -> str:
+    """Return the verdict on an axis, and a plot of the settings that it compares."""
+    name, metric = verdict.axis, board.metric
+    found = {setting.axis_values[name]: setting for setting in settings_along(name, board.centre, board.settings)}
     by_config = {row["config"]: row for row in table}
     estimates = []
     for value in board.order[name]:
@@ -79,17 +78,17 @@ def _axis(board: Board, axis: dict[str, Any], table: list[Values]) -> str:
         row = by_config[setting.name]
         seeds = setting.values(metric) if len(setting.runs) > 1 else []
         estimates.append(Estimate(shown(value), row[metric], row[f"{metric}_low"], row[f"{metric}_high"], seeds))
-    others = ", ".join(f"{other}={shown(value)}" for other, value in board.around.items() if other != name)
+    others = ", ".join(f"{other}={shown(value)}" for other, value in board.centre.items() if other != name)
     where = f'<p class="muted">At {html.escape(others)}.</p>' if others else ""
     plot = estimate_plot(estimates, name, labelled(metric))
     return (
-        f"<section><h2>{html.escape(name)}</h2>\n<p>{html.escape(axis['sentence'])}</p>\n{where}"
+        f"<section><h2>{html.escape(name)}</h2>\n<p>{html.escape(verdict.sentence)}</p>\n{where}"
         f'<div class="wide">{plot}</div></section>'
     )
 
 
 def _training(board: Board) -> str:
-    """Validation and loss of all runs; empty where none kept any."""
+    """Return plots of validation and loss of all runs; empty if no run logged any."""
     validation, losses = [], []
     for style, setting in enumerate(board.settings):
         for run, seed in zip(setting.runs, setting.examples):
@@ -107,10 +106,10 @@ def _training(board: Board) -> str:
     return f'<section><h2>Training</h2>\n<div class="plots">{drawn}</div>\n{names}</section>' if drawn else ""
 
 
-def _test(board: Board, test: dict[str, Any]) -> str:
-    winner = f"{board.settings[0].name} ({test['point']})"
-    examples = f"{test['after']['num']:.0f} examples" if "num" in test["after"] else "Generated text"
-    compared = before_after_rows(test["before"], test["after"])
+def _test(board: Board, test: WinnerScores) -> str:
+    winner = f"{board.settings[0].name} ({test.point})"
+    examples = f"{test.after['num']:.0f} examples" if "num" in test.after else "Generated text"
+    compared = before_after_rows(test.before, test.after)
     table = [[html.escape(cell_text(value)) for value in row] for row in compared]
     return (
         f"<section><h2>Test split</h2>\n<p>{examples}, the base before and {html.escape(winner)} after.</p>\n"

@@ -1,4 +1,4 @@
-"""What is told of a sweep while it runs: a table that is drawn anew on a terminal, lines elsewhere."""
+"""Show how far a running sweep is: a table that is redrawn on a terminal, or a line for each change in a log file."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ import time
 
 import click
 
+from im2json.files import is_locked
+from im2json.report.duration import clock_time
 from im2json.report.table import table
-from im2json.sweep.launch import Job, is_locked
+from im2json.sweep.jobs import Job
 
 HEADERS = ["point", "state", "step", "of", "metric", "left"]
 
 
 class Progress:
-    """Call it as often as you like; a terminal is drawn every second, a log file gets a line for every change."""
+    """Show the jobs at each call; a terminal is redrawn once per second at most."""
 
     def __init__(self, jobs: list[Job], metric: str) -> None:
         self.jobs = jobs
         self.metric = metric
         self.on_terminal = sys.stdout.isatty()
-        self.told: dict[str, tuple] = {job.point.id: (job.state, None) for job in jobs}
+        self.shown: dict[str, tuple] = {job.point.id: (job.state, None) for job in jobs}  # last state and metric
         self.done: dict[str, list[str]] = {}  # the rows of finished points, which no longer change
-        self.failed: set[str] = set()  # whose end was shown
+        self.failed: set[str] = set()  # points whose failure was shown
         self.drawn_at, self.lines = 0.0, 0
 
     def __call__(self) -> None:
@@ -37,9 +39,9 @@ class Progress:
         if self.on_terminal:
             self._draw(rows)
         for job, (name, state, step, total, value, left) in zip(self.jobs, rows):
-            if self.told[job.point.id] == (state, value):
+            if self.shown[job.point.id] == (state, value):
                 continue
-            self.told[job.point.id] = (state, value)
+            self.shown[job.point.id] = (state, value)
             if not self.on_terminal:
                 known = [f"step {step} of {total}" if step else "", value and f"{self.metric} {value}", left]
                 click.echo(f"{name}: {', '.join(filter(None, [state, *known]))}")
@@ -50,10 +52,10 @@ class Progress:
                 if job.state == "failed" and job.point.id not in self.failed:
                     self.failed.add(job.point.id)
                     click.echo(f"{job.point.name}: failed\n{failure(job)}")
-            self.lines = 0  # what follows stands below, not in its place
+            self.lines = 0  # keep the last table, and print what follows below it
 
     def _draw(self, rows: list[list[str]]) -> None:
-        """Draw over the last table. Where the screen is too small for all points, those that run are shown."""
+        """Draw over the last table. If the screen is too small for all points, show only those that run."""
         width, height = shutil.get_terminal_size()
         shown, states = rows, [state for _, state, *_ in rows]
         if len(rows) > height - 4:
@@ -66,30 +68,30 @@ class Progress:
         click.echo(up + "\n".join(line[: width - 1] for line in lines))
 
     def _row(self, job: Job) -> list[str]:
-        """The cells under HEADERS."""
+        """Return the cells under HEADERS."""
         lines = list(job.run.log()) if job.state != "to do" else []
         steps = [line for line in lines if line.split == "train"]
         values = [line.values[self.metric] for line in lines if line.split == "validation"]
         step, total = (steps[-1].step if steps else 0), total_steps(job)
         left = ""
-        # of a point that another sweep has started it is not known since when it runs
+        # A job that another sweep started may have paused, so its lines say nothing about its pace.
         recent = [line for line in steps if line.time >= job.started] if job.started else []
         if job.state == "running" and total and len(recent) > 1:
             pace = (recent[-1].time - recent[0].time) / (recent[-1].step - recent[0].step)
             end = total if job.stop_after is None else min(job.stop_after, total)
-            left = f"{duration(pace * max(0, end - step))} left"
+            left = f"{clock_time(pace * max(0, end - step))} left"
         value = f"{values[-1]:.3f}" if values else ""
-        state = "queued" if job.state == "running" and not is_locked(job.log) else job.state  # by a cluster
+        state = "queued" if job.state == "running" and not is_locked(job.log) else job.state  # by Ray
         return [job.point.name, state, str(step or ""), str(total or ""), value, left]
 
 
 def failure(job: Job) -> str:
-    """The end of a failed point's log, and where the rest is."""
-    return f"{job.last_words()}\n    (the end of {job.log})"
+    """Return the end of a failed point's log, and where the rest is."""
+    return f"{job.log_tail()}\n    (the end of {job.log})"
 
 
 def total_steps(job: Job) -> int | None:
-    """The steps that a point will take: as told, or as its log says."""
+    """Return the steps that a point will take: from its options, or else from its log."""
     if job.point.config.train.steps is not None:
         return job.point.config.train.steps
     if not job.log.exists():
@@ -98,10 +100,3 @@ def total_steps(job: Job) -> int | None:
         file.seek(max(0, job.log.stat().st_size - 4096))
         found = re.findall(rb"training:.*?\d+/(\d+) \[", file.read())
     return int(found[-1]) if found else None
-
-
-def duration(seconds: float) -> str:
-    """0:59, 12:34 or 1:23:45."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,4 +1,4 @@
-"""How well a run's confidence holds on a split, over all fields and one by one."""
+"""Measure how well a run's confidence holds on a split, over all fields and field by field."""
 
 from __future__ import annotations
 
@@ -21,34 +21,35 @@ from im2json.scoring.examples import calibration_predictions, kept_predictions, 
 from im2json.scoring.normal import fields, normal_items
 
 ALL = "(all)"
+"""The group of all leaves."""
 NO_TARGET = "(no target has it)"
-"""Names of the groups that are no path."""
+"""The group of leaves at paths that no target has."""
 
 
 class Group(NamedTuple):
-    """What is known of some predicted leaves, their confidence calibrated; None for what there is none of."""
+    """How well the calibrated confidence of some predicted leaves holds."""
 
     leaves: int
-    right: float
-    confidence: float
+    right: float  # share
+    confidence: float  # mean
     calibration_error: float
-    aurc: float
-    kept: float | None = None
-    precision: float | None = None
+    aurc: float  # area under the risk-coverage curve
+    kept: float | None = None  # share at the threshold or above; None without a threshold
+    precision: float | None = None  # of those kept; None if none is kept
 
 
 @dataclass(frozen=True)
-class Sureness:
-    """A split's predicted leaves by key path, ALL first."""
+class FieldConfidence:
+    """The predicted leaves of a split, and how well their confidence holds by key path, ALL first."""
 
     leaves: Sequence[Leaf]  # calibrated
     calibration: Calibration
     groups: dict[str, Group]
     target_precision: float | None = None
-    threshold: float | None = None  # of the calibrated confidence; inf where validation has none
+    threshold: float | None = None  # of the calibrated confidence; inf if no threshold reaches the target precision
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the leaves; an infinite threshold is null."""
+        """Return everything but the leaves; an infinite threshold is null."""
         found = self.threshold if self.threshold is not None and math.isfinite(self.threshold) else None
         return {
             "calibration": self.calibration._asdict(),
@@ -58,11 +59,15 @@ class Sureness:
         }
 
 
-def run_sureness(run: RunFolder, split: str, target_precision: float | None = None) -> Sureness:
-    """What a run was sure of on a split after training; rows without a confidence are left out.
+def run_confidence(run: RunFolder, split: str, target_precision: float | None = None) -> FieldConfidence:
+    """Return the confidence of a run's predictions on a split after training, without those that have none.
 
-    The threshold for a target precision is found on the answers that the calibration was fitted to.
-    Raises UserError where calibration.json is not one of ours.
+    Args:
+        target_precision: find the threshold above which this share is right, on the predictions that the calibration
+            was fitted to.
+
+    Raises:
+        UserError: if the run kept no predictions of the split, or its calibration.json was not written by us.
     """
     calibration, step = read_calibration(run) or (Calibration(), None)
     kept_here = [prediction for prediction in kept_predictions(run, split) if prediction.has_confidence]
@@ -78,11 +83,11 @@ def run_sureness(run: RunFolder, split: str, target_precision: float | None = No
         by_path.setdefault(leaf.path if leaf.path in wanted else NO_TARGET, []).append(leaf)
     ordered = sorted(by_path.items(), key=lambda item: (item[0] == NO_TARGET, item[0]))
     groups = {path: _group(some, threshold) for path, some in [(ALL, leaves), *ordered] if some}
-    return Sureness(leaves, calibration, groups, target_precision, threshold)
+    return FieldConfidence(leaves, calibration, groups, target_precision, threshold)
 
 
 def calibrated(leaves: Iterable[Leaf], calibration: Calibration) -> list[Leaf]:
-    """The same leaves with what their confidence means."""
+    """Return the leaves with calibrated confidence."""
     return [leaf._replace(confidence=float(calibration(leaf.confidence))) for leaf in leaves]
 
 

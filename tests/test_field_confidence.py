@@ -1,4 +1,4 @@
-"""A run's confidence from its rows to its page: calibration.json, what evaluate.py prints, report.html."""
+"""A run's confidence, from its predictions to calibration.json, the output of evaluate.py, and report.html."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from PIL import Image
 
 from im2json.files import append_lines
 from im2json.jsontext import canonical, map_leaves, read
-from im2json.report.comparison import run_report, sureness_table
+from im2json.report.comparison import confidence_table, run_report
 from im2json.report.run import OK, WRONG, write_report
 from im2json.runs import RunFolder
 from im2json.scoring.confidence import Calibration, calibration_error, judge_leaves, kept
 from im2json.scoring.examples import calibrate, read_calibration
-from im2json.scoring.sureness import ALL, NO_TARGET, run_sureness
+from im2json.scoring.field_confidence import ALL, NO_TARGET, run_confidence
 
 NASTY = "</script><script>alert(1)</script>"
 METRICS = {"before": {"field_f1": 0.0}, "after": {"field_f1": 0.5}}
 
 
 def row(id: str, split: str, rng: random.Random, stage: str = "after") -> dict[str, Any]:
-    """An answer whose leaves are wrong about as often as twice what they admit."""
+    """Return an answer whose leaves are wrong twice as often as their confidence says."""
     target = {"menu": [{"nm": f"item {i}", "price": str(i)} for i in range(1, 4)], "total": "6", "note": NASTY}
     sure = map_leaves(target, lambda _: round(1 - 0.2 * rng.random() ** 3, 6))
     said = json.loads(json.dumps(target))
@@ -67,9 +67,9 @@ def test_calibration_is_kept_with_the_run(run):
         read_calibration(run)
 
 
-def test_sureness_is_that_of_calibrated_leaves(run):
+def test_field_confidence_is_that_of_calibrated_leaves(run):
     calibration = calibrate(run, 7)
-    found = run_sureness(run, "test", target_precision=0.9)
+    found = run_confidence(run, "test", target_precision=0.9)
     leaves = leaves_of(run, "test")
     sure, right = [float(calibration(leaf.confidence)) for leaf in leaves], [leaf.right for leaf in leaves]
     assert list(found.groups) == [ALL, "menu.nm", "menu.price", "note", "total", NO_TARGET]
@@ -80,17 +80,17 @@ def test_sureness_is_that_of_calibrated_leaves(run):
     assert group[5:] == pytest.approx(kept(sure, right, found.threshold))
     assert group.precision > 0.85 and 0.1 < group.kept < 1
     assert found.groups[NO_TARGET][:2] == (20, 0)
-    assert f"{group.kept:.1%} of the fields are kept" in sureness_table(found)
-    assert "kept" not in sureness_table(run_sureness(run, "test"))
+    assert f"{group.kept:.1%} of the fields are kept" in confidence_table(found)
+    assert "kept" not in confidence_table(run_confidence(run, "test"))
     printed = json.loads(run_report(run, "test", METRICS, 0.9, as_json=True))
     assert printed["confidence"]["fields"][ALL]["kept"] == group.kept
 
 
 def test_a_precision_that_validation_cannot_promise(run):
     calibrate(run, 7)
-    found = run_sureness(run, "test", target_precision=0.9999)
+    found = run_confidence(run, "test", target_precision=0.9999)
     assert found.groups[ALL].kept == 0 and found.groups[ALL].precision is None
-    assert "validation has no threshold" in sureness_table(found)
+    assert "validation has no threshold" in confidence_table(found)
     assert found.as_json()["threshold"] is None
 
 

@@ -1,4 +1,4 @@
-"""Words for the synthetic receipts: a third of them random, so that they must be read."""
+"""Words for the synthetic receipts. A third of them is random, so that a model cannot guess them but has to read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _VOWELS = "aeiou"
 
 
 def random_word(rng: random.Random) -> str:
-    """2 to 8 letters, pronounceable more often than not."""
+    """Return a word of 2 to 8 letters, which is pronounceable more often than not."""
     if rng.random() < 0.6:
         word = "".join(rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.choice((1, 2, 2, 3))))
         return word + rng.choice(_CONSONANTS) if rng.random() < 0.5 else word
@@ -41,12 +41,12 @@ def random_word(rng: random.Random) -> str:
 
 
 def word(rng: random.Random, known: list[str]) -> str:
-    """A random word for a third of the draws, else one of those known."""
+    """Return a random word in a third of the draws, and one of the known words otherwise."""
     return random_word(rng) if rng.random() < RANDOM_SHARE else rng.choice(known)
 
 
 def phrase(rng: random.Random, known: list[str], longest: int, most: int = 3) -> str:
-    """One to `most` words, at most `longest` characters in all (the first word is cut if it must be)."""
+    """Return one to `most` words of at most `longest` characters in all; if one word alone is longer, it is cut."""
     words = [word(rng, known) for _ in range(rng.choice((1, 1, 2, 2, 3)[: 2 * most]))]
     while len(words) > 1 and len(" ".join(words)) > longest:
         words.pop()
@@ -54,5 +54,5 @@ def phrase(rng: random.Random, known: list[str], longest: int, most: int = 3) ->
 
 
 def cased(text: str, case: str) -> str:
-    """`case` is upper, title or lower."""
+    """Return the text in a case: upper, title or lower."""
     return text.upper() if case == "upper" else text.title() if case == "title" else text.lower()

@@ -1,39 +1,38 @@
-"""Synthetic receipts with their JSON: the embedded data set.
+"""Draw what a receipt says: its lines, and the JSON that a model should read in them.
 
-Nothing here was photographed or scanned. Every receipt is drawn from (seed, split, index) alone, in the
-schema of CORD v2 (Park et al. 2019, https://github.com/clovaai/cord) and the variety of that set: header,
-date and footer lines that belong to no field, 1 to 8 items in several layouts, amounts that add up, and the
-target holding every text as printed. A third of the words are random, so that a model has to read them. The
-picture has the 224 x 224 pixels that the model sees.
+A receipt has 1 to 8 items in one of several layouts, amounts that add up, and header, date and footer lines that belong
+to no field. The target holds every text as it is printed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import functools
 import random
 import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from im2json.data.example import Example
-from im2json.data.page import Cell, Line, Page, Style, draw_style, print_page
-from im2json.data.words import FOOD, FOOTERS, SHOP, STREETS, cased, phrase, word
+from im2json.data.receipts.layout import Cell, Line, Style, draw_style
+from im2json.data.receipts.words import FOOD, FOOTERS, SHOP, STREETS, cased, phrase, word
 
-DESCRIPTION = "synthetic receipts in CORD v2's schema, drawn from a seed (no real document among them)"
-COUNTS = {"train": 400, "validation": 50, "test": 100}
-# What a split's first item hashes to: no receipt of one split can occur in another, whatever the seeds
 CONTENT_CLASSES = {"train": 0, "validation": 1, "test": 2}
-OTHER_CLASS = 3  # of every other split, pre-training's among them
-LAYOUTS = {"count left": 3, "count middle": 2, "no count": 4, "two lines": 1, "at": 1}  # with their weights
-LONGEST_NAME = 13  # characters
+"""What the first item of a split's receipts hashes to, so that two splits share no receipt, whatever their seeds."""
+OTHER_CLASS = 3
+"""The content class of every other split, such as the one of pre-training."""
+
+LAYOUTS = {"count left": 3, "count middle": 2, "no count": 4, "two lines": 1, "at": 1}
+"""The layouts of an item, each with its weight in the draw."""
+LONGEST_NAME = 13
+"""Characters."""
 MOST_LINES = 19
+MOST_ITEM_LINES = 11
+"""Discounts and subs are added only up to this many lines."""
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What is printed (`lines`), how (`style`), and the JSON that should come out (`target`)."""
+    """The lines of a receipt, the style to print them in, and the JSON that a model should read."""
 
     lines: tuple[Line, ...]
     target: dict[str, Any]
@@ -41,21 +40,21 @@ class Receipt:
 
     @property
     def text(self) -> str:
-        """The transcription: lines from top to bottom, the cells of a line parted by one space."""
+        """Return the transcription: the lines from top to bottom, with one space between the cells of a line."""
         return "\n".join(line.text for line in self.lines)
 
 
 @dataclass(frozen=True)
 class Money:
-    """How a shop prints amounts. An amount is a whole number of its smallest unit."""
+    """How a shop prints amounts. An amount is a whole number of the currency's smallest unit."""
 
     thousands: str
-    point: str | None  # None: no decimals are printed
+    point: str | None  # None if no decimals are printed
     sign: str
-    sign_everywhere: bool  # or before the totals only
+    sign_everywhere: bool  # False: before the totals only
 
     def text(self, amount: int, total: bool = False) -> str:
-        """`amount` as printed; a minus goes before the sign."""
+        """Return an amount as printed, with a minus before the currency sign."""
         whole, cents = (abs(amount), "") if self.point is None else divmod(abs(amount), 100)
         digits = f"{whole:,}".replace(",", self.thousands)
         if self.point is not None:
@@ -66,7 +65,7 @@ class Money:
 
 @dataclass(frozen=True)
 class Shop:
-    """What stays the same over one receipt."""
+    """What is the same for all lines of one receipt."""
 
     money: Money
     layout: str
@@ -74,12 +73,12 @@ class Shop:
     label_case: str
     colon: str
     count_form: str
-    numbered: bool  # items carry a number before their name
+    numbered: bool  # whether items have a number before their name
 
 
 @dataclass
 class Item:
-    """A bought item, with what was printed for it. `amount` includes its discount and subs."""
+    """A bought item with its lines and fields. `amount` includes its discount and its subs."""
 
     lines: list[Line]
     fields: dict[str, Any]
@@ -173,7 +172,7 @@ def _add_subs(rng: random.Random, shop: Shop, item: Item, most: int) -> None:
 
 
 def content_class(name: str, price: str) -> int:
-    """0 to 3, from the first item's name and price as printed."""
+    """Return the class, 0 to 3, of a receipt whose first item is printed with this name and price."""
     return zlib.crc32(f"{name}/{price}".encode()) % 4
 
 
@@ -185,14 +184,14 @@ def _draw_items(rng: random.Random, split: str) -> tuple[Shop, list[Item]]:
         first = _draw_item(rng, shop)
     drawn = [first] + [_draw_item(rng, shop) for _ in range(items - 1)]
     extras = rng.random()
-    room = 11 - sum(len(item.lines) for item in drawn)
+    lines_left = MOST_ITEM_LINES - sum(len(item.lines) for item in drawn)
     for item in drawn:
-        if extras < 0.2 and room > 0 and rng.random() < 0.4:
+        if extras < 0.2 and lines_left > 0 and rng.random() < 0.4:
             _add_discount(rng, shop, item)
-            room -= 1
-        elif 0.2 <= extras < 0.42 and room > 0 and rng.random() < 0.5:
-            _add_subs(rng, shop, item, room)
-            room -= 2
+            lines_left -= 1
+        elif 0.2 <= extras < 0.42 and lines_left > 0 and rng.random() < 0.5:
+            _add_subs(rng, shop, item, lines_left)
+            lines_left -= 2
     return shop, drawn
 
 
@@ -202,7 +201,7 @@ def _amount_line(rng: random.Random, shop: Shop, labels: tuple[str, ...], printe
 
 
 def _draw_sub_total(rng: random.Random, shop: Shop, amount: int) -> tuple[list[Line], dict[str, str], int]:
-    """Lines and fields between the items and the total, and the total."""
+    """Return the lines and fields between the items and the total, and the total."""
     if rng.random() < 0.5:
         return [], {}, amount
     lines, fields = [], {}
@@ -290,7 +289,7 @@ def _draw_footer(rng: random.Random, shop: Shop, most: int) -> list[Line]:
 
 
 def draw_receipt(seed: int, split: str, index: int) -> Receipt:
-    """The receipt at `index` of a split: the same for the same arguments, on every machine."""
+    """Return the receipt at `index` of a split, which is the same on every machine."""
     rng = random.Random(f"im2json receipts/{seed}/{split}/{index}")
     shop, items = _draw_items(rng, split)
     lines = [line for item in items for line in item.lines]
@@ -300,9 +299,9 @@ def draw_receipt(seed: int, split: str, index: int) -> Receipt:
     if ruled:
         lines[0] = dataclasses.replace(lines[0], rule=True)
         (sub_lines or total_lines)[0] = dataclasses.replace((sub_lines or total_lines)[0], rule=True)
-    room = MOST_LINES - len(lines) - len(sub_lines) - len(total_lines)
-    header = _draw_header(rng, shop, max(0, room))
-    footer = _draw_footer(rng, shop, max(0, room - len(header)))
+    lines_left = MOST_LINES - len(lines) - len(sub_lines) - len(total_lines)
+    header = _draw_header(rng, shop, max(0, lines_left))
+    footer = _draw_footer(rng, shop, max(0, lines_left - len(header)))
     menu = [item.fields for item in items]
     target: dict[str, Any] = {"menu": menu[0] if len(menu) == 1 else menu}
     if sub_fields:
@@ -310,45 +309,3 @@ def draw_receipt(seed: int, split: str, index: int) -> Receipt:
     target["total"] = total_fields
     printed = (*header, *lines, *sub_lines, *total_lines, *footer)
     return Receipt(printed, target, draw_style(rng, printed))
-
-
-def render(receipt: Receipt) -> Page:
-    """The receipt's picture with the centre of every character, turned along with it."""
-    return print_page(receipt.lines, receipt.style)
-
-
-class Receipts:
-    """A split of the synthetic receipts; nothing is drawn before it is asked for."""
-
-    def __init__(self, split: str, count: int | None = None, seed: int = 0):
-        """`count` is that of COUNTS where it is None. Raises ValueError for an unknown split without one."""
-        if count is None and split not in COUNTS:
-            raise ValueError(f"the receipts have no split {split!r}; there are {', '.join(COUNTS)}")
-        self._split, self._seed = split, seed
-        self._count = COUNTS[split] if count is None else count
-        if self._count < 0:
-            raise ValueError(f"a split cannot hold {self._count} receipts")
-
-    @property
-    def name(self) -> str:
-        return self._split
-
-    @property
-    def ids(self) -> list[str]:
-        return [self._id(index) for index in range(self._count)]
-
-    @functools.cached_property
-    def targets(self) -> list[dict[str, Any]]:
-        return [draw_receipt(self._seed, self._split, index).target for index in range(self._count)]
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, i: int) -> Example:
-        if not 0 <= i < self._count:
-            raise IndexError(f"{self._split} holds {self._count} receipts, there is none at {i}")
-        receipt = draw_receipt(self._seed, self._split, i)
-        return Example(self._id(i), render(receipt).image, receipt.target)
-
-    def _id(self, index: int) -> str:
-        return f"receipts-{self._seed}-{self._split}-{index}"
