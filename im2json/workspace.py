@@ -21,13 +21,14 @@ from im2json.data.check import check_split
 from im2json.data.collate import Collator
 from im2json.data.example import Split
 from im2json.data.lengths import TargetLengths
-from im2json.data.loader import StepLoader, own_cores
+from im2json.data.loader import StepLoader
 from im2json.data.order import Order
 from im2json.data.sources import open_splits
 from im2json.errors import UserError
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.inference.settings import DecodeSettings
 from im2json.jsontext import canonical
+from im2json.machine import own_cores
 from im2json.model.base import DTYPES, load_processor, positions, resolve_precision
 from im2json.model.features import Features, feature_bytes, is_frozen
 from im2json.model.gpu import precision_note

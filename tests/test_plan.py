@@ -9,7 +9,8 @@ from helpers import clear_error
 
 from im2json.data.lengths import TargetLengths
 from im2json.model.memory import Forecast
-from im2json.training.plan import Timing, duration, refusals, time_report
+from im2json.report.duration import duration
+from im2json.training.plan import Timing, refusals, time_report
 
 
 def test_a_plan_says_what_a_run_takes_and_leaves_nothing(cli, base_args, tmp_path, monkeypatch):

@@ -15,15 +15,9 @@ from im2json.data.collate import Batch, Collator
 from im2json.data.example import Split
 from im2json.data.order import Order
 from im2json.errors import UserError
+from im2json.machine import own_cores
 
 T = TypeVar("T")
-
-
-def own_cores() -> int:
-    """This process's share of the cores that it may use on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1
-    return max(1, cores // int(processes))
 
 
 def loading_threads(device: torch.device) -> ThreadPoolExecutor:

@@ -16,6 +16,7 @@ from im2json.data.order import Order
 from im2json.model.lora import count_parameters
 from im2json.model.memory import Forecast
 from im2json.options import TrainConfig, TrainOptions
+from im2json.report.duration import duration
 from im2json.report.table import table
 from im2json.training.loop import peak_memory_bytes
 from im2json.training.update import Update, seed_dropout
@@ -128,10 +129,3 @@ def time_report(timing: Timing, parts: Forecast, steps: int, price: float | None
     if price is not None:
         lines.append(f"{'cost':<13}{whole / 3600 * price:.2f} at {price:g} an hour, evaluations left out")
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Return a time in hours and minutes, or minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
