@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers import ROOT, clear_error
+from helpers import ROOT, clear_error, wait_for
 
 from im2json.options import FIELDS, TrainConfig
 from im2json.runs import RunFolder, append_lines, read_lines
@@ -802,13 +801,6 @@ def sweep_to_its_end(grid: Path, output: Path, *flags: str) -> tuple[int, str]:
     return process.returncode, printed
 
 
-def wait_for(happened: Callable[[], Any], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def jobs_of(grid: Path, sweep: Path, *overrides: str) -> dict[str, Job]:
     return {job.point.name: job for job in make_jobs(read_plan(grid, overrides).points, sweep)}
 
@@ -993,7 +985,7 @@ def test_no_point_of_a_ray_cluster_is_left_behind(how, one_core, long_point, tmp
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == (-signal.SIGKILL if how == "the sweep is killed" else 130), printed
     assert printed.count("stopping: ") == (how != "the sweep is killed")
-    wait_for(lambda: not is_locked(job.log), 60)
+    wait_for(lambda: not is_locked(job.log), seconds=60)
     saved = job.run.latest_checkpoint()
     assert saved is not None
 
