@@ -7,6 +7,7 @@ its end: the interpreter leaves it as it leaves any program, with its exit handl
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import select
@@ -141,15 +142,21 @@ def _next_process(connection: socket.socket) -> dict[str, Any]:
     return json.loads(received)
 
 
+IMPORTED = (
+    "torch.distributed.launcher.api", "torch.utils.tensorboard",
+    "bitsandbytes.optim", "peft.tuners.lora", "transformers.models.paligemma.modeling_paligemma",
+    "transformers.models.paligemma.processing_paligemma",
+    "transformers.models.gemma.modeling_gemma", "transformers.models.siglip.modeling_siglip",
+    "transformers.models.siglip.image_processing_pil_siglip", "im2json.training.loop", "im2json.inference.evaluate",
+    "train", "evaluate",
+)  # fmt: skip
+
 if __name__ == "__main__":
     from im2json.cli import quiet_libraries
 
     quiet_libraries()
-    from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor  # noqa: F401
-
-    import evaluate  # noqa: F401
-    import train  # noqa: F401
-
+    for name in IMPORTED:
+        importlib.import_module(name)
     assert threading.active_count() == 1
     wanted = _next_process(socket.socket(fileno=int(sys.argv[1])))
     if wanted["session"]:
