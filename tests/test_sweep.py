@@ -841,17 +841,18 @@ class Forked:
             self.ended = os.waitstatus_to_exitcode(found[1])
         return self.ended
 
-def output_of(arguments, log):
-    with log.open("wb") as errors, tempfile.TemporaryFile() as printed:
-        process = Forked(arguments, stdout=printed, stderr=errors, env={})
-        _, status = os.waitpid(process.pid, 0)
+def run(arguments, *, stderr, **_):
+    with tempfile.TemporaryFile() as printed:
+        _, status = os.waitpid(Forked(arguments, stdout=printed, stderr=stderr, env={}).pid, 0)
         printed.seek(0)
-        return os.waitstatus_to_exitcode(status), printed.read().decode()
+        text = printed.read().decode()
+    return subprocess.CompletedProcess(arguments, os.waitstatus_to_exitcode(status), text)
 
-class forking:
-    Popen, DEVNULL, STDOUT = Forked, subprocess.DEVNULL, subprocess.STDOUT
+class forking:  # all of subprocess that the sweep uses
+    Popen, run = Forked, run
+    PIPE, DEVNULL, STDOUT = subprocess.PIPE, subprocess.DEVNULL, subprocess.STDOUT
 
-launch.subprocess, launch.output_of = forking, output_of
+launch.subprocess = forking
 import sweep
 sweep.main()
 """
