@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -22,6 +23,30 @@ from im2json.data.collate import Batch, Collator  # noqa: E402
 from im2json.data.sources import load_splits  # noqa: E402
 from im2json.model.base import load_processor  # noqa: E402
 from im2json.runs import RunFolder  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that several processes end at about the same time.
+
+    xdist gives each process two files at once, so the third one waits for the first and had better be short.
+    """
+    first = ["test_docs.py", "test_extract.py", "test_whole_sweeps.py", "test_faults.py"]
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With --dist loadfile keep the order above, and let each walkthrough run by itself, not one after the other."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "walkthrough_is_still_true" in nodeid else super()._split_scope(nodeid)
+
+    if config.getvalue("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from forks import Process
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -169,13 +171,10 @@ def clear_error(result: Result) -> str:
 
 # Runs a script in several processes as torchrun does, but through its Python API: they are forked, so that they share
 # what was imported.
-PROGRAM = """
+SEVERAL = """
 import importlib, sys
-from im2json.cli import quiet_libraries
-quiet_libraries()
 from accelerate import PartialState
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-import im2json.workspace, im2json.training.loop
 
 def main(script, *flags):
     importlib.import_module(script).main(flags, standalone_mode=False)
@@ -188,20 +187,21 @@ config = LaunchConfig(
 )
 elastic_launch(config, main)(*arguments)
 """
-
-
-def launcher(processes: int, program: str, *flags: str) -> list[str]:
-    """Return the command that starts a program in several processes with torchrun.
-
-    `accelerate launch` calls torchrun too where there are GPUs; with --cpu it would start a single process.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [*command, "--no-python", "--", sys.executable, "-c", program, *flags]
+TORCHRUN = "import runpy; runpy.run_module('torch.distributed.run', run_name='__main__', alter_sys=True)"
 
 
 def environment() -> dict[str, str]:
     """Return the environment of the tests without the variables that make a process one of several."""
     return {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD", "LOCAL_"))}
+
+
+def torchrun(processes: int, program: str, *flags: object) -> Process:
+    """Start a program in several processes with torchrun, each of them a Python that imports for itself.
+
+    `accelerate launch` calls torchrun too where there are GPUs; with --cpu it would start a single process.
+    """
+    command = ["--standalone", "--nproc_per_node", str(processes), "--no-python", "--", sys.executable, "-c", program]
+    return Process(TORCHRUN, *command, *map(str, flags), env=environment())
 
 
 def launch(script: str, *flags: object, processes: int = 2, before: str = "") -> str:
@@ -213,11 +213,17 @@ def launch(script: str, *flags: object, processes: int = 2, before: str = "") ->
     Raises:
         AssertionError: if the script fails.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", before + PROGRAM, str(processes), script, *map(str, flags)],
-        capture_output=True, text=True, timeout=240, env=environment() | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    printed = done.stdout + done.stderr
-    assert done.returncode == 0, printed
+    process = Process(before + SEVERAL, str(processes), script, *map(str, flags), env=environment())
+    printed = "".join(process.communicate(timeout=240))
+    assert process.returncode == 0, printed
     assert printed.count(f"one of {processes}") == processes
     return printed
+
+
+def wait_for(happened: Callable[[], Any], process: Process | None = None, seconds: float = 120) -> None:
+    """Wait until something has happened, and fail where it takes too long or the process that does it has ended."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        assert process is None or process.poll() is None
+        time.sleep(0.01)

@@ -8,15 +8,13 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from helpers import RESUMED, ROOT, assert_same_runs, environment, launch, launcher
+from forks import Process
+from helpers import RESUMED, ROOT, assert_same_runs, launch, torchrun, wait_for
 
 from im2json.files import read_lines
 from im2json.runs import RunFolder, complete_checkpoints
@@ -26,13 +24,10 @@ pytestmark = pytest.mark.slow
 KILLS = 10
 FLAGS = (*map(str, RESUMED),)
 
-# train.py in a process of its own that counts what it puts on disk, and kills itself at the event of that number.
+# train.py in a process of its own, which counts what it puts on disk and kills itself at the event of that number.
 PROGRAM = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-from im2json.cli import quiet_libraries
-quiet_libraries()
-import safetensors.torch, torch
+import os, signal
+import torch
 import im2json.files, im2json.inference.evaluate, im2json.model.lora, im2json.training.tracking
 from im2json.training import loop
 from im2json.training.checkpoint import Checkpoints
@@ -86,11 +81,9 @@ def whole_of_two(base_args, tmp_path_factory) -> RunFolder:
     return run
 
 
-def start(folder: Path, base_args: list[str], at: int, before: str = "") -> subprocess.Popen:
-    program = before + PROGRAM.format(root=str(ROOT), at=at)
-    command = [sys.executable, "-c", program, "--output", str(folder), *base_args, *FLAGS]
-    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=folder.parent, **pipes)
+def start(folder: Path, base_args: list[str], at: int, before: str = "") -> Process:
+    flags = ["--output", str(folder), *base_args, *FLAGS]
+    return Process(before + PROGRAM.format(at=at), *flags, cwd=folder.parent)
 
 
 def survives(run: RunFolder, whole: RunFolder) -> bool:
@@ -149,25 +142,17 @@ def test_a_signal_to_all_processes_reaches_workers_too_and_saves(base_args, whol
     run = RunFolder(tmp_path / "run")
     slow = "import im2json.training.loop as loop, time\nreport = loop.report\n"
     slow += "loop.report = lambda *given: (time.sleep(0.5), report(*given))\n"
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + slow + "import train; train.main()"
-    command = [sys.executable, "-c", program, "--output", str(run.path), *base_args, *FLAGS, "--workers", "2"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    flags = ["--output", str(run.path), *base_args, *FLAGS, "--workers", "2"]
+    process = Process(slow + "import train; train.main()", *flags, cwd=tmp_path, new_session=True)
     outcomes = tally.setdefault("SIGINT or SIGTERM to all, with workers", [])
     outcomes.append(False)
-    wait_for(run.checkpoints / "step-2", process)
+    wait_for((run.checkpoints / "step-2").exists, process)
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert errors.splitlines()[-1].endswith(f"go on with train.py --resume {run.path}")
     resume(run)
     outcomes[-1] = survives(run, whole)
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 DYING = """
@@ -202,13 +187,10 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(base_args, whol
     outcomes = tally.setdefault(f"one of two processes killed, and the other's collective {collective}", [])
     outcomes.append(False)
     program = DYING.format(root=str(ROOT), stuck=collective == "is stuck", given_up=collective == "is given up")
-    process = subprocess.Popen(
-        launcher(2, program, "--output", str(run.path), *base_args, *FLAGS),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
-    )  # fmt: skip
-    wait_for(run.checkpoints / "step-2", process)
+    process = torchrun(2, program, "--output", run.path, *base_args, *FLAGS)
+    wait_for((run.checkpoints / "step-2").exists, process)
     noticed = time.monotonic()
-    printed, _ = process.communicate(timeout=90)
+    printed = "".join(process.communicate(timeout=90))
     assert time.monotonic() - noticed < 25  # the launcher gives up after 30 s
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in printed
     (said,) = (line for line in printed.splitlines() if line.startswith("Error: "))
@@ -232,12 +214,11 @@ def test_an_evaluation_that_loses_a_process_ends_with_one_line(whole_of_two):
         "room.score_answer = dying\n"
         "import evaluate; evaluate.main()"
     )
-    done = subprocess.run(
-        launcher(2, program, str(whole_of_two.path)), capture_output=True, text=True, env=environment(), timeout=60
-    )
-    said = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert said == ["Error: process 1 of 2 was lost; evaluate once more"], done.stderr
-    assert done.returncode != 0
+    process = torchrun(2, program, whole_of_two.path)
+    _, errors = process.communicate(timeout=60)
+    said = [line for line in errors.splitlines() if line.startswith("Error: ")]
+    assert said == ["Error: process 1 of 2 was lost; evaluate once more"], errors
+    assert process.returncode != 0
 
 
 def test_a_request_to_stop_is_heeded_by_all_processes(base_args, whole_of_two, tally, tmp_path):
@@ -253,13 +234,10 @@ def test_a_request_to_stop_is_heeded_by_all_processes(base_args, whole_of_two, t
     run = RunFolder(tmp_path / "run")
     outcomes = tally.setdefault("SIGTERM to the launcher of two processes", [])
     outcomes.append(False)
-    process = subprocess.Popen(
-        launcher(2, program, "--output", str(run.path), *base_args, *FLAGS),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
-    )  # fmt: skip
-    wait_for(run.checkpoints / "step-2", process)
-    process.terminate()
-    printed, _ = process.communicate(timeout=60)
+    process = torchrun(2, program, "--output", run.path, *base_args, *FLAGS)
+    wait_for((run.checkpoints / "step-2").exists, process)
+    process.send_signal(signal.SIGTERM)
+    printed = "".join(process.communicate(timeout=60))
     assert printed.count(f"Error: interrupted: go on with train.py --resume {run.path}\n") == 2, printed
     assert "terminate called" not in printed  # as where a thread is left in a collective
     assert not run.done

@@ -9,8 +9,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from forks import Process
 from helpers import (
     MEASURED,
     QLORA,
     RESUMED,
-    ROOT,
     assert_same,
     assert_same_runs,
     checkpoint,
@@ -33,6 +31,7 @@ from helpers import (
     metrics,
     reset_accelerate,
     slow,
+    wait_for,
     write_dataset,
 )
 from safetensors.torch import load_file, save_file
@@ -853,18 +852,14 @@ def test_epochs_decide_the_steps_where_none_are_given(cli, base_args, tmp_path):
 def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(uninterrupted, resume, base_args, tmp_path):
     """kill -9, wherever it hits after the third checkpoint; steps are slowed down so that it does hit."""
     program = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import train; from im2json.training import loop\n"
+        "import time, train; from im2json.training import loop\n"
         "report = loop.report; loop.report = lambda *given: (time.sleep(0.3), report(*given)); train.main()"
     )
-    command = [sys.executable, "-c", program, "--output", str(tmp_path / "run"), *base_args, *map(str, RESUMED)]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Process(program, "--output", str(tmp_path / "run"), *base_args, *map(str, RESUMED), cwd=tmp_path)
     try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "run" / "checkpoints" / "step-3").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for((tmp_path / "run" / "checkpoints" / "step-3").exists, process)
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
     run = RunFolder(tmp_path / "run")
     assert not run.done and not (run.checkpoints / "step-6").exists()

@@ -6,12 +6,11 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from helpers import ROOT, clear_error
+from forks import Process
+from helpers import ROOT, clear_error, wait_for
 
 from im2json.files import append_lines, lock
 from im2json.scoring import StreamingEvaluator
@@ -20,7 +19,7 @@ from im2json.sweep.jobs import Job, make_jobs
 from im2json.sweep.leaderboard import Board, make_board
 from im2json.sweep.processes import launch
 
-__all__ = ["ROOT", "clear_error"]
+__all__ = ["ROOT", "clear_error", "wait_for"]
 
 
 def plan(overrides: dict[str, Any] | None = None, **grid: Any) -> Plan:
@@ -37,14 +36,6 @@ def hold(job: Job, gpus: str = "", before: str = "") -> subprocess.Popen:
         process = launch(job, ["sh", "-c", program], log, {"CUDA_VISIBLE_DEVICES": gpus})
     wait_for(lambda: "ready" in job.log.read_text())
     return process
-
-
-def wait_for(happened: Callable[[], Any], seconds: float = 120) -> None:
-    """Wait until a condition holds."""
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def write_run(folder: Path, right: list[bool], **result: Any) -> None:
@@ -95,10 +86,64 @@ def start_sweep(grid: Path, output: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, **pipes)
 
 
+# sweep.py with the programs of its points forked: they do the same, without importing torch twice for each.
+FORKING = """
+import importlib, os, signal, subprocess, sys, tempfile, traceback
+from pathlib import Path
+import im2json.sweep.processes as processes
+
+class Forked:
+    def __init__(self, arguments, *, stdout, stderr, env, **_):
+        self.pid, self.ended = os.fork(), None
+        if self.pid:
+            return
+        status = 1
+        try:
+            os.setsid()
+            os.environ.update(env)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(1 if stderr == subprocess.STDOUT else stderr.fileno(), 2)
+            script = next(i for i, argument in enumerate(arguments) if argument.endswith(".py"))
+            importlib.import_module(Path(arguments[script]).stem).main(arguments[script + 1 :])
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def poll(self):
+        if self.ended is None and (found := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.ended = os.waitstatus_to_exitcode(found[1])
+        return self.ended
+
+def run(arguments, *, stderr, **_):
+    with tempfile.TemporaryFile() as printed:
+        _, status = os.waitpid(Forked(arguments, stdout=printed, stderr=stderr, env={}).pid, 0)
+        printed.seek(0)
+        text = printed.read().decode()
+    return subprocess.CompletedProcess(arguments, os.waitstatus_to_exitcode(status), text)
+
+class forking:  # all of subprocess that the sweep uses
+    Popen, run = Forked, run
+    PIPE, DEVNULL, STDOUT = subprocess.PIPE, subprocess.DEVNULL, subprocess.STDOUT
+
+processes.subprocess = forking
+import sweep
+sweep.main()
+"""
+
+
 def sweep_to_its_end(grid: Path, output: Path, *flags: str) -> tuple[int, str]:
-    """Run sweep.py, and return its exit status and its output."""
-    process = start_sweep(grid, output, *flags)
-    printed, _ = process.communicate(timeout=300)
+    """Run sweep.py with forked points, and return its exit status and its output."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    process = Process(FORKING, str(grid), "--output", str(output), "--jobs", "2", *flags, env=environment)
+    printed = "".join(process.communicate(timeout=300))
+    assert process.returncode is not None
     return process.returncode, printed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -65,37 +66,47 @@ def long_point(small_model, dataset, tmp_path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["the worker ends", "the sweep is killed", "two requests at once"])
-def test_no_point_of_a_ray_cluster_is_left_behind(how, one_core, long_point, tmp_path):
+def test_no_point_of_a_ray_cluster_is_left_behind(one_core, long_point, tmp_path):
+    """Whether its worker ends, its sweep is killed, or the sweep is asked to stop, twice at once or once."""
     sweep = tmp_path / "ray"
     (job,) = jobs_of(long_point, sweep).values()
-    process = start_sweep(long_point, sweep, "--ray", one_core)
-    wait_for(lambda: sum(1 for _ in read_lines(job.run.metrics_file)) > 2)
-    if how == "the worker ends":
-        os.kill(worker_of(job), signal.SIGTERM)
-        wait_for(lambda: job.log.read_text().count("run folder: ") == 2)  # Ray's next try resumes it
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-    elif how == "the sweep is killed":
-        process.kill()
-    else:
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == (-signal.SIGKILL if how == "the sweep is killed" else 130), printed
-    assert printed.count("stopping: ") == (how != "the sweep is killed")
-    wait_for(lambda: not is_locked(job.log), 60)
-    saved = job.run.latest_checkpoint()
-    assert saved is not None
 
-    process = start_sweep(long_point, sweep, "--ray", one_core)
-    wait_for(lambda: list(read_lines(job.run.metrics_file))[-1]["step"] > int(saved.name.removeprefix("step-")))
+    def steps() -> list[int]:
+        return [row["step"] for row in read_lines(job.run.metrics_file)]
+
+    def begun(after: int) -> subprocess.Popen:
+        process = start_sweep(long_point, sweep, "--ray", one_core)
+        wait_for(lambda: steps()[-1:] > [after])
+        return process
+
+    def ended(process: subprocess.Popen, status: int) -> int:
+        """Return the step that is saved, once nothing runs any more."""
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == status, printed
+        assert printed.count("stopping: ") == (status == 130)
+        wait_for(lambda: not is_locked(job.log), seconds=60)
+        saved = job.run.latest_checkpoint()
+        assert saved is not None
+        return int(saved.name.removeprefix("step-"))
+
+    process = begun(2)
+    os.kill(worker_of(job), signal.SIGTERM)
+    wait_for(lambda: job.log.read_text().count("run folder: ") == 2)  # Ray's next try resumes it
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    saved = ended(process, 130)
+
+    process = begun(saved)
+    process.kill()
+    saved = ended(process, -signal.SIGKILL)
+
+    process = begun(saved)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed
     assert not is_locked(job.log)
-    steps = [row["step"] for row in read_lines(job.run.metrics_file)]
-    assert steps == [*range(1, len(steps) + 1)]
+    assert steps() == [*range(1, len(steps()) + 1)]
 
 
 @pytest.mark.slow

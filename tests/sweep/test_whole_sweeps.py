@@ -18,11 +18,20 @@ from im2json.sweep.processes import signal_group
 
 
 @pytest.fixture(scope="module")
-def grid(small_model, dataset, tmp_path_factory) -> Path:
-    """A grid of three points, and one that cannot begin."""
-    axes = {"r": [2, 4], "lr": [0.1], "target_modules": ["nothing"]}
+def sound_grid(small_model, dataset, tmp_path_factory) -> Path:
+    """A grid of three points."""
     path = tmp_path_factory.mktemp("grid") / "small.json"
-    path.write_text(json.dumps({"base": small_base(small_model, dataset), "ablate": axes}))
+    path.write_text(json.dumps({"base": small_base(small_model, dataset), "ablate": {"r": [2, 4], "lr": [0.1]}}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def grid(sound_grid) -> Path:
+    """The same grid, and a point that cannot begin."""
+    stored = json.loads(sound_grid.read_text())
+    stored["ablate"]["target_modules"] = ["nothing"]
+    path = sound_grid.with_name("grid.json")
+    path.write_text(json.dumps(stored))
     return path
 
 
@@ -38,6 +47,16 @@ def judged(sweep: Path) -> Any:
     """Return axes, missing points and test scores of summary.json."""
     summary = json.loads((sweep / "summary.json").read_text())
     return summary["axes"], summary["missing"], summary["test"]
+
+
+def assert_same_table(sweep: Path, whole: Path) -> None:
+    """Assert that a sweep of the sound points ranks and judges as that of all points, but for the one that fails."""
+    (axes, missing, test), (other_axes, other_missing, other_test) = judged(sweep), judged(whole)
+    other_rows = [{k: v for k, v in row.items() if k != "target_modules"} for row in ranked(whole)]
+    assert ranked(sweep) == other_rows and len(other_rows) == 3
+    assert axes == other_axes[:2] and [axis["axis"] for axis in other_axes[2:]] == ["target_modules"]
+    assert (missing, other_missing) == ([], ["target_modules=nothing"])
+    assert test == other_test
 
 
 @pytest.fixture(scope="module")
@@ -98,22 +117,23 @@ def test_a_second_call_repeats_nothing_and_a_new_value_adds_its_points_alone(gri
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_in_the_middle_of_a_point_ends_with_the_same_table(grid, swept, tmp_path):
+def test_a_sweep_killed_in_the_middle_of_a_point_ends_with_the_same_table(sound_grid, swept, tmp_path):
     """One of the two running points is killed too, after a checkpoint; the second sweep waits for the other."""
     sweep = tmp_path / "killed"
-    process = start_sweep(grid, sweep)
-    base, other = list(jobs_of(grid, sweep).values())[:2]
+    process = start_sweep(sound_grid, sweep)
+    base, other = list(jobs_of(sound_grid, sweep).values())[:2]
     wait_for(lambda: (base.run.checkpoints / "step-2").exists())
     process.kill()
     signal_group(base, signal.SIGKILL)
     process.communicate()
     wait_for(lambda: not is_locked(base.log))
     assert not base.run.done
-    status, printed = sweep_to_its_end(grid, sweep)
-    assert status == 1, printed
+    process = start_sweep(sound_grid, sweep)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
     assert [row["step"] for row in read_lines(base.run.metrics_file) if row["split"] == "train"] == [*range(1, 9)]
     assert f"run folder: {other.run.path}" in other.log.read_text() and other.log.read_text().count("run folder: ") == 1
-    assert (ranked(sweep), judged(sweep)) == (ranked(swept[0]), judged(swept[0]))
+    assert_same_table(sweep, swept[0])
 
 
 @pytest.mark.slow
@@ -141,7 +161,7 @@ def test_a_sweep_that_halves_records_what_it_drops(grid, swept, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_gives_the_table_that_this_machine_gives(grid, swept, tmp_path):
+def test_a_ray_cluster_gives_the_table_that_this_machine_gives(sound_grid, swept, tmp_path):
     """The cluster has two machines; one of its workers is killed in the middle of a point."""
     from ray import cluster_utils
 
@@ -149,23 +169,25 @@ def test_a_ray_cluster_gives_the_table_that_this_machine_gives(grid, swept, tmp_
     try:
         cluster.add_node(num_cpus=1)
         sweep = tmp_path / "ray"
-        process = start_sweep(grid, sweep, "--ray", cluster.address)
-        base, other = list(jobs_of(grid, sweep).values())[:2]
+        process = start_sweep(sound_grid, sweep, "--ray", cluster.address)
+        base, other = list(jobs_of(sound_grid, sweep).values())[:2]
         wait_for(lambda: (base.run.checkpoints / "step-2").exists())
         os.kill(worker_of(base), signal.SIGKILL)
         printed, _ = process.communicate(timeout=300)
     finally:
         cluster.shutdown()
-    assert process.returncode == 1, printed
+    assert process.returncode == 0, printed
     assert base.log.read_text().count("run folder: ") == 2 and other.log.read_text().count("run folder: ") == 1
     assert [row["step"] for row in read_lines(base.run.metrics_file) if row["split"] == "train"] == [*range(1, 9)]
-    assert (ranked(sweep), judged(sweep)) == (ranked(swept[0]), judged(swept[0]))
+    assert_same_table(sweep, swept[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on(grid, tmp_path, number):
+def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on(sound_grid, tmp_path, number):
     longer = ("--set", "steps=60", "--set", "eval_every=60")
+    grid = tmp_path / "two.json"
+    grid.write_text(json.dumps({"base": json.loads(sound_grid.read_text())["base"], "ablate": {"r": [2, 4]}}))
     sweep = tmp_path / "stopped"
     process = start_sweep(grid, sweep, *longer)
     jobs = list(jobs_of(grid, sweep, *longer[1::2]).values())
@@ -180,5 +202,5 @@ def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on(grid, tmp_path, n
     assert 1 <= int(checkpoint.name.removeprefix("step-")) < 60
     if number == signal.SIGTERM:
         _, printed = sweep_to_its_end(grid, sweep, *longer)
-        assert "base: done" in printed and len(ranked(sweep)) == 3
+        assert "base: done" in printed and len(ranked(sweep)) == 2
         assert [row["step"] for row in read_lines(jobs[0].run.metrics_file)] == [*range(1, 61), 60]
