@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     xdist gives each process two files at once, so the third one waits for the first and had better be short.
     """
-    first = ["test_docs.py", "test_extract.py", "test_whole_sweeps.py", "test_faults.py"]
+    first = ["test_docs.py", "test_extract.py", "test_whole_sweeps.py", "test_faults.py", "test_scripts.py"]
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
 
 
