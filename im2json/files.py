@@ -143,10 +143,29 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite a JSON-lines file with only those rows for which `keep` returns true."""
+    """Rewrite a JSON-lines file with only those rows for which `keep` returns true.
+
+    Raises:
+        UserError: naming the line that `keep` cannot judge, because it was not written by a run.
+    """
+
+    def kept() -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(read_lines(path), start=1):
+            try:
+                wanted = keep(row)
+            except (AttributeError, KeyError, TypeError) as error:
+                raise not_ours(path, number, error) from error
+            if wanted:
+                yield row
+
     if path.exists():
         with atomically(path) as aside:
-            append_lines(aside, filter(keep, read_lines(path)))
+            append_lines(aside, kept())
+
+
+def not_ours(path: Path, line: int, error: Exception) -> UserError:
+    """Return the error for a line that no run writes."""
+    return UserError(f"{path}:{line}: is not a line that a run writes ({error})")
 
 
 def lock(file: IO[Any], shared: bool = False, wait: bool = False) -> bool:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from im2json.errors import UserError
-from im2json.files import damage, keep_lines, lock, read_json, read_lines, write_json
+from im2json.files import damage, keep_lines, lock, not_ours, read_json, read_lines, write_json
 from im2json.options import TrainConfig
 from im2json.records import LogLine, Prediction, RunResult
 
@@ -175,7 +175,7 @@ def _records(
             if all(row.get(name) == value for name, value in given.items()):
                 yield from_json(row)
         except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: is not a line that a run writes ({error})") from error
+            raise not_ours(path, number, error) from error
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

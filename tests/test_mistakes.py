@@ -45,6 +45,10 @@ MISTAKES = {
     "resume options that do not exist": Mistake(
         "train --resume {run}", "unknown option 'warp'", "{run}/config.json", b'{"options": {"warp": 9}}'
     ),
+    "resume after lines of something else": Mistake(
+        "train --resume {run} --steps 9", "metrics.jsonl:1: is not a line that a run writes", "{run}/metrics.jsonl",
+        b'{"split": "train"}\n',
+    ),
     "evaluate a result that was cut": Mistake("evaluate {run} --precision fp32", f"result.json: {NOT_JSON}",
                                               "{run}/result.json"),
     "compare predictions that were cut": Mistake(
