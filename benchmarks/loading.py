@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader  # noqa: E402
 
 from im2json.data.collate import Collator  # noqa: E402
 from im2json.data.loader import StepLoader  # noqa: E402
-from im2json.data.order import Order  # noqa: E402
+from im2json.data.order import Order, Share  # noqa: E402
 from im2json.data.receipts import Receipts  # noqa: E402
 from im2json.data.sources import load_splits  # noqa: E402
 from im2json.jsontext import canonical  # noqa: E402
@@ -53,10 +53,7 @@ def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> None:
 def ours(folder: Path, batch: int, workers: int) -> Iterator[Tensors]:
     split = load_splits(str(folder))["train"]
     order = InOrder(len(split), batch, 0)
-    loader = StepLoader(
-        split, Collator(load_processor("tiny"), PROMPT), order,
-        microbatch=batch, rank=0, processes=1, workers=workers, pin_memory=False,
-    )  # fmt: skip
+    loader = StepLoader(split, Collator(load_processor("tiny"), PROMPT), order, Share(batch), workers=workers)
     for (read,) in loader.steps(0, order.steps_per_epoch):
         yield {**read.inputs, "labels": read.labels}
 

@@ -145,7 +145,7 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
     strategy = choose_strategy(work)
     print(strategy_note(strategy, work))
     loader = space.step_loader(strategy)
-    update = Update.of(space.forward(strategy, work), config.train, accelerator, loader.microbatch)
+    update = Update.of(space.forward(strategy, work), config.train, accelerator, loader.share.microbatch)
     times, losses, started = [], [], time.perf_counter()
     for step, batches in enumerate(loader.steps(0, steps)):
         seed_dropout(0, step, 0)

@@ -22,7 +22,7 @@ from im2json.data.collate import Collator
 from im2json.data.example import Split
 from im2json.data.lengths import TargetLengths
 from im2json.data.loader import StepLoader
-from im2json.data.order import Order
+from im2json.data.order import Order, Share
 from im2json.data.sources import open_splits
 from im2json.errors import UserError
 from im2json.inference.evaluate import Evaluation, Sink
@@ -124,9 +124,7 @@ class Workspace:
             self.splits["train"],
             self.collator,
             self.order,
-            microbatch=strategy.microbatch,
-            rank=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
+            Share(strategy.microbatch, self.accelerator.process_index, self.accelerator.num_processes),
             workers=self.workers,
             pin_memory=self.accelerator.device.type == "cuda",
             known=None if features is None else features.batch,

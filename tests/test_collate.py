@@ -16,7 +16,7 @@ from im2json.data.collate import IGNORE, Collator
 from im2json.data.example import Example
 from im2json.data.lengths import TargetLengths
 from im2json.data.loader import StepLoader
-from im2json.data.order import Order
+from im2json.data.order import Order, Share
 from im2json.data.pictures import on_square
 from im2json.data.sources import load_splits
 from im2json.jsontext import canonical
@@ -226,9 +226,7 @@ def test_the_loader_hands_out_each_step_of_the_order_from_any_step_on(collator, 
     order = Order(len(split), 4, seed=0)
 
     def loader(rank: int) -> StepLoader:
-        return StepLoader(
-            split, collator, order, microbatch=1, rank=rank, processes=3, workers=workers, pin_memory=False
-        )
+        return StepLoader(split, collator, order, Share(1, rank, processes=3), workers=workers)
 
     state = torch.random.get_rng_state()
     for start in (0, 2):

@@ -40,7 +40,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import im2json.inference.evaluate as evaluating
 from im2json.data.collate import Batch, Collator
 from im2json.data.loader import StepLoader
-from im2json.data.order import Order
+from im2json.data.order import Order, Share
 from im2json.data.sources import load_splits
 from im2json.files import read_lines
 from im2json.inference.evaluate import Evaluation
@@ -108,7 +108,7 @@ def model(small_model):
 def step_batches(dataset: str, collator: Collator, batch_size: int, microbatch: int, step: int) -> list[Batch]:
     split = load_splits(dataset)["train"]
     order = Order(len(split), batch_size, seed=0)
-    loader = StepLoader(split, collator, order, microbatch=microbatch, rank=0, processes=1, workers=0, pin_memory=False)
+    loader = StepLoader(split, collator, order, Share(microbatch))
     return next(loader.steps(step, step + 1))
 
 

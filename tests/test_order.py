@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from im2json.data.order import Order
+from im2json.data.order import Order, Share
 
 
 def epoch(order: Order, number: int) -> list[int]:
@@ -47,7 +47,7 @@ def test_the_batch_size_cuts_the_same_permutation():
 def test_microbatches_partition_every_step(processes, microbatch):
     order = Order(11, 8, seed=3)
     for step in range(2 * order.steps_per_epoch):  # steps of 8 and 3 examples
-        shares = [order.microbatches(step, microbatch, rank, processes) for rank in range(processes)]
+        shares = [order.microbatches(step, Share(microbatch, rank, processes)) for rank in range(processes)]
         assert sorted(i for share in shares for part in share for i in part) == sorted(order.step(step))
         assert all(parts for share in shares for parts in share)
         assert all(len(part) <= microbatch for share in shares for part in share)
@@ -57,7 +57,7 @@ def test_microbatches_partition_every_step(processes, microbatch):
 
 def test_a_short_step_leaves_some_processes_nothing():
     order = Order(9, 8, seed=0)
-    assert sorted(len(order.microbatches(1, 100, rank, 4)) for rank in range(4)) == [0, 0, 0, 1]
+    assert sorted(len(order.microbatches(1, Share(100, rank, 4))) for rank in range(4)) == [0, 0, 0, 1]
 
 
 def test_epochs_in_steps():
@@ -68,7 +68,7 @@ def test_epochs_in_steps():
 def test_examples_of_like_length_share_a_microbatch():
     lengths = [50, 10, 40, 20, 60, 30, 70, 80]
     order = Order(8, 8, seed=0, lengths=lengths)
-    parts = [[lengths[i] for i in part] for part in order.microbatches(0, 4, 0, 1)]
+    parts = [[lengths[i] for i in part] for part in order.microbatches(0, Share(4))]
     assert parts == [[10, 20, 30, 40], [50, 60, 70, 80]]
     # and no process gets only short ones
-    assert [[lengths[i] for i in part] for part in order.microbatches(0, 4, 1, 2)] == [[20, 40, 60, 80]]
+    assert [[lengths[i] for i in part] for part in order.microbatches(0, Share(4, 1, 2))] == [[20, 40, 60, 80]]

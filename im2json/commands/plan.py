@@ -29,9 +29,9 @@ def plan(config: TrainConfig, price: float | None = None) -> None:
     loader, parts = workspace.step_loader(strategy), work.forecast(strategy)
     sizes = size_report(workspace.model, loader, workspace.lengths, config)
     accelerator.print(f"{sizes}\n\n{memory_report(parts)}\n")
-    update = Update.of(workspace.forward(strategy, work), config.train, accelerator, loader.microbatch)
+    update = Update.of(workspace.forward(strategy, work), config.train, accelerator, loader.share.microbatch)
     timing = time_steps(update, loader, config.train)
-    if timing.microbatch != loader.microbatch:
+    if timing.microbatch != loader.share.microbatch:
         parts = work.forecast(dataclasses.replace(strategy, microbatch=timing.microbatch))
     accelerator.print(time_report(timing, parts, loader.order.total(config.train), price))
     accelerator.end_training()

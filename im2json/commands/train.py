@@ -112,7 +112,7 @@ def _fit(
         accelerator.print(note)
     loader = workspace.step_loader(strategy, features)
     stop = StopRequest()
-    update = Update.of(forward, options, accelerator, loader.microbatch, stop)
+    update = Update.of(forward, options, accelerator, loader.share.microbatch, stop)
     checkpoints = Checkpoints(run, update, options.keep)
     if checkpoint is not None:
         checkpoints.restore(checkpoint)

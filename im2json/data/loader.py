@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from im2json.data.collate import Batch, Collator
 from im2json.data.example import Split
-from im2json.data.order import Order
+from im2json.data.order import Order, Share
 from im2json.errors import UserError
 from im2json.machine import own_cores
 
@@ -29,6 +29,7 @@ class StepLoader:
     """One process's microbatches, step by step, from any step on.
 
     Args:
+        workers: processes that decode pictures; 0 has the calling one do it.
         known: makes a batch of indices without decoding a picture, where that is possible.
     """
 
@@ -37,25 +38,22 @@ class StepLoader:
         split: Split,
         collator: Collator,
         order: Order,
+        share: Share,
         *,
-        microbatch: int,
-        rank: int,
-        processes: int,
-        workers: int,
-        pin_memory: bool,
+        workers: int = 0,
+        pin_memory: bool = False,
         known: Callable[[Sequence[int]], Batch] | None = None,
     ) -> None:
         self.split: Any = split
         self.collator = collator
         self.order = order
-        self.microbatch = microbatch
-        self.shares = {"microbatch": microbatch, "rank": rank, "processes": processes}
+        self.share = share
         self.workers = workers
         self.pin_memory = pin_memory
         self.known = known
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """The microbatches of steps start to stop - 1; an empty list where a short step leaves this process nothing.
+        """Yield the microbatches of steps start to stop - 1, or an empty list if a short step leaves this process none.
 
         Raises:
             UserError: naming the row whose picture or target is bad.
@@ -63,7 +61,7 @@ class StepLoader:
         return self._steps(start, stop) if self.known is None else _ahead(self._steps(start, stop))
 
     def _steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        plan = [self.order.microbatches(step, **self.shares) for step in range(start, stop)]  # type: ignore[arg-type]
+        plan = [self.order.microbatches(step, self.share) for step in range(start, stop)]
         drawn: dict[str, Any] = {
             "batch_sampler": [indices for step in plan for indices in step],
             "pin_memory": self.pin_memory,

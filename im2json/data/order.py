@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,14 @@ from im2json.options import TrainOptions
 def even(total: int, most: int) -> int:
     """The size of parts of at most `most`, as equal as can be."""
     return -(-total // -(-total // most))
+
+
+class Share(NamedTuple):
+    """The part of a step that one process computes, and how."""
+
+    microbatch: int  # examples per forward and backward pass, at most
+    rank: int = 0
+    processes: int = 1
 
 
 class Order:
@@ -55,8 +64,8 @@ class Order:
         assert self.lengths is not None
         return sum(self.lengths[i] for i in self.step(step))
 
-    def microbatches(self, step: int, microbatch: int, rank: int, processes: int) -> list[list[int]]:
-        """This process's share of a step, in microbatches; empty where a short step leaves nothing for it.
+    def microbatches(self, step: int, share: Share) -> list[list[int]]:
+        """Return a process's share of a step, in microbatches; empty if a short step leaves nothing for it.
 
         Examples of like length come into the same microbatch, so that little of it is padding; every process gets
         some of each length. The gradient of a step does not depend on how it is dealt out.
@@ -64,5 +73,5 @@ class Order:
         indices = self.step(step)
         if self.lengths is not None:
             indices.sort(key=self.lengths.__getitem__)
-        share = indices[rank::processes]
-        return [share[i : i + microbatch] for i in range(0, len(share), microbatch)]
+        mine = indices[share.rank :: share.processes]
+        return [mine[i : i + share.microbatch] for i in range(0, len(mine), share.microbatch)]

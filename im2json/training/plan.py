@@ -52,7 +52,7 @@ def size_report(model: PeftModel, loader: StepLoader, lengths: TargetLengths, co
         f"{'steps':<13}{steps:,} of {options.batch_size} examples: {examples:,} examples, "
         f"{examples / order.num_examples:.2f} epochs of {order.num_examples:,}",
         f"{'evaluations':<13}{evaluations} of {validated} validation examples{tests}",
-        f"{'microbatch':<13}{loader.microbatch} examples per forward and backward pass"
+        f"{'microbatch':<13}{loader.share.microbatch} examples per forward and backward pass"
         + (" (auto)" if options.microbatch == "auto" else ""),
     ])  # fmt: skip
 
