@@ -14,8 +14,8 @@ from pathlib import Path
 import click
 
 from im2json.cli import FloatRange, option_flags, quiet_libraries, user_errors
-from im2json.errors import UserError
 from im2json.options import flag_name
+from im2json.resume import evaluated_config
 from im2json.runs import RunFolder
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -55,31 +55,27 @@ def main(
     if context.obj and (against or predictions):
         raise click.UsageError(f"nothing is generated here: leave {', '.join(map(flag_name, context.obj))} out")
     with user_errors():
-        from im2json.report import comparison
-
         if predictions is not None:
-            from im2json.scoring.examples import score_files
+            from im2json.commands.score import score
 
-            card, left_out = score_files(
-                predictions, targets, split, lambda line: click.echo(f"Error: {line}", err=True)
-            )
-            click.echo(comparison.scorecard_report(card, as_json))
-            sys.exit(1 if left_out else 0)
+            sys.exit(0 if score(predictions, targets, split, as_json) else 1)
         assert run is not None
+        folder = RunFolder(run)
         if against is not None:
-            click.echo(comparison.comparison_report(RunFolder(run), RunFolder(against), split, as_json))
+            from im2json.commands.score import compare
+
+            compare(folder, RunFolder(against), split, as_json)
         else:
-            folder, given = RunFolder(run), context.obj or {}
-            config = folder.read_config().replace(**given)
-            if "schema" in given and not config.decode.constrain:
-                raise UserError("--schema goes with --constrain")
+            given = context.obj or {}
+            config = evaluated_config(folder, given)
             quiet_libraries()
             from im2json.commands.evaluate import evaluate  # imports torch, which takes seconds
+            from im2json.report.comparison import run_report
 
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
                 metrics = evaluate(folder, config, split, None if "schema" in given else folder.schema)
             if metrics:
-                click.echo(comparison.run_report(folder, split, metrics, target_precision, as_json))
+                click.echo(run_report(folder, split, metrics, target_precision, as_json))
 
 
 if __name__ == "__main__":

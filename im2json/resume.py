@@ -143,6 +143,22 @@ def _adapter_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return shape, base | {name: usage[name] for name in WARM_START_OPTIONS if name in usage}
 
 
+def evaluated_config(run: RunFolder, given: dict[str, Any]) -> TrainConfig:
+    """Return a run's options for evaluating it; the given ones win.
+
+    Raises:
+        UserError: if the folder holds no run, or an option is wrong.
+    """
+    config = run.read_config().replace(**given)
+    _check_schema(given, config)
+    return config
+
+
+def _check_schema(given: dict[str, Any], config: TrainConfig) -> None:
+    if "schema" in given and not config.decode.constrain:
+        raise UserError("--schema goes with --constrain")
+
+
 def reading_config(path: Path, given: dict[str, Any]) -> TrainConfig:
     """Return the options for reading pictures with the adapter of a run or of an adapter folder; the given ones win.
 
@@ -163,8 +179,7 @@ def reading_config(path: Path, given: dict[str, Any]) -> TrainConfig:
     if "model" not in values:
         raise UserError(f"{folder / ADAPTER_CONFIG} names no base model: give --model")
     config = TrainConfig.from_values(values)
-    if "schema" in given and not config.decode.constrain:
-        raise UserError("--schema goes with --constrain")
+    _check_schema(given, config)
     return config
 
 
