@@ -154,9 +154,10 @@ REPORT = "This is a bug in im2json. Please report it with the traceback above an
 SYSTEM_ERRORS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE,
     errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT,
+    errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENXIO,
 }  # fmt: skip
-"""What a system may refuse however right our code is. A file that is missing is not among them: the code that expects
-one from the user says so in a UserError."""
+"""Errors of the operating system that do not indicate a bug. A missing file does: the code that expects one from the
+user raises a UserError."""
 
 
 def _message(error: Exception) -> str | None:

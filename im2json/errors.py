@@ -1,4 +1,4 @@
-"""Errors by whose doing they are: a UserError becomes one message, anything else is a bug and shows its traceback."""
+"""Error classes. A UserError is shown as one message; any other error is a bug and shows its traceback."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ class UserError(ValueError):
 
 class WriteError(UserError):
     """A library could not write a file, as on a full disk, and said so in an error of its own."""
-
-
-class LostProcessError(UserError):
-    """A process of this run ended without a word, so the others cannot go on."""
 
 
 def first_line(error: BaseException, lines: int = 1) -> str:

@@ -76,12 +76,12 @@ def load_json(text: str | bytes, where: str) -> Any:
     """Return the value of a JSON text that a user may have written. `where`, a file or a row, begins the error.
 
     Raises:
-        UserError: if the text is not UTF-8 or not JSON, is longer or deeper than Python's reader takes, or an object
-            holds a key twice, of which json.loads would drop one.
+        UserError: if the text is not UTF-8 or not JSON (NaN and Infinity included), is longer or deeper than Python's
+            reader takes, or an object holds a key twice, of which json.loads would drop one.
     """
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
-        return json.loads(decoded, object_pairs_hook=_unique_keys)
+        return json.loads(decoded, object_pairs_hook=_unique_keys, parse_constant=_refuse)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: is not UTF-8 text (byte {error.start})") from None
     except _RepeatedKeyError as error:
@@ -92,7 +92,7 @@ def load_json(text: str | bytes, where: str) -> Any:
         raise UserError(f"{where}: is not JSON: {error.msg} at {at}, near {near!r}") from None
     except RecursionError:
         raise UserError(f"{where}: is not JSON that can be read: it nests too deep") from None
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # an integer of thousands of digits, NaN or Infinity
         raise UserError(f"{where}: is not JSON that can be read: {error}") from None
 
 

@@ -312,7 +312,7 @@ class TrainOptions:
     keep: int = option(
         2, "How many of the latest checkpoints to keep.", unit="checkpoints", at_least=1, affects_result=False
     )
-    seed: int = option(0, "Seed for LoRA initialisation, example order and dropout.", at_least=0)
+    seed: int = option(0, "Seed for LoRA initialisation, example order and dropout.", at_least=0, at_most=2**32 - 1)
     test: bool = option(True, "Score the test split before and after training.", changeable_on_resume=True)
     output: str | None = option(
         None, "Run folder. Default: a new one under runs/.", metavar="PATH", affects_result=False

@@ -19,6 +19,13 @@ class EvaluationKey(NamedTuple):
     stage: str  # of training: before (the base alone), during (every N steps) or after (the adapter that was kept)
 
 
+def _check_types(row: Mapping[str, Any], **types: type) -> None:
+    """Raise a KeyError or TypeError if a line lacks one of these keys, or holds a value of another type there."""
+    for name, kind in types.items():
+        if not isinstance(row[name], kind):
+            raise TypeError(f"{name} is {row[name]!r}")
+
+
 @dataclass(frozen=True)
 class Prediction:
     """An evaluated example: a line of predictions.jsonl."""
@@ -49,6 +56,7 @@ class Prediction:
         Raises:
             KeyError, TypeError: if the line was not written by a run.
         """
+        _check_types(row, step=int, split=str, stage=str, id=str, text=str, target=dict)
         stored = {field.name: row[field.name] for field in dataclasses.fields(cls) if field.name in row}
         return cls(**stored, reading=read(row["text"]), has_confidence="confidence" in row)
 
@@ -88,6 +96,7 @@ class LogLine:
         Raises:
             KeyError, TypeError: if the line was not written by a run.
         """
+        _check_types(row, step=int, split=str, values=dict)
         return cls(row["step"], row["split"], row["values"], row.get("time", 0.0), row.get("stage"))
 
     def to_json(self) -> dict[str, Any]:

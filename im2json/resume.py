@@ -130,7 +130,7 @@ def _adapter_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "dropout": float(config["lora_dropout"]),
             "rslora": bool(config.get("use_rslora")),
             "dora": bool(config.get("use_dora")),
-            "target_modules": ",".join(sorted(modules)) if isinstance(modules, list) else modules,
+            "target_modules": modules if isinstance(modules, str) else ",".join(sorted(modules)),
         }
     except UserError:
         raise

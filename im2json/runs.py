@@ -134,12 +134,25 @@ class RunFolder:
         Raises:
             UserError: if the folder holds no run, or its config.json was not written by one.
         """
+        return TrainConfig.from_values(self.read_stored()["options"])
+
+    def read_stored(self) -> dict[str, Any]:
+        """Return all that config.json holds: options, versions, git, data, processes and changes.
+
+        Raises:
+            UserError: if the folder holds no run, or its config.json was not written by one.
+        """
         if not self.config.is_file():
             raise UserError(f"{self.path} is not a run folder: it has no config.json")
         stored = read_json(self.config)
         if not isinstance(stored, dict) or not isinstance(stored.get("options"), dict):
             raise UserError(f"{self.config} does not hold a run's options")
-        return TrainConfig.from_values(stored["options"])
+        stored = {"versions": {}, "data": {}, "processes": None, "changes": [], **stored}
+        kinds = {"versions": dict, "data": dict, "processes": int | None, "changes": list}
+        for name, kind in kinds.items():
+            if not isinstance(stored[name], kind):
+                raise UserError(f"{self.config}: {name} is {stored[name]!r}, which no run writes")
+        return stored
 
     def write_config(
         self,
@@ -214,7 +227,7 @@ def check_folder(output: Path) -> None:
         UserError: saying why.
     """
     if os.path.lexists(output) and not output.is_dir():
-        raise UserError(f"--output {output} is no folder: name one, or what can become one")
+        raise UserError(f"--output {output} is not a folder. Name one; it is created if it does not exist.")
     nearest = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"--output {output}: {nearest} is not a folder that can be written to: choose another")
@@ -270,8 +283,8 @@ def claim_stopped(run: RunFolder, config: TrainConfig, data: dict[str, str], pro
     Raises:
         UserError: if another process has finished it, or the data are not those that the run began with.
     """
-    stored = read_json(run.config)
-    other = [name for name, digest in data.items() if stored.get("data", {}).get(name, digest) != digest]
+    stored = run.read_stored()
+    other = [name for name, digest in data.items() if stored["data"].get(name, digest) != digest]
     if other:
         raise UserError(
             f"--resume {run.path}: the examples or targets of {', '.join(other)} have changed since it began; put "
@@ -285,8 +298,8 @@ def claim_stopped(run: RunFolder, config: TrainConfig, data: dict[str, str], pro
     if changed:
         checkpoint = run.latest_checkpoint()
         change = {"step": step_of(checkpoint) if checkpoint else 0, "options": changed}
-        run.write_config(config, [*stored.get("changes", []), change], stored.get("data"), stored.get("processes"))
-    begun = stored.get("processes") or processes
+        run.write_config(config, [*stored["changes"], change], stored["data"], stored["processes"])
+    begun = stored["processes"] or processes
     if begun == processes:
         return None
     return (

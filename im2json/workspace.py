@@ -44,7 +44,7 @@ from im2json.training.strategy import Strategy, Workload
 
 @dataclass(frozen=True)
 class Workspace:
-    """A run's ingredients."""
+    """Everything a command has loaded for one run."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -54,11 +54,11 @@ class Workspace:
     lengths: TargetLengths
     model: PeftModel
     settings: DecodeSettings
-    schema: Schema  # of the answers
+    schema: Schema | None  # of the answers; None if the run has one that was not needed
 
     @property
     def usage(self) -> dict[str, Any]:
-        """What reading with the adapter takes besides its weights; kept beside them."""
+        """The settings that inference needs besides the weights. They are saved next to the adapter."""
         return {
             "prompt": self.config.data.prompt,
             "letterbox": self.config.data.letterbox,
@@ -80,7 +80,7 @@ class Workspace:
         return self.config.data.workers
 
     def fingerprints(self) -> dict[str, str]:
-        """Return by split what tells its examples and their targets from others."""
+        """Return a digest of the ids and targets of each split."""
         return {
             name: hashlib.sha256(canonical([list(split.ids), split.targets]).encode()).hexdigest()[:16]
             for name, split in self.splits.items()
@@ -97,7 +97,7 @@ class Workspace:
         return Evaluation(self.model, self.collator, self.splits, self.accelerator, self.settings, run, sink)
 
     def workload(self) -> Workload:
-        """Return what a step has to compute, and the memory that is free for it now."""
+        """Return the inputs of `choose_strategy`, including the GPU memory that is free now."""
         assert isinstance(self.settings.max_new_tokens, int)
         return Workload(
             config=self.config,
@@ -143,17 +143,18 @@ class Workspace:
             return None, None
         size = len(split) * feature_bytes(paligemma, dtype) / 2**30
         head = f"the vision tower is frozen: image features of {len(split):,} pictures ({size:.2f} GiB)"
+        each_step = f"{head} are worked out in every step, as they cannot be kept"
+        if size > limit:
+            return None, f"{each_step}: --cache-features is {limit:g}"
         try:
-            if size > limit:
-                raise OSError(f"--cache-features is {limit:g}")
             features = Features(split, self.collator, paligemma, dtype, self.workers, self.accelerator)
         except OSError as error:
-            return None, f"{head} are worked out in every step, as they cannot be kept: {error}"
+            return None, f"{each_step}: {error}"
         return features, f"{head} worked out once, in {features.seconds:.1f} s"
 
 
 def start_accelerator(config: TrainConfig) -> tuple[Accelerator, str]:
-    """Start Accelerate on the GPU, or on the CPU with all its cores, and print what is to be known of the precision.
+    """Start Accelerate on the GPU, or on the CPU with all its cores, and print a note on the precision if there is one.
 
     Returns:
         The accelerator, and the precision: bf16, fp16 or fp32.
@@ -228,17 +229,17 @@ def open_workspace(
     model = load_adapted(options, precision, accelerator.device, config.train.seed)
     lengths.check(config.data.max_target_tokens, len(collator.prefix_ids), positions(model))
     limit = lengths.new_token_limit(config.decode.max_new_tokens)
-    held_to = (wanted, name) if config.decode.constrain else None
+    held_to = (wanted, name) if config.decode.constrain and wanted is not None else None
     settings = DecodeSettings.of(config, precision, model, collator, limit, held_to, checks)
     return Workspace(config, accelerator, precision, checkup.splits, collator, lengths, model, settings, wanted)
 
 
-def _find_schema(config: TrainConfig, train: Split, stored: Path | None) -> tuple[Schema, str]:
+def _find_schema(config: TrainConfig, train: Split, stored: Path | None) -> tuple[Schema | None, str]:
     """Return the schema of the answers, and what it is called in an error: a run's own, --schema, or that of the
     training targets."""
     if stored is not None and stored.is_file():
         # it may be in the middle of being edited, and matters only where answers are held to it
-        return read_schema(stored) if config.decode.constrain else {}, f"schema {stored}"
+        return read_schema(stored) if config.decode.constrain else None, f"schema {stored}"
     if config.decode.schema:
         return read_schema(Path(config.decode.schema)), f"schema {config.decode.schema}"
     return induce(train.targets), "the schema of the training targets"

@@ -29,7 +29,7 @@ import im2json
 from im2json.inference import plain
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS
-from im2json.scoring.examples import score_run
+from im2json.scoring.examples import score_predictions
 
 # The names in google/paligemma-3b-pt-224's model.safetensors.index.json, layers and modules within them aside.
 HUB_NAMES = {
@@ -151,7 +151,7 @@ def test_the_card(export, finished, dataset, tmp_path):
     card = ModelCard(text)
     assert card.data.library_name == "transformers"
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    scored = score_run(finished, "test").metrics
+    scored = score_predictions(finished.predictions("test", "after")).metrics
     values, bounds = scored.compute(), scored.intervals()
     assert found == {name: round(values[name], 4) for name in METRICS}
     for name in METRICS:

@@ -17,7 +17,7 @@ from im2json.report.comparison import confidence_table, run_report
 from im2json.report.run import OK, WRONG, write_report
 from im2json.runs import RunFolder
 from im2json.scoring.confidence import Calibration, calibration_error, judge_leaves, kept
-from im2json.scoring.examples import calibrate, read_calibration
+from im2json.scoring.examples import calibrate, kept_predictions, read_calibration
 from im2json.scoring.field_confidence import ALL, NO_TARGET, run_confidence
 
 NASTY = "</script><script>alert(1)</script>"
@@ -69,7 +69,7 @@ def test_calibration_is_kept_with_the_run(run):
 
 def test_field_confidence_is_that_of_calibrated_leaves(run):
     calibration = calibrate(run, 7)
-    found = run_confidence(run, "test", target_precision=0.9)
+    found = run_confidence(run, kept_predictions(run, "test"), target_precision=0.9)
     leaves = leaves_of(run, "test")
     sure, right = [float(calibration(leaf.confidence)) for leaf in leaves], [leaf.right for leaf in leaves]
     assert list(found.groups) == [ALL, "menu.nm", "menu.price", "note", "total", NO_TARGET]
@@ -81,14 +81,14 @@ def test_field_confidence_is_that_of_calibrated_leaves(run):
     assert group.precision > 0.85 and 0.1 < group.kept < 1
     assert found.groups[NO_TARGET][:2] == (20, 0)
     assert f"{group.kept:.1%} of the fields are kept" in confidence_table(found)
-    assert "kept" not in confidence_table(run_confidence(run, "test"))
+    assert "kept" not in confidence_table(run_confidence(run, kept_predictions(run, "test")))
     printed = json.loads(run_report(run, "test", METRICS, 0.9, as_json=True))
     assert printed["confidence"]["fields"][ALL]["kept"] == group.kept
 
 
 def test_a_precision_that_validation_cannot_promise(run):
     calibrate(run, 7)
-    found = run_confidence(run, "test", target_precision=0.9999)
+    found = run_confidence(run, kept_predictions(run, "test"), target_precision=0.9999)
     assert found.groups[ALL].kept == 0 and found.groups[ALL].precision is None
     assert "validation has no threshold" in confidence_table(found)
     assert found.as_json()["threshold"] is None

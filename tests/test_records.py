@@ -9,8 +9,9 @@ from helpers import prediction
 
 from im2json.errors import UserError
 from im2json.files import append_lines, read_lines
-from im2json.jsontext import load_json
+from im2json.jsontext import load_json, read
 from im2json.records import LogLine, Prediction, RunResult
+from im2json.report.comparison import run_report
 from im2json.runs import RunFolder
 
 
@@ -98,10 +99,19 @@ def test_a_line_that_is_wrong_is_named(tmp_path):
     ],
     ids=["comma", "line", "latin-1", "key", "depth", "digits"],
 )
-def test_what_is_not_json_is_told_with_its_place(text, says):
+def test_a_json_error_names_line_and_column(text, says):
     with pytest.raises(UserError, match=says):
         load_json(text, "file")
 
 
 def test_json_is_read_with_a_byte_order_mark():
     assert load_json(b'\xef\xbb\xbf{"a": 1.0}', "file") == load_json('{"a": 1.0}', "file") == {"a": 1.0}
+
+
+def test_a_report_reads_each_answer_once(finished, monkeypatch):
+    """However many tables are made of it."""
+    texts: list[str] = []
+    monkeypatch.setattr("im2json.records.read", lambda text: texts.append(text) or read(text))
+    metrics = {"before": {"field_f1": 0.0}, "after": {"field_f1": 0.0}}
+    run_report(finished, "test", metrics)
+    assert texts == [row["text"] for row in read_lines(finished.predictions_file) if row["stage"] == "after"]

@@ -67,7 +67,7 @@ def test_an_output_that_holds_a_run_is_refused(run, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name in ("file", "dangling"):
-        with pytest.raises(ValueError, match=f"--output .*{name} is no folder"):
+        with pytest.raises(ValueError, match=f"--output .*{name} is not a folder"):
             check_output(str(tmp_path / name))
     with pytest.raises(ValueError, match="--output /proc/x/run cannot be made"):
         new_run(config(output="/proc/x/run"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -16,6 +17,8 @@ from im2json.data.check import check_split
 from im2json.data.example import Split
 from im2json.data.pictures import MAX_PIXELS, decode_picture
 from im2json.data.sources import load_splits, open_splits
+from im2json.data.stored import ArrowRows
+from im2json.errors import UserError
 from im2json.options import DataOptions
 
 NotFound = datasets.exceptions.DatasetNotFoundError
@@ -460,6 +463,23 @@ def test_all_bad_rows_in_one_error(tmp_path):
     with pytest.raises(ValueError, match=r"5 of 11|6 of 11"):
         _ = splits["train"].targets
     check_split(splits["test"])
+
+
+def test_a_name_that_no_file_can_have_is_a_bad_row(tmp_path):
+    (tmp_path / "train").mkdir()
+    lines = "".join(json.dumps({"file_name": f"\ud800{i}.png", "target": {}}) + "\n" for i in range(3))
+    (tmp_path / "train" / "metadata.jsonl").write_text(lines)
+    with pytest.raises(UserError, match=r"metadata\.jsonl:1: .* cannot be the name of a file"):
+        check_split(*load_splits(str(tmp_path)).values())
+
+
+def test_a_column_of_text_that_is_not_utf_8_is_a_bad_row():
+    texts = pa.array([b"{}", b'"caf\xe9"'], pa.binary()).view(pa.string())
+    table = datasets.table.InMemoryTable(pa.table({"image": ["a.png"] * 2, "target": texts}))
+    rows = ArrowRows(datasets.Dataset(table), "data", "train", "image", "target", [])
+    assert rows.target(0) == {}
+    with pytest.raises(UserError, match="row 1 of split train of data: holds text that is not UTF-8"):
+        rows.target(1)
 
 
 def test_a_row_that_is_bad_twice_says_both(tmp_path):

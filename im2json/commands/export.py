@@ -18,9 +18,9 @@ def print_card(run: RunFolder, title: str, adapter_only: bool) -> None:
     """
     quiet_libraries()
     from im2json.report.modelcard import model_card
-    from im2json.scoring.examples import score_run
+    from im2json.scoring.examples import kept_predictions, score_predictions
 
-    click.echo(model_card(run, score_run(run, "test"), title, adapter_only), nl=False)
+    click.echo(model_card(run, score_predictions(kept_predictions(run, "test")), title, adapter_only), nl=False)
 
 
 def export(

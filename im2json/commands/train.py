@@ -19,7 +19,7 @@ from im2json.scoring.examples import calibrate
 from im2json.training.checkpoint import Checkpoints, begin
 from im2json.training.loop import Ending, fit, peak_memory_bytes
 from im2json.training.state import TrainState
-from im2json.training.stopping import StopRequest, watched_peers
+from im2json.training.stopping import watched_peers
 from im2json.training.strategy import choose_strategy, strategy_note
 from im2json.training.tracking import Tracker
 from im2json.training.update import Update
@@ -43,7 +43,7 @@ def train(
     """
     accelerator, precision = start_accelerator(config)
     with watched_peers(accelerator, "no step was taken yet") as watched:
-        # a run that began with --adapter goes on with its own, wherever that one is by now
+        # A run that began with --adapter resumes from its own checkpoint; the original adapter may be gone.
         own_adapter = stopped.latest_checkpoint() if stopped and config.model.adapter else None
         own_schema = stopped.schema if stopped else None
         workspace = open_workspace(config, accelerator, precision, adapter=own_adapter, schema=own_schema)
@@ -111,15 +111,13 @@ def _fit(
     if note:
         accelerator.print(note)
     loader = workspace.step_loader(strategy, features)
-    stop = StopRequest()
-    update = Update.of(forward, options, accelerator, loader.share.microbatch, stop)
+    update = Update.of(forward, options, accelerator, loader.share.microbatch)
     checkpoints = Checkpoints(run, update, options.keep)
     if checkpoint is not None:
         checkpoints.restore(checkpoint)
     elif workspace.config.model.adapter:
         checkpoints.save()  # so that a resume does not need --adapter any more
-    with stop:
-        ending = fit(update, loader, validate, options, checkpoints, tracker, stop_after)
+    ending = fit(update, loader, validate, options, checkpoints, tracker, stop_after)
     return ending, checkpoints.state
 
 

@@ -68,6 +68,10 @@ class Collator:
     """
 
     def __init__(self, processor: PaliGemmaProcessor, prompt: str, letterbox: bool = False) -> None:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--prompt {prompt!r} is not UTF-8 text") from None
         self.processor = processor
         self.prompt = prompt
         self.letterbox = letterbox

@@ -198,7 +198,7 @@ def _load_saved(root: Path) -> Any:
             for file in json.loads(state.read_text("utf-8"))["_data_files"]:
                 inside(state.parent, file["filename"], str(state))
         loaded = datasets.load_from_disk(str(root))
-    except (datasets.exceptions.DatasetsError, LookupError, TypeError, ValueError, OSError) as error:
+    except (datasets.exceptions.DatasetsError, LookupError, AttributeError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{root}: cannot be loaded as what save_to_disk writes ({first_line(error, 2)})") from error
     return loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
 
@@ -349,5 +349,5 @@ def _content(rows: Rows, row: int) -> str:
     try:
         data, _ = rows.picture(row)
     except UserError:
-        data = rows.id(row).encode()  # a bad row, which check_split will name
+        data = rows.id(row).encode("utf-8", "surrogatepass")  # a bad row, which check_split will name
     return hashlib.sha256(data).hexdigest()

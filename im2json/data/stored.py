@@ -5,6 +5,7 @@ Rows are counted from 0, as `datasets` does; lines of a JSON-lines file from 1, 
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -145,8 +146,12 @@ def _kind(value: Any) -> str:
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
-    """`folder`/`name`. Raises UserError where the name leads out of the folder (a link in it may)."""
+    """Return `folder`/`name`. Raises UserError if the name leads out of the folder (a link in it may)."""
     path = PurePosixPath(name.replace("\\", "/"))
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {name!r} cannot be the name of a file") from None
     if "\0" in name:
         raise UserError(f"{where}: {name!r} cannot be the name of a file")
     if path.is_absolute() or ".." in path.parts or Path(name).is_absolute():
@@ -322,15 +327,21 @@ class ArrowRows:
         return f"{self._prefix}-{row}"
 
     def target(self, row: int) -> dict[str, Any]:
-        value = self._targets[row].column(0)[0].as_py()
+        value = self._value(self._targets, row)
         return parse_target(_without_nulls(value) if isinstance(value, dict) else value, self.where(row))
 
     def where(self, row: int) -> str:
         return f"row {row} {self._where}"
 
+    def _value(self, table: Any, row: int) -> Any:
+        try:
+            return table[row].column(0)[0].as_py()
+        except UnicodeDecodeError:
+            raise UserError(f"{self.where(row)}: holds text that is not UTF-8") from None
+
     def picture(self, row: int) -> tuple[bytes, str]:
         where = self.where(row)
-        value = self._images[row].column(0)[0].as_py()
+        value = self._value(self._images, row)
         if value is None or (value["bytes"] is None and not value["path"]):
             raise UserError(f"{where}: has no picture")
         if value["bytes"] is not None:

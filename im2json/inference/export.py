@@ -27,7 +27,7 @@ from im2json.report.modelcard import model_card
 from im2json.resume import reading_config
 from im2json.runs import ADAPTER_COMPANIONS, USAGE, RunFolder, adapter_folder
 from im2json.scoring import StreamingEvaluator
-from im2json.scoring.examples import score_run
+from im2json.scoring.examples import kept_predictions, score_predictions
 
 EXAMPLES = 32
 """Validation examples whose answers are compared, at most."""
@@ -68,7 +68,7 @@ def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, tit
     """
     run.read_config()  # is it a run at all
     answers = [] if adapter_alone else validation_answers(run)
-    scorecard = score_run(run, "test")
+    scorecard = score_predictions(kept_predictions(run, "test"))
     found = None
     with fresh_folder(out) as aside:
         if adapter_alone:

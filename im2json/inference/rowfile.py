@@ -17,7 +17,7 @@ BEGINNING = b'{"id": "'
 
 
 class RowFile:
-    """Rows that are there, and a place for more; each carries in `by` what it was read with."""
+    """The output file of an extraction. Each row records in `by` the digest of the adapter and options."""
 
     def __init__(self, file: BinaryIO, by: str) -> None:
         self.file = file
@@ -44,7 +44,7 @@ class RowFile:
                 by = row["by"]
                 if not isinstance(row["id"], str):
                     raise TypeError
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f"--out {name}:{number}: is not a row of an extraction; name another file") from None
             if by != self.by:
                 raise UserError(
@@ -63,7 +63,7 @@ class RowFile:
 
 
 def _torn(line: bytes) -> bool:
-    """Whether it is a row that ends too early, and not somebody's only line."""
+    """Return whether a line is a truncated row of ours rather than another file's content."""
     if not (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
         return False
     try:
@@ -75,15 +75,21 @@ def _torn(line: bytes) -> bool:
 
 @contextlib.contextmanager
 def row_file(path: Path | None, by: str) -> Iterator[RowFile]:
-    """A file to write, or to go on with where it is there already; None is the standard output.
+    """Open a file to write rows to, which may hold some already. None stands for the standard output.
 
     Raises:
-        UserError: if it holds anything but rows with the same `by`, or another process writes to it.
+        UserError: if it cannot be opened, holds anything but rows with the same `by`, or another process writes to it.
     """
     if path is None:
         yield RowFile(sys.stdout.buffer, by)
         return
-    with path.open("a+b") as file:
+    try:
+        opened = path.open("a+b")
+    except OSError as error:
+        raise UserError(
+            f"--out {path} cannot be opened ({error.strerror}). Make its folder first, or name another file."
+        ) from error
+    with opened as file:
         if not lock(file):
             raise UserError(f"--out {path}: another process is writing to it: wait for it or stop it first")
         file.seek(0)

@@ -92,27 +92,34 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+_UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, SafetensorError)
+"""Raised by transformers, tokenizers and safetensors where a model's files are not what they should be."""
+
+
 def _from_pretrained(kind: Any, model: str, **settings: Any) -> Any:
     path = locate(model)
-    if Path(path).is_dir():
-        try:
-            return _complete(kind, path, **settings)
-        except torch.OutOfMemoryError:
-            raise
-        except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, SafetensorError) as error:
+    local = Path(path).is_dir()
+    if not local:
+        if Path(path).exists():
+            raise UserError(f"--model {model}: this is a file; name the folder that holds the model")
+        if not re.fullmatch(HUB_NAME, path):
             raise UserError(
-                f"--model {model}: the folder does not load as a PaliGemma with its processor: {first_line(error)}"
-            ) from error
-    if Path(path).exists():
-        raise UserError(f"--model {model}: this is a file; name the folder that holds the model")
-    if not re.fullmatch(HUB_NAME, path):
-        raise UserError(f"--model {model}: no such folder, and not a name on the hub (owner/name); `tiny` is embedded")
-    fetch(model, "config.json", f"--model {model}")  # transformers would try many files, and wrap the reason
-    return _complete(kind, path, **settings)
+                f"--model {model}: no such folder, and not a name on the hub (owner/name); `tiny` is embedded"
+            )
+        fetch(model, "config.json", f"--model {model}")  # transformers would try many files, and wrap the reason
+    try:
+        return _complete(kind, path, **settings)
+    except torch.OutOfMemoryError:
+        raise
+    except _UNLOADABLE as error:
+        what = "the folder does" if local else "what the hub has (or gave before the network failed) does"
+        raise UserError(
+            f"--model {model}: {what} not load as a PaliGemma with its processor: {first_line(error, 2)}"
+        ) from error
 
 
 def _complete(kind: Any, path: str, **settings: Any) -> Any:
-    """from_pretrained, which otherwise fills in weights that a file lacks with random ones."""
+    """Call from_pretrained, but refuse a model whose files lack weights, which transformers would draw at random."""
     if kind is not PaliGemmaForConditionalGeneration:
         return kind.from_pretrained(path, **settings)
     with_report: Any = kind.from_pretrained(path, output_loading_info=True, **settings)

@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,  # of the client beneath, which changes with the hub's version
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
@@ -40,12 +41,14 @@ def fetch(model: str, file: str, what: str) -> Path:
         raise UserError(
             f"{what}: no such folder, and the hub has no model of this name (or it is private: run `hf auth login`)"
         ) from error
+    except HFValidationError as error:
+        raise UserError(f"{what}: no such folder, and not a name on the hub: {first_line(error)}") from error
     except (HfHubHTTPError, OSError, EntryNotFoundError) as error:
         raise UserError(f"{what}: no such folder, and the hub could not be reached: {first_line(error)}") from error
 
 
 def adapter_path(path: str | os.PathLike[str]) -> Path:
-    """A folder as it is; that of an adapter on the hub once it is here.
+    """Return a local folder unchanged; download an adapter from the hub and return its folder.
 
     Raises:
         UserError: as `fetch`, or if the hub's model holds no adapter in safetensors.

@@ -104,14 +104,18 @@ def target_modules(base: torch.nn.Module, wanted: str) -> list[str] | str:
     return wanted
 
 
+_UNFIT = (RuntimeError, ValueError, OSError, LookupError, AttributeError, TypeError, SafetensorError, re.error)
+"""Raised by PEFT and safetensors where an adapter's files are wrong or belong to another base."""
+
+
 def _warm_start(base: PaliGemmaForConditionalGeneration, adapter: str) -> PeftModel:
     folder = adapter_folder(Path(adapter))
     try:
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"--adapter {adapter} does not fit this model: {first_line(error)}") from error
+    except _UNFIT as error:
+        raise UserError(f"--adapter {adapter} does not fit this model: {first_line(error, 2)}") from error
 
 
 def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -142,7 +146,7 @@ def read_adapter_weights(model: PeftModel, path: Path) -> None:
     try:
         set_peft_model_state_dict(model, weights)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit this adapter: {first_line(error)}") from error
+        raise UserError(f"{path} does not fit this adapter: {first_line(error, 2)}") from error
 
 
 def _adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -159,8 +163,8 @@ def merged_copy(model: PeftModel, dtype: torch.dtype, *, adapter: bool = True) -
     without gradients, and later gradients through it are lost. Weights that LoRA does not change are shared.
     """
     base: Any = model.get_base_model()
-    # no_init_weights holds for all threads, of which no other makes a model; so would another default dtype, and others
-    # load pictures by that.
+    # `no_init_weights` affects all threads, which is safe because only this one builds a model. Changing the default
+    # dtype would also affect the threads that load pictures, so we do not.
     with torch.device("meta"), no_init_weights():
         copy = type(base)._from_config(_plain_config(base), dtype=torch.get_default_dtype())
     for config in (copy.config, copy.config.text_config, copy.config.vision_config):

@@ -11,7 +11,7 @@ from im2json.report.table import before_after_table, table
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS, Difference, compare_predictions
 from im2json.scoring.checks import CheckCounts, count_checks
-from im2json.scoring.examples import kept_predictions, score_run
+from im2json.scoring.examples import kept_predictions, score_predictions
 from im2json.scoring.field_confidence import ALL, FieldConfidence, run_confidence
 from im2json.scoring.fieldtable import compare_fields
 from im2json.scoring.scorecard import Scorecard
@@ -68,14 +68,14 @@ def run_report(
     Raises:
         UserError: if the run kept no predictions of the split.
     """
-    confidence = run_confidence(run, split, target_precision)
-    checks = count_checks(kept_predictions(run, split))
+    kept = kept_predictions(run, split)
+    confidence, checks = run_confidence(run, kept, target_precision), count_checks(kept)
     if as_json:
         counts = {"checks": {text: found._asdict() for text, found in checks.items()}} if checks else {}
         return json.dumps({**metrics, "confidence": confidence.as_json(), **counts}, indent=2)
     return (
         f"{split} split, generated text:\n{before_after_table(metrics['before'], metrics['after'])}\n\n"
-        f"after, in detail: {scorecard_report(score_run(run, split))}\n\n"
+        f"after, in detail: {scorecard_report(score_predictions(kept))}\n\n"
         f"{confidence_table(confidence)}\n\n{checks_table(checks)}"
         f"predictions  {run.predictions_file}\nreport       {run.report}\npicture      {run.path / f'{split}.png'}"
     )

@@ -10,11 +10,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from im2json.catalogue import labelled
+from im2json.errors import UserError
 from im2json.files import read_json
 from im2json.options import OPTIONS, TrainConfig
 from im2json.report.comparison import fields_table
 from im2json.resume import PATHS
-from im2json.runs import HUB_NAME, USAGE, RunFolder
+from im2json.runs import HUB_NAME, RunFolder
 from im2json.scoring import METRICS
 from im2json.scoring.examples import kept_predictions
 from im2json.scoring.scorecard import Scorecard
@@ -26,11 +27,11 @@ def model_card(run: RunFolder, scorecard: Scorecard, title: str, adapter_alone: 
     """Return README.md of a model on the hub, with its YAML head. It holds no path of this machine.
 
     Args:
-        scorecard: of the run's answers on the test split (see scoring.examples.score_run).
+        scorecard: of the run's answers on the test split (see scoring.examples.score_predictions).
         parity: how the answers of the exported weights compare with the run's; empty if they were not compared.
     """
     config = run.read_config()
-    version = read_json(run.config)["versions"]["im2json"]
+    version = run.read_stored()["versions"].get("im2json")
     parts = [
         f"---\n{_head(config, scorecard, title, adapter_alone)}\n---",
         f"# {title}",
@@ -70,8 +71,7 @@ def _head(config: TrainConfig, scorecard: Scorecard, title: str, adapter_alone: 
 
 
 def _usage(run: RunFolder, config: TrainConfig, adapter_alone: bool) -> str:
-    usage = read_json(run.adapter / USAGE)
-    prompt = json.dumps(f"<image>{usage['prompt']}", ensure_ascii=False)
+    prompt = json.dumps(f"<image>{config.data.prompt}", ensure_ascii=False)
     padded = "\nPad the picture to a square with white first, as in training." if config.data.letterbox else ""
     if adapter_alone:
         form = "in NF4 with double quantisation" if config.model.quant == "nf4" else "as it is"
@@ -138,10 +138,23 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
+def _picture_size(processor: Path) -> str:
+    """Return the size that pictures are shown to the model in.
+
+    Raises:
+        UserError: if the processor's file does not say.
+    """
+    stored = read_json(processor)
+    try:
+        size = stored["image_processor"]["size"]
+        return f"{size['width']} x {size['height']} pixels"
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{processor} does not hold the size of the model's pictures") from error
+
+
 def _limits(run: RunFolder, config: TrainConfig, scorecard: Scorecard, adapter_alone: bool, parity: str) -> str:
     values = scorecard.metrics.compute()
-    pixels = read_json(run.adapter / "processor_config.json")["image_processor"]["size"]
-    seen = f"{pixels['width']} x {pixels['height']} pixels"
+    seen = _picture_size(run.adapter / "processor_config.json")
     limits = [
         f"Of {values['num']:.0f} test documents {1 - values['exact_match']:.0%} were read with some mistake, and "
         f"{1 - values['json_validity']:.0%} of the answers were not valid JSON. A misread digit looks like a right "

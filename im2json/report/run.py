@@ -62,7 +62,8 @@ def write_report(
     Raises:
         UserError: if the run kept no predictions of this split.
     """
-    kept, confidence = kept_predictions(run, split), run_confidence(run, split)
+    kept = kept_predictions(run, split)
+    confidence = run_confidence(run, kept)
     scorecard = Scorecard()
     scores = {each.id: scorecard.update(each.reading, each.target, each.id)["field_f1"] for each in kept}
     worst = sorted(kept, key=lambda each: scores[each.id])[:MOST]

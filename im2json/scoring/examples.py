@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,14 +114,10 @@ def kept_predictions(run: RunFolder, split: str, stage: str = "after") -> list[P
     return kept
 
 
-def score_run(run: RunFolder, split: str, stage: str = "after") -> Scorecard:
-    """Score the predictions that a run kept.
-
-    Raises:
-        UserError: if it kept none of this split and stage.
-    """
+def score_predictions(predictions: Iterable[Prediction]) -> Scorecard:
+    """Score predictions that a run kept."""
     scorecard = Scorecard()
-    for prediction in kept_predictions(run, split, stage):
+    for prediction in predictions:
         scorecard.update(prediction.reading, prediction.target, prediction.id)
     return scorecard
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from im2json.records import Prediction
 from im2json.runs import RunFolder
 from im2json.scoring.confidence import (
     Calibration,
@@ -17,7 +18,7 @@ from im2json.scoring.confidence import (
     kept,
     threshold_for,
 )
-from im2json.scoring.examples import calibration_predictions, kept_predictions, read_calibration
+from im2json.scoring.examples import calibration_predictions, read_calibration
 from im2json.scoring.normal import fields, normal_items
 
 ALL = "(all)"
@@ -59,18 +60,20 @@ class FieldConfidence:
         }
 
 
-def run_confidence(run: RunFolder, split: str, target_precision: float | None = None) -> FieldConfidence:
-    """Return the confidence of a run's predictions on a split after training, without those that have none.
+def run_confidence(
+    run: RunFolder, predictions: Iterable[Prediction], target_precision: float | None = None
+) -> FieldConfidence:
+    """Return the confidence of predictions that a run kept, without those that have none.
 
     Args:
         target_precision: find the threshold above which this share is right, on the predictions that the calibration
             was fitted to.
 
     Raises:
-        UserError: if the run kept no predictions of the split, or its calibration.json was not written by us.
+        UserError: if the run's calibration.json was not written by us.
     """
     calibration, step = read_calibration(run) or (Calibration(), None)
-    kept_here = [prediction for prediction in kept_predictions(run, split) if prediction.has_confidence]
+    kept_here = [prediction for prediction in predictions if prediction.has_confidence]
     leaves = calibrated((leaf for prediction in kept_here for leaf in judge_leaves(prediction)), calibration)
     threshold = None
     if target_precision is not None and step is not None:

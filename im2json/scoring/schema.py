@@ -161,7 +161,7 @@ def _wrong_values(schema: Schema, pointer: str) -> Iterator[str]:
             yield f"{pointer}/{name} is not a list with something in it"
     listed = schema["enum"] if isinstance(schema.get("enum"), list) else []
     for value in [*listed, *([schema["const"]] if "const" in schema else [])]:
-        if "type" in schema and not any(name in types_of(schema) for name in TYPES_OF[type(value)]):
+        if "type" in schema and not any(name in list(types_of(schema)) for name in TYPES_OF[type(value)]):
             yield f"{pointer}: {json.dumps(value)} is not of the type that stands beside it"
     least, most = schema.get("minItems", 0), schema.get("maxItems")
     if not _whole(least) or not (most is None or (_whole(most) and most >= least)):

@@ -87,7 +87,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         return name, value
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value  # "2r", or a value that the check will refuse
 
 

@@ -99,7 +99,7 @@ def _start_waiting(jobs: Sequence[Job], backend: Backend) -> None:
 
 
 def _start(job: Job, backend: Backend, running: Sequence[Job]) -> None:
-    job.log.parent.mkdir(parents=True, exist_ok=True)
+    job.log.parent.mkdir(parents=True, exist_ok=True)  # the sweep's own folder: its error ends the sweep
     now = time.time()
     try:
         job.started = now if backend.start(job, running) else 0.0

@@ -35,7 +35,7 @@ def begin(
     model: PeftModel,
     processor: PaliGemmaProcessor,
     usage: dict[str, Any],
-    schema: Schema,
+    schema: Schema | None,
     accelerator: Accelerator,
 ) -> Path | None:
     """Make the run folder ready for its next step, and return the last whole checkpoint, if there is one.
@@ -59,7 +59,7 @@ def begin(
         with writing(run.adapter):
             processor.save_pretrained(run.adapter)
             model.peft_config["default"].save_pretrained(str(run.adapter))
-        if not run.schema.exists():
+        if schema is not None and not run.schema.exists():
             write_json(run.schema, schema)
         write_json(run.adapter / USAGE, usage)
     accelerator.wait_for_everyone()
@@ -143,15 +143,18 @@ class Checkpoints:
             optimizer.load_state_dict(stored["optimizer"])
             if accelerator.scaler is not None:
                 accelerator.scaler.load_state_dict(stored["scaler"])
-            if accelerator.is_main_process and self.state.best_step is not None:
-                with atomically(self.run.adapter / WEIGHTS) as aside:
-                    shutil.copyfile(path / BEST, aside)
+            best = (path / BEST).read_bytes() if self.state.best_step is not None else None
+        except torch.OutOfMemoryError:
+            raise
         except _DAMAGED as error:
             raise UserError(
                 f"{path} cannot be read ({first_line(error)}): remove it to resume from the checkpoint before"
             ) from error
         restore_paging(optimizer.optimizer)
         if accelerator.is_main_process:
+            if best is not None:
+                with atomically(self.run.adapter / WEIGHTS) as aside:
+                    aside.write_bytes(best)
             self.drop_old()  # if the run was stopped before it came to that
         accelerator.wait_for_everyone()
 

@@ -9,6 +9,7 @@ from enum import Enum
 from functools import partial
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
@@ -19,14 +20,11 @@ from im2json.scoring import METRICS
 from im2json.training.checkpoint import Checkpoints
 from im2json.training.optimizer import learning_rate, set_learning_rate
 from im2json.training.state import TrainState
+from im2json.training.stopping import StopRequest
 from im2json.training.tracking import Tracker
 from im2json.training.update import StepOutcome, Update, check_gradients, check_labels, seed_dropout
 
 MAX_SKIPPED_RUNNING = 10  # fp16 overflows in a row after which the scale is not the problem
-
-
-class NonFiniteError(UserError):
-    """A loss or gradient is NaN or infinite."""
 
 
 class Ending(Enum):
@@ -56,8 +54,8 @@ def fit(
         stop_after: the step after which to pause. The schedule stays that of the whole run.
 
     Raises:
-        NonFiniteError: a loss or gradient is not finite.
-        UserError: the first step shows that something is not learned, or the run has passed `stop_after`.
+        UserError: a loss or gradient is not finite, the first step shows that something is not learned, or the run has
+            passed `stop_after`.
     """
     state, order, accelerator = checkpoints.state, loader.order, update.accelerator
     total = state.step if out_of_patience(state, options) else order.total(options)
@@ -65,7 +63,7 @@ def fit(
         raise UserError(f"--stop-after {stop_after}: this run has taken {state.step} steps already")
 
     ending = ending_of(state, total, options)
-    with progress_bar(state.step, total, accelerator.is_main_process) as bar:
+    with progress_bar(state.step, total, accelerator.is_main_process) as bar, StopRequest() as stop:
         first, clock = True, time.perf_counter()
         for batches in loader.steps(state.step, total):
             examples, target_tokens = order.step(state.step), order.target_tokens(state.step)
@@ -75,21 +73,21 @@ def fit(
 
             if first:
                 check_labels(batches, loader.collator)
-            outcome = update(batches, target_tokens, partial(check_gradients, update.forward.model) if first else None)
-            first = False
+            inspect = partial(check_gradients, update.forward.model) if first else None
+            outcome, first = update(batches, target_tokens, stop, inspect), False
             if outcome.non_finite:
-                raise NonFiniteError(_non_finite_message(outcome, state.step, [loader.split.ids[i] for i in examples]))
+                raise UserError(_non_finite_message(outcome, state.step, [loader.split.ids[i] for i in examples]))
             seconds = time.perf_counter() - clock  # waiting for data included
             advance(state, outcome, len(examples), target_tokens, seconds)
             if state.skipped_running >= MAX_SKIPPED_RUNNING:
-                raise NonFiniteError(_overflow_message(state.step))
+                raise UserError(_overflow_message(state.step))
             report(tracker, bar, state, outcome, rate, target_tokens, seconds)
 
             if evaluation_due(state.step, total, options):
                 update.forward.pause()
                 keep_if_best(checkpoints, evaluate(state.step), options)
             ending = ending_of(state, total, options)
-            if asked_to_stop(update, outcome, ending):
+            if asked_to_stop(accelerator, outcome.stop or stop.made, outcome.stop, ending):
                 ending = Ending.ASKED
             elif ending is None and state.step == stop_after:
                 ending = Ending.PAUSED
@@ -114,15 +112,17 @@ def ending_of(state: TrainState, total: int, options: TrainOptions) -> Ending | 
     return Ending.DONE if state.step == total else None
 
 
-def asked_to_stop(update: Update, outcome: StepOutcome, ending: Ending | None) -> bool:
-    """Return whether a process was asked to stop, the same on all of them.
+def asked_to_stop(accelerator: Accelerator, made: bool, passed_on: bool, ending: Ending | None) -> bool:
+    """Return whether any process was asked to stop, the same on all of them.
 
-    A step passes the request on. After the last step there is no further one, so the processes ask each other.
+    Args:
+        made: whether this process knows of a request.
+        passed_on: whether the step has passed a request on to all processes. A request that came after the step waits
+            for the next one; after the last step, the processes ask each other.
     """
-    made = outcome.stop or (update.stop is not None and update.stop.made)
-    if ending is not None or update.accelerator.num_processes == 1:
+    if ending is not None or accelerator.num_processes == 1:
         return any(gather_object([made]))
-    return outcome.stop
+    return passed_on
 
 
 def advance(state: TrainState, outcome: StepOutcome, examples: int, target_tokens: int, seconds: float) -> None:

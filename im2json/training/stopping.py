@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from im2json.errors import LostProcessError, UserError
+from im2json.errors import UserError
 
 GRACE_SECONDS = 5.0  # for a process to end by itself after another one has
 NEVER = datetime.timedelta(days=3650)
@@ -54,17 +54,16 @@ class Watch:
 
 @contextlib.contextmanager
 def watched_peers(accelerator: Accelerator, advice: str) -> Iterator[Watch]:
-    """Have the end of one process of a run end the others within seconds, whatever they are doing.
+    """When one process of a run exits, stop the others within seconds, even inside a collective.
 
-    With NCCL they would wait for it in the next collective, where no exception and no signal's handler gets through.
-    So a thread for each peer waits for a word, sent where the peer leaves this context; however else it ends, the
-    system closes the connection, on this machine or another, once the workers that it forked have ended as well. A
-    process that has not left GRACE_SECONDS after a peer has failed is ended, with a line that says which one.
+    With NCCL they would wait for it in the next collective, where no exception and no signal handler gets through. So
+    one thread per peer waits for a message that the peer sends when it leaves this context. If the peer dies, the
+    system closes the connection, on this machine or another, once the workers that it forked have ended too. A process
+    that has not left this context GRACE_SECONDS after a peer failed is ended, with a line that names the peer.
 
     Raises:
-        LostProcessError: a process was lost, in place of a RuntimeError, as gloo's collectives raise, or of the
-            launcher's request to stop.
-        UserError: a process stopped with an error, which it tells itself, in place of a RuntimeError.
+        UserError: raised instead of a RuntimeError, or of the launcher's request to stop, if a process was lost; and
+            instead of a RuntimeError if one failed, which prints its own error.
     """
     own, count = accelerator.process_index, accelerator.num_processes
     peers = [rank for rank in range(count) if rank != own]
@@ -77,7 +76,7 @@ def watched_peers(accelerator: Accelerator, advice: str) -> Iterator[Watch]:
     def reason() -> Exception:
         peer, lost = failures[0]
         if lost:
-            return LostProcessError(f"process {peer} of {count} was lost; {watched.advice}")
+            return UserError(f"process {peer} of {count} was lost; {watched.advice}")
         return UserError(f"process {peer} of {count} stopped with an error")
 
     def tell(peer: int, failure: bool) -> None:

@@ -41,25 +41,26 @@ class Update:
     accelerator: Accelerator
     max_grad_norm: float
     microbatch: int  # examples that go through the model at a time; halved when the GPU's memory runs out
-    stop: StopRequest | None = None  # which a step passes on to all processes
 
     @classmethod
-    def of(
-        cls, forward: Forward, options: TrainOptions, accelerator: Accelerator, microbatch: int,
-        stop: StopRequest | None = None,
-    ) -> Update:  # fmt: skip
-        """Return what updates the LoRA weights of a model; they and their gradients become views of one tensor."""
+    def of(cls, forward: Forward, options: TrainOptions, accelerator: Accelerator, microbatch: int) -> Update:
+        """Make an Update for the LoRA weights of a model. They and their gradients become views of one tensor."""
         parameters = [flatten(trained(forward.model))]
         optimizer = accelerator.prepare(make_optimizer(parameters, options))
-        return cls(forward, parameters, optimizer, accelerator, options.max_grad_norm, microbatch, stop)
+        return cls(forward, parameters, optimizer, accelerator, options.max_grad_norm, microbatch)
 
     def __call__(
-        self, batches: list[Batch], target_tokens: int, inspect: Callable[[], None] | None = None
+        self,
+        batches: list[Batch],
+        target_tokens: int,
+        stop: StopRequest | None = None,
+        inspect: Callable[[], None] | None = None,
     ) -> StepOutcome:
         """Take one step from this process's batches, in parts of at most `microbatch` examples.
 
         Args:
             target_tokens: of the whole step, over all processes.
+            stop: the request that this process may have got. The step passes it on to all processes.
             inspect: called when the gradients are there, before they are clipped.
 
         Raises:
@@ -67,15 +68,14 @@ class Update:
             RuntimeError: a process was lost. The adapter was not updated.
         """
         loss = self.add_gradients(batches, target_tokens)
-        asked = float(self.stop is not None and self.stop.made)
-        values = torch.stack([loss, loss.new_full((), asked), loss.new_ones(())])  # 3
+        values = torch.stack([loss, loss.new_full((), float(stop is not None and stop.made)), loss.new_ones(())])  # 3
         sum_over_processes(values, self.parameters, self.accelerator)
         if inspect is not None:
             inspect()
         grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
         assert grad_norm is not None
         # the step's one wait for the device
-        loss_value, asked, present, norm_value = torch.cat([values, grad_norm.view(1)]).tolist()
+        loss_value, stops, present, norm_value = torch.cat([values, grad_norm.view(1)]).tolist()
         if present != self.accelerator.num_processes:  # NCCL may give up a collective without saying so
             raise RuntimeError(f"{present:g} of {self.accelerator.num_processes} processes took part in a step")
         scaled = self.accelerator.scaler is not None  # then the scaler handles an overflow of the scaled gradients
@@ -83,7 +83,7 @@ class Update:
         if not non_finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # they are views of one tensor, see optimizer.flatten
-        return StepOutcome(loss_value, norm_value, asked > 0, non_finite, scaled and self.optimizer.step_was_skipped)
+        return StepOutcome(loss_value, norm_value, stops > 0, non_finite, scaled and self.optimizer.step_was_skipped)
 
     def add_gradients(self, batches: list[Batch], target_tokens: int) -> torch.Tensor:
         """Add the gradients of this process's share of a step, and return its share of the loss.
