@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ from im2json.options import ModelOptions, TrainOptions
 from im2json.runs import RunFolder, complete_checkpoints
 from im2json.scoring import METRICS
 from im2json.training.optimizer import learning_rate, make_optimizer
-from im2json.training.update import Update
+from im2json.training.update import StepOutcome, Update
 from im2json.workspace import Workspace
 
 CPU = torch.device("cpu")
@@ -316,6 +317,31 @@ def test_a_run_that_is_not_finite_names_step_examples_and_advice(
     assert [row["step"] for row in read_lines(run.metrics_file)] == [1, 2]
     assert run.latest_checkpoint().name == "step-2"
     assert_same(checkpoint(run, 2), checkpoint(whole, 2))
+
+
+def overflowing(monkeypatch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
+    """Have these steps skip their update, as in fp16, which needs a GPU."""
+    original, calls = Update.__call__, itertools.count(1)
+
+    def call(self: Update, *given: Any) -> StepOutcome:
+        outcome = original(self, *given)
+        return replace(outcome, skipped=True, grad_norm=math.inf) if next(calls) in steps else outcome
+
+    monkeypatch.setattr(Update, "__call__", call)
+
+
+def test_overflows_are_counted_and_ten_in_a_row_stop_the_run(train, cli, base_args, tmp_path, monkeypatch):
+    flags = ("--steps", 12, "--eval-every", 0, "--no-test")
+    with monkeypatch.context() as patch:
+        overflowing(patch, skipped := {*range(2, 11), 12})
+        run = train(tmp_path / "run", *flags)
+    rows = {row["step"]: row["values"] for row in read_lines(run.metrics_file)}
+    assert [rows[step].get("skipped_updates") for step in rows] == [None, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 10]
+    assert {step for step in rows if "grad_norm" not in rows[step]} == skipped
+    assert json.loads(run.result.read_text())["skipped_updates"] == 10
+    overflowing(monkeypatch, range(2, 12))
+    error = clear_error(cli("train", *base_args, *flags, "--output", tmp_path / "other"))
+    assert error.startswith("step 11: 10 updates in a row overflowed in fp16") and "--precision bf16" in error
 
 
 # --- the best adapter, and patience
