@@ -599,11 +599,12 @@ def test_a_damaged_checkpoint_is_passed_over(stopped, cli, uninterrupted, tmp_pa
     assert_same_runs(run, uninterrupted)
 
 
-def test_a_run_without_a_whole_checkpoint_begins_anew(stopped, resume, uninterrupted, tmp_path):
+def test_a_run_without_a_whole_checkpoint_begins_anew_and_says_so(stopped, resume, uninterrupted, tmp_path, capsys):
     run = RunFolder(Path(shutil.copytree(stopped, tmp_path / "run")))
     for path in complete_checkpoints(run.checkpoints):
         (path / "checksums.json").unlink()
     assert_same_runs(resume(run), uninterrupted)
+    assert "this run begins anew" in capsys.readouterr().out
 
 
 # --- asking a run to stop, and making it longer
