@@ -87,6 +87,14 @@ def test_confidence_is_calibrated(finished, pictures, monkeypatch, tmp_path):
     assert "checks" not in row
 
 
+def test_an_answer_that_was_cut_says_so(extractor, pictures, monkeypatch):
+    answers = [Answer("{", [1], [0.0], [0], cut=cut) for cut in (True, False)]
+    monkeypatch.setattr("im2json.inference.decode.Decoder.__call__", lambda *_: answers)
+    cut, whole = extractor(pictures[:2])
+    assert cut.pop("cut") is True
+    assert {**cut, "id": whole["id"]} == whole
+
+
 def test_batches_of_any_size_give_the_same_rows(extractor, finished, pictures):
     one_by_one = im2json.Extractor.from_run(finished.path, eval_batch_size=1)
     assert list(one_by_one(pictures)) == list(extractor(pictures))
