@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,7 +54,9 @@ from im2json.model.replay import Forward
 from im2json.options import ModelOptions, TrainOptions
 from im2json.runs import RunFolder, complete_checkpoints
 from im2json.scoring import METRICS
+from im2json.training.loop import Ending, asked_to_stop
 from im2json.training.optimizer import learning_rate, make_optimizer
+from im2json.training.stopping import StopRequest
 from im2json.training.update import StepOutcome, Update
 from im2json.workspace import Workspace
 
@@ -642,6 +645,18 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
     resume(run, "--save-every", 1)
     assert_same(metrics(run), metrics(uninterrupted))
     assert_same(checkpoint(run, 6), checkpoint(uninterrupted, 6))
+
+
+@pytest.mark.parametrize(
+    ("ending", "asked", "stops"),
+    [(None, False, False), (None, True, True), (Ending.DONE, False, True), (Ending.PATIENCE, False, True)],
+)
+def test_after_the_last_step_processes_ask_each_other(monkeypatch, ending, asked, stops):
+    """Of two, the other one was asked to stop after the step, and a further step would say so."""
+    monkeypatch.setattr("im2json.training.loop.gather_object", lambda mine: [*mine, True])
+    update: Any = SimpleNamespace(stop=StopRequest(), accelerator=SimpleNamespace(num_processes=2))
+    outcome = StepOutcome(loss=1.0, grad_norm=1.0, stop=asked, non_finite=False, skipped=False)
+    assert asked_to_stop(update, outcome, ending) is stops
 
 
 def test_asked_twice_a_run_stops_at_once(cli, base_args, tmp_path, monkeypatch):
