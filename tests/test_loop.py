@@ -54,6 +54,7 @@ from im2json.model.replay import Forward
 from im2json.options import ModelOptions, TrainOptions
 from im2json.runs import RunFolder, complete_checkpoints
 from im2json.scoring import METRICS
+from im2json.training.checkpoint import Checkpoints
 from im2json.training.loop import Ending, asked_to_stop
 from im2json.training.optimizer import learning_rate, make_optimizer
 from im2json.training.stopping import StopRequest
@@ -682,6 +683,18 @@ def test_a_finished_run_can_be_made_longer(train, resume, cli, tmp_path):
         {"step": 4, "options": {"steps": {"from": 4, "to": 6}, "patience": {"from": None, "to": 9}}}
     ]
     assert "--seed was 0, not 1" in clear_error(cli("train", "--resume", run.path, "--steps", 8, "--seed", 1))
+
+
+def test_a_checkpoint_holds_the_loss_scale_of_fp16(model, accelerator, tmp_path, monkeypatch):
+    optimizer = accelerator.prepare(make_optimizer(trained(model), TrainOptions(optimizer="adamw", lr=0.01)))
+    run = RunFolder(tmp_path)
+    run.checkpoints.mkdir()
+    checkpoints = Checkpoints(run, update_of(model, optimizer, accelerator, 1.0), keep=1)
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=8.0))
+    checkpoints.save()
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=2.0))
+    checkpoints.restore(run.latest_checkpoint())
+    assert accelerator.scaler.state_dict()["scale"] == 8.0
 
 
 def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(train, cli, tmp_path):
