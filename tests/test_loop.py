@@ -55,7 +55,7 @@ from im2json.options import ModelOptions, TrainOptions
 from im2json.runs import RunFolder, complete_checkpoints
 from im2json.scoring import METRICS
 from im2json.training.checkpoint import Checkpoints
-from im2json.training.loop import Ending, asked_to_stop
+from im2json.training.loop import Ending, asked_to_stop, peak_memory_bytes
 from im2json.training.optimizer import learning_rate, make_optimizer
 from im2json.training.stopping import StopRequest
 from im2json.training.update import StepOutcome, Update
@@ -226,6 +226,13 @@ def test_no_room_for_one_example_is_an_error(cli, base_args, tmp_path, monkeypat
     out_of_memory(monkeypatch, lambda call, examples: False)
     error = clear_error(cli("train", *base_args, "--no-test", "--output", tmp_path / "run"))
     assert error.startswith("CUDA out of memory.") and "--gradient-checkpointing" in error
+
+
+def test_the_peak_is_of_the_gpus_memory_where_there_is_a_gpu(monkeypatch):
+    assert 10**7 < peak_memory_bytes() < 10**11
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
+    assert peak_memory_bytes() == 123
 
 
 # --- the learning rate
