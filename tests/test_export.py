@@ -6,6 +6,7 @@ import base64
 import json
 import shutil
 import threading
+import types
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -104,6 +105,24 @@ def test_refused_where_the_answers_differ(export, in_process, finished, tmp_path
     assert export(tmp_path / "out", "--parity", "0.75", source=run.path).exit_code == 0
 
 
+def test_fields_of_the_two_models_are_compared(export, finished, tmp_path, monkeypatch):
+    run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    lines = [json.loads(line) for line in run.predictions_file.read_text().splitlines()]
+    for row in lines:
+        row["text"] = '{"a": "1", "b": "2"}'
+    run.predictions_file.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    texts = ['{"a": "1", "b": "2"}', '{"b": "2", "a": "1"}', '{"a": "1", "b": "3"}', "nothing"]
+    monkeypatch.setattr("im2json.inference.export.write_merged", lambda run, folder: None)
+    monkeypatch.setattr(
+        "im2json.inference.export.subprocess.run",
+        lambda *_, **__: types.SimpleNamespace(returncode=0, stdout=json.dumps(texts)),
+    )
+    result = export(tmp_path / "out", "--parity", "0.25", source=run.path)
+    assert result.exit_code == 0, result.output
+    said = "1 of 4 answers are the run's to the letter, field F1 between them 0.714"  # 2 * 5 / (8 + 6)
+    assert said in result.stdout and said in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_answers_held_to_a_schema_are_not_compared_and_the_card_says_so(export, finished, tmp_path):
     """transformers writes freely."""
     run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
@@ -135,7 +154,8 @@ def test_errors_are_one_line_and_come_first(cli, export, finished, tmp_path, mon
 
 
 def test_the_adapter_alone(export, finished, dataset, tmp_path):
-    assert export(tmp_path / "out", "--adapter-only").exit_code == 0
+    result = export(tmp_path / "out", "--adapter-only")
+    assert (result.exit_code, result.stdout) == (0, f"exported  {tmp_path / 'out'}\n")
     for path in finished.adapter.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
     assert (tmp_path / "out" / "schema.json").read_bytes() == finished.schema.read_bytes()

@@ -69,7 +69,7 @@ def test_the_answers_are_those_of_the_evaluation(extractor, finished, dataset):
     assert [row["id"] for row in rows] == [f"{dataset}/{row['id']}" for row in wanted]
     for row in rows:
         reading = read(row["text"])
-        assert (row["json"], row["reading"]) == (reading.value, reading.how)
+        assert (row["json"], row["reading"], row["confidence"]) == (reading.value, reading.how, None)  # no object
 
 
 def test_confidence_is_calibrated(finished, pictures, monkeypatch, tmp_path):
@@ -85,6 +85,14 @@ def test_confidence_is_calibrated(finished, pictures, monkeypatch, tmp_path):
     (row,) = im2json.Extractor.from_run(folder)(pictures[:1])
     assert row["confidence"] == Calibration(2, 1).of(raw) != raw
     assert "checks" not in row
+
+
+def test_an_answer_that_was_cut_says_so(extractor, pictures, monkeypatch):
+    answers = [Answer("{", [1], [0.0], [0], cut=cut) for cut in (True, False)]
+    monkeypatch.setattr("im2json.inference.decode.Decoder.__call__", lambda *_: answers)
+    cut, whole = extractor(pictures[:2])
+    assert cut.pop("cut") is True
+    assert {**cut, "id": whole["id"]} == whole
 
 
 def test_batches_of_any_size_give_the_same_rows(extractor, finished, pictures):

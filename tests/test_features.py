@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from helpers import metrics
 from safetensors.torch import load_file
+
+from im2json.data.collate import Collator
+from im2json.data.example import Example
 
 FLAGS = ("--target-modules", "language", "--steps", 8, "--microbatch", 3, "--eval-every", 4, "--save-every", 3)
 ONCE = "image features of 10 pictures (0.00 GiB) worked out once"
@@ -27,6 +32,20 @@ def test_a_run_on_kept_features_is_that_on_pictures(train, kept, tmp_path, capsy
     found, expected = (load_file(run.adapter / "adapter_model.safetensors") for run in (kept, pictures))
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("gib", "times"), [(1, [1] * 10), (0, [2] * 10)])
+def test_a_picture_is_read_once_if_features_are_kept(train, tmp_path, monkeypatch, gib, times):
+    read: Counter[str] = Counter()
+    pictures = Collator.pictures
+
+    def counting(self: Collator, examples: list[Example]) -> torch.Tensor:
+        read.update(example.id for example in examples)
+        return pictures(self, examples)
+
+    monkeypatch.setattr(Collator, "pictures", counting)
+    train(tmp_path / "run", *FLAGS, "--steps", 6, "--eval-every", 0, "--no-test", "--cache-features", gib)
+    assert list(read.values()) == times
 
 
 def test_a_resumed_run_finds_the_same_features(train, resume, kept, tmp_path, capsys):

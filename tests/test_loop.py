@@ -11,8 +11,10 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,8 +53,11 @@ from im2json.model.replay import Forward
 from im2json.options import ModelOptions, TrainOptions
 from im2json.runs import RunFolder, complete_checkpoints
 from im2json.scoring import METRICS
+from im2json.training.checkpoint import Checkpoints
+from im2json.training.loop import Ending, asked_to_stop, peak_memory_bytes
 from im2json.training.optimizer import learning_rate, make_optimizer
-from im2json.training.update import Update
+from im2json.training.stopping import StopRequest
+from im2json.training.update import StepOutcome, Update
 from im2json.workspace import Workspace
 
 CPU = torch.device("cpu")
@@ -222,6 +227,13 @@ def test_no_room_for_one_example_is_an_error(cli, base_args, tmp_path, monkeypat
     assert error.startswith("CUDA out of memory.") and "--gradient-checkpointing" in error
 
 
+def test_the_peak_is_of_the_gpus_memory_where_there_is_a_gpu(monkeypatch):
+    assert 10**7 < peak_memory_bytes() < 10**11
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 123)
+    assert peak_memory_bytes() == 123
+
+
 # --- the learning rate
 
 
@@ -315,6 +327,31 @@ def test_a_run_that_is_not_finite_names_step_examples_and_advice(
     assert [row["step"] for row in read_lines(run.metrics_file)] == [1, 2]
     assert run.latest_checkpoint().name == "step-2"
     assert_same(checkpoint(run, 2), checkpoint(whole, 2))
+
+
+def overflowing(monkeypatch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
+    """Have these steps skip their update, as in fp16, which needs a GPU."""
+    original, calls = Update.__call__, itertools.count(1)
+
+    def call(self: Update, *given: Any) -> StepOutcome:
+        outcome = original(self, *given)
+        return replace(outcome, skipped=True, grad_norm=math.inf) if next(calls) in steps else outcome
+
+    monkeypatch.setattr(Update, "__call__", call)
+
+
+def test_overflows_are_counted_and_ten_in_a_row_stop_the_run(train, cli, base_args, tmp_path, monkeypatch):
+    flags = ("--steps", 12, "--eval-every", 0, "--no-test")
+    with monkeypatch.context() as patch:
+        overflowing(patch, skipped := {*range(2, 11), 12})
+        run = train(tmp_path / "run", *flags)
+    rows = {row["step"]: row["values"] for row in read_lines(run.metrics_file)}
+    assert [rows[step].get("skipped_updates") for step in rows] == [None, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 10]
+    assert {step for step in rows if "grad_norm" not in rows[step]} == skipped
+    assert json.loads(run.result.read_text())["skipped_updates"] == 10
+    overflowing(monkeypatch, range(2, 12))
+    error = clear_error(cli("train", *base_args, *flags, "--output", tmp_path / "other"))
+    assert error.startswith("step 11: 10 updates in a row overflowed in fp16") and "--precision bf16" in error
 
 
 # --- the best adapter, and patience
@@ -572,11 +609,12 @@ def test_a_damaged_checkpoint_is_passed_over(stopped, cli, uninterrupted, tmp_pa
     assert_same_runs(run, uninterrupted)
 
 
-def test_a_run_without_a_whole_checkpoint_begins_anew(stopped, resume, uninterrupted, tmp_path):
+def test_a_run_without_a_whole_checkpoint_begins_anew_and_says_so(stopped, resume, uninterrupted, tmp_path, capsys):
     run = RunFolder(Path(shutil.copytree(stopped, tmp_path / "run")))
     for path in complete_checkpoints(run.checkpoints):
         (path / "checksums.json").unlink()
     assert_same_runs(resume(run), uninterrupted)
+    assert "this run begins anew" in capsys.readouterr().out
 
 
 # --- asking a run to stop, and making it longer
@@ -616,6 +654,18 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
     assert_same(checkpoint(run, 6), checkpoint(uninterrupted, 6))
 
 
+@pytest.mark.parametrize(
+    ("ending", "asked", "stops"),
+    [(None, False, False), (None, True, True), (Ending.DONE, False, True), (Ending.PATIENCE, False, True)],
+)
+def test_after_the_last_step_processes_ask_each_other(monkeypatch, ending, asked, stops):
+    """Of two, the other one was asked to stop after the step, and a further step would say so."""
+    monkeypatch.setattr("im2json.training.loop.gather_object", lambda mine: [*mine, True])
+    update: Any = SimpleNamespace(stop=StopRequest(), accelerator=SimpleNamespace(num_processes=2))
+    outcome = StepOutcome(loss=1.0, grad_norm=1.0, stop=asked, non_finite=False, skipped=False)
+    assert asked_to_stop(update, outcome, ending) is stops
+
+
 def test_asked_twice_a_run_stops_at_once(cli, base_args, tmp_path, monkeypatch):
     signalled(monkeypatch, 3, signal.SIGINT, signal.SIGINT)
     run = RunFolder(tmp_path / "run")
@@ -639,6 +689,18 @@ def test_a_finished_run_can_be_made_longer(train, resume, cli, tmp_path):
         {"step": 4, "options": {"steps": {"from": 4, "to": 6}, "patience": {"from": None, "to": 9}}}
     ]
     assert "--seed was 0, not 1" in clear_error(cli("train", "--resume", run.path, "--steps", 8, "--seed", 1))
+
+
+def test_a_checkpoint_holds_the_loss_scale_of_fp16(model, accelerator, tmp_path, monkeypatch):
+    optimizer = accelerator.prepare(make_optimizer(trained(model), TrainOptions(optimizer="adamw", lr=0.01)))
+    run = RunFolder(tmp_path)
+    run.checkpoints.mkdir()
+    checkpoints = Checkpoints(run, update_of(model, optimizer, accelerator, 1.0), keep=1)
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=8.0))
+    checkpoints.save()
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=2.0))
+    checkpoints.restore(run.latest_checkpoint())
+    assert accelerator.scaler.state_dict()["scale"] == 8.0
 
 
 def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(train, cli, tmp_path):

@@ -200,7 +200,7 @@ def assert_same_files(one: RunFolder, other: RunFolder, names: tuple[str, ...]) 
         assert (one.path / name).read_bytes() == (other.path / name).read_bytes()
 
 
-def test_evaluate_keeps_the_picture_of_its_own_split(train, cli, tmp_path, monkeypatch):
+def test_evaluate_keeps_the_picture_of_its_own_split(train, cli, dataset, tmp_path, monkeypatch):
     """Where a run never validated its adapter, evaluate.py does that as well."""
     import im2json.inference.evaluate as evaluating
 
@@ -208,6 +208,11 @@ def test_evaluate_keeps_the_picture_of_its_own_split(train, cli, tmp_path, monke
     monkeypatch.setattr(evaluating, "prediction_panel", lambda *given: drawn.append(given) or panel(*given))
     assert cli("evaluate", run.path).exit_code == 0
     assert len(list(run.path.glob("*.png"))) == len(drawn) == 1
+    rows = [row for row in read_lines(run.predictions_file) if row["id"] == "test/0.png"]
+    written = {row["stage"]: row["text"] for row in rows}
+    ((picture, target, *texts),) = drawn
+    assert picture.tobytes() == Image.open(f"{dataset}/test/0.png").tobytes()
+    assert (json.loads(target), texts) == (rows[0]["target"], [written["before"], written["after"]])
 
 
 def test_evaluate_prints_a_table_and_takes_other_splits(finished, cli, tmp_path):

@@ -82,9 +82,9 @@ def test_a_long_run_of_a_large_model_is_compiled():
     long = dataclasses.replace(work(130.0), steps=512)
     assert choose_strategy(long).launch == "compiled"
     assert choose_strategy(dataclasses.replace(long, steps=511)).launch == "graphs"
-    small = dataclasses.replace(long.sizes.text, hidden=1023)
-    sizes = dataclasses.replace(long.sizes, text=small)
-    assert choose_strategy(dataclasses.replace(long, sizes=sizes)).launch == "graphs"
+    for hidden, launch in ((1023, "graphs"), (1024, "compiled")):
+        sizes = dataclasses.replace(long.sizes, text=dataclasses.replace(long.sizes.text, hidden=hidden))
+        assert choose_strategy(dataclasses.replace(long, sizes=sizes)).launch == launch
 
 
 def test_what_was_given_is_taken_and_processes_share_a_step():

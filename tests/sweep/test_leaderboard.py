@@ -8,16 +8,19 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sweeps import board_of, plan, write_run
+from click.testing import Result
+from sweeps import ROOT, board_of, clear_error, plan, write_run
 
 from im2json.files import append_lines
 from im2json.runs import RunFolder
 from im2json.sweep.answer import answer, score_test, write_board
+from im2json.sweep.grid import read_plan
 from im2json.sweep.halving import Dropped
-from im2json.sweep.jobs import make_jobs
+from im2json.sweep.jobs import Job, make_jobs
 from im2json.sweep.leaderboard import WinnerScores, make_board, markdown
 from im2json.sweep.processes import Output
 
@@ -134,6 +137,69 @@ def test_two_sweeps_at_their_end_score_the_test_split_once(tmp_path):
     with ThreadPoolExecutor() as both:
         first, second = both.map(lambda _: score_test(run, tmp_path, score), range(2))
     assert first == second and len(scored) == 1
+
+
+class AtOnce:
+    """A backend whose points end as soon as they are started. Those in `answers` are done then, the others fail."""
+
+    def __init__(self, answers: dict[str, list[bool]], score: Output, said: str = "") -> None:
+        self.answers = answers
+        self.score = score
+        self.said = said  # on stderr, while it scores
+        self.started: list[str] = []
+        self.scored: list[list[str]] = []
+
+    def has_capacity(self, running: list[Job]) -> bool:
+        return True
+
+    def start(self, job: Job, running: list[Job]) -> bool:
+        self.started.append(job.point.name)
+        job.log.write_text("Error: on purpose\n")
+        if job.point.name in self.answers:
+            write_run(job.run.path, self.answers[job.point.name])
+        return True
+
+    def is_running(self, job: Job) -> bool:
+        return False
+
+    def run_python(self, arguments: list[str], log: Path) -> Output:
+        self.scored.append(arguments)
+        log.write_text(self.said)
+        return self.score
+
+
+def test_a_sweep_runs_what_is_not_done_and_says_what_failed(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("im2json.sweep.scheduler.POLL_SECONDS", 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    grid, sweep, points = tmp_path / "g.json", tmp_path / "sweep", tmp_path / "sweep" / "points"
+    grid.write_text('{"grid": {"r": [8, 16]}}')
+    first, second = (str(points / point.id) for point in read_plan(grid).points)
+
+    def run(backend: AtOnce) -> Result:
+        monkeypatch.setattr("im2json.commands.sweep.Local", lambda *_: backend)
+        return cli("sweep", grid, "--output", sweep)
+
+    unscored = AtOnce({"r=8": [True, False]}, Output(1, ""), "Traceback\n  line 1\nError: no memory\n")
+    error = clear_error(run(unscored))
+    log = sweep / "test.log"
+    assert error.startswith(f"the test split of {first} could not be scored: Error: no memory ({log})")
+    assert (sweep / "leaderboard.csv").exists()  # written before
+
+    scores = Output(0, '{"before": {"field_f1": 0.0}, "after": {"field_f1": 0.5}}')
+    result = run(backend := AtOnce({}, scores))
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "1 of 2 points failed; the same command tries them again"
+    assert backend.started == ["r=16"]
+    assert backend.scored == [[str(ROOT / "evaluate.py"), first, "--json"]]
+    stored = json.loads((sweep / "summary.json").read_text())
+    assert (stored["missing"], stored["test"]["after"]) == (["r=16"], {"field_f1": 0.5})
+
+    result = run(backend := AtOnce({"r=16": [True, True]}, scores))
+    assert result.exit_code == 0, result.output
+    assert (backend.started, backend.scored[0][1]) == (["r=16"], second)
+    assert json.loads((sweep / "summary.json").read_text())["missing"] == []
+    result = run(backend := AtOnce({}, scores))
+    assert (result.exit_code, backend.started, backend.scored) == (0, [], [])
 
 
 class Page(HTMLParser):
