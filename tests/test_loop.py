@@ -56,7 +56,6 @@ from im2json.scoring import METRICS
 from im2json.training.checkpoint import Checkpoints
 from im2json.training.loop import Ending, asked_to_stop, peak_memory_bytes
 from im2json.training.optimizer import learning_rate, make_optimizer
-from im2json.training.stopping import StopRequest
 from im2json.training.update import StepOutcome, Update
 from im2json.workspace import Workspace
 
@@ -661,9 +660,8 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
 def test_after_the_last_step_processes_ask_each_other(monkeypatch, ending, asked, stops):
     """Of two, the other one was asked to stop after the step, and a further step would say so."""
     monkeypatch.setattr("im2json.training.loop.gather_object", lambda mine: [*mine, True])
-    update: Any = SimpleNamespace(stop=StopRequest(), accelerator=SimpleNamespace(num_processes=2))
-    outcome = StepOutcome(loss=1.0, grad_norm=1.0, stop=asked, non_finite=False, skipped=False)
-    assert asked_to_stop(update, outcome, ending) is stops
+    two: Any = SimpleNamespace(num_processes=2)
+    assert asked_to_stop(two, made=asked, passed_on=asked, ending=ending) is stops
 
 
 def test_asked_twice_a_run_stops_at_once(cli, base_args, tmp_path, monkeypatch):
@@ -691,7 +689,9 @@ def test_a_finished_run_can_be_made_longer(train, resume, cli, tmp_path):
     assert "--seed was 0, not 1" in clear_error(cli("train", "--resume", run.path, "--steps", 8, "--seed", 1))
 
 
-def test_a_checkpoint_holds_the_loss_scale_of_fp16(model, accelerator, tmp_path, monkeypatch):
+def test_a_checkpoint_holds_the_loss_scale_of_fp16(model, tmp_path, monkeypatch):
+    reset_accelerate()
+    accelerator = Accelerator(cpu=True)
     optimizer = accelerator.prepare(make_optimizer(trained(model), TrainOptions(optimizer="adamw", lr=0.01)))
     run = RunFolder(tmp_path)
     run.checkpoints.mkdir()

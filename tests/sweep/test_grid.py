@@ -118,7 +118,7 @@ MISTAKES = {
     '{"base": {"rr": 8}}': "base.rr: unknown option 'rr': did you mean 'r'?",
     '{"grid": {"r": [8, "x"]}}': "grid.r: 'x' is not a whole number",
     '{"ablate": {"dropout": [0, 1.5]}}': "ablate.dropout: 1.5 is too large: at most 0.999",
-    '{"grid": {"lr": [1e-3, NaN]}}': "grid.lr: nan is not a finite number",
+    '{"grid": {"lr": [1e-3, NaN]}}': "NaN is not JSON",
     '{"grid": {"r": []}}': "grid.r: expected a list of values, like [8, 16, 32], not []",
     '{"grid": {"r": 8}}': "grid.r: expected a list of values, like [8, 16, 32], not 8",
     '{"grid": {"r": [8, 16, 8]}}': "grid.r: 8 comes twice",
