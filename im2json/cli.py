@@ -207,7 +207,7 @@ class FloatRange(click.FloatRange):
 
 @contextlib.contextmanager
 def quick_start() -> Iterator[None]:
-    """Import torch and its companions in two thirds of the time, for what answers at once and trains nothing.
+    """Import torch and its companions in two thirds of the time, for commands that answer quickly and never train.
 
     bitsandbytes has an optimizer's function compiled while it is imported, which loads all of torch's compiler (1.3 s);
     and the collector looks through a million new objects again and again for garbage that is not there (1 s).

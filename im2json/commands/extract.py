@@ -19,7 +19,7 @@ def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict
         options: in place of the run's.
 
     Returns:
-        How many rows of the file say that a picture could not be read, and how many rows it has.
+        The number of rows whose picture could not be read, and the number of all rows of the file.
 
     Raises:
         UserError: naming the option, file or row that is wrong.

@@ -12,7 +12,7 @@ from im2json.workspace import open_workspace, start_accelerator
 
 
 def plan(config: TrainConfig, price: float | None = None) -> None:
-    """Print what a run would take; a few of its steps are taken, and nothing of them is kept.
+    """Run a few real steps, discard them, and print what a whole run would take.
 
     Args:
         price: of an hour, in any currency.

@@ -74,7 +74,7 @@ def check_split(*splits: Split, skip_bad: int = 0, on_row: Callable[[], object] 
 
 
 def examine(splits: Iterable[Split], on_row: Callable[[], object] | None = None) -> Checkup:
-    """The same without judging how many bad rows are too many."""
+    """Open every row of these splits, and return what is wrong, without a limit on bad rows."""
     splits = list(splits)
     stored = [split for split in splits if isinstance(split, StoredSplit)]
     positions = [(split, i) for split in stored for i in range(len(split))]
@@ -103,7 +103,7 @@ def examine(splits: Iterable[Split], on_row: Callable[[], object] | None = None)
 
 
 def _open(split: StoredSplit, i: int) -> bytes | str:
-    """What tells the picture of a row from nearly all others, or what is wrong with the row."""
+    """Return a digest that tells a row's picture from nearly all others, or a line on what is wrong with the row."""
     try:
         picture = split[i].image
     except UserError as error:
@@ -112,5 +112,5 @@ def _open(split: StoredSplit, i: int) -> bytes | str:
 
 
 def _digest(picture: Image.Image) -> bytes:
-    """Equal for pictures in RGB of one size that are equal pixel by pixel, whatever files they came from."""
+    """Return a digest that is equal for RGB pictures of equal pixels, whatever files they came from."""
     return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()

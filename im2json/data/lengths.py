@@ -29,7 +29,7 @@ class TargetLengths:
         return max(max(lengths, default=0) for lengths in self.by_split.values())
 
     def summary(self) -> str:
-        """One line a split: median, 95th percentile, longest."""
+        """Return a line for each split: median, 95th percentile, longest."""
         return "\n".join(
             f"{name:<11}{len(lengths):>6} targets of {np.median(lengths):.0f} tokens (median), "
             f"95 % at most {np.percentile(lengths, 95, method='higher'):.0f}, longest {max(lengths)}"
@@ -37,7 +37,7 @@ class TargetLengths:
         )
 
     def longer_than(self, limit: int) -> str:
-        """How many of how many."""
+        """Return "N of M": how many targets are longer than `limit`, of all targets."""
         everything = [length for lengths in self.by_split.values() for length in lengths]
         return f"{sum(length > limit for length in everything)} of {len(everything)}"
 

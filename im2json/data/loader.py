@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def loading_threads(device: torch.device) -> ThreadPoolExecutor:
-    """What loads pictures while a model reads: up to 8 threads beside a GPU; one beside a CPU, whose cores are busy."""
+    """Return threads to load pictures in while a model reads: up to 8 beside a GPU, one beside a busy CPU."""
     return ThreadPoolExecutor(max(1, min(8, own_cores() - 1)) if device.type == "cuda" else 1)
 
 
@@ -75,7 +75,7 @@ class StepLoader:
 
 
 def loaded(items: Any, collate: Callable[..., T], workers: int, **settings: Any) -> Iterator[T]:
-    """The batches of torch's DataLoader with these settings.
+    """Yield the batches of torch's DataLoader with these settings.
 
     Raises:
         UserError: as an item raises it, naming the row, in a worker too.
@@ -95,7 +95,7 @@ def loaded(items: Any, collate: Callable[..., T], workers: int, **settings: Any)
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same, each made in a thread while the one before is in use."""
+    """Yield the same items, and prepare each in a thread while the previous one is used."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, items, None)
         while (item := coming.result()) is not None:

@@ -13,7 +13,7 @@ from im2json.options import TrainOptions
 
 
 def even(total: int, most: int) -> int:
-    """The size of parts of at most `most`, as equal as can be."""
+    """Return the part size, at most `most`, that splits `total` most evenly."""
     return -(-total // -(-total // most))
 
 
@@ -46,11 +46,11 @@ class Order:
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
 
     def steps(self, epochs: float) -> int:
-        """Optimizer updates in this many epochs, at least one."""
+        """Return the optimizer updates in this many epochs, at least one."""
         return max(1, round(epochs * self.steps_per_epoch))
 
     def total(self, options: TrainOptions) -> int:
-        """The updates of a whole run."""
+        """Return the updates of a whole run."""
         return options.steps or self.steps(options.epochs)
 
     def step(self, step: int) -> list[int]:

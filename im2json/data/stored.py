@@ -39,7 +39,7 @@ class Rows(Protocol):
     def target(self, row: int) -> dict[str, Any]: ...
 
     def picture(self, row: int) -> tuple[bytes, str]:
-        """The undecoded picture file, and what to call it in an error."""
+        """Return the bytes of the picture file and the name to use for it in errors."""
 
 
 class StoredSplit:

@@ -236,8 +236,8 @@ class _Share:
 def _loading(
     pool: Executor, split: Split, collator: Collator, batches: Iterable[tuple[list[int], bool]]
 ) -> Iterator[Loading]:
-    """Yield the batches with their pixels, B x 3 x H x W. A batch is loaded from when it is asked for, and an error in
-    that is raised when it is waited for."""
+    """Yield the batches with their pixels, B x 3 x H x W. Loading starts when a batch is requested; errors are raised
+    when its result is awaited."""
 
     def load(i: int) -> tuple[Labelled, torch.Tensor]:
         example = split[i]

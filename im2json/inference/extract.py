@@ -43,7 +43,7 @@ class Extractor:
 
     Text is generated as in an evaluation: on the base with the weights that its 4-bit ones stand for and LoRA merged
     in, at the run's precision. The answers are those of `evaluate.py` but where two tokens are equally likely up to
-    rounding, which depends on who else is in the batch.
+    rounding, which depends on the other pictures in the batch.
 
     Args:
         model: plain weights, in eval mode (see model.lora.merged_copy).

@@ -21,7 +21,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def locate(model: str) -> str:
-    """Where from_pretrained finds a model: the embedded base's folder for `tiny`, else the name itself."""
+    """Return where from_pretrained finds a model: the embedded base's folder for `tiny`, or else the name itself."""
     return str(TINY) if model == "tiny" else model
 
 
@@ -66,12 +66,12 @@ def load_base(
 
 
 def positions(model: Any) -> int:
-    """How many tokens, the prefix included, the model can hold."""
+    """Return how many tokens, the prefix included, the model can hold."""
     return model.config.get_text_config().max_position_embeddings
 
 
 def plentiful(device: torch.device) -> bool:
-    """Whether a device has memory to spare for PaliGemma's weights in 16 bits."""
+    """Return whether a device has memory to spare for PaliGemma's weights in 16 bits."""
     return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > PLENTY
 
 

@@ -62,9 +62,10 @@ def add_lora(base: PaliGemmaForConditionalGeneration, options: ModelOptions, see
 
 
 def _adapted(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """A linear layer and its LoRA matrices, all in the precision of x; PEFT's would go by way of fp32 and back.
+    """Compute a linear layer and its LoRA matrices in the precision of x; PEFT would convert to fp32 and back.
 
-    What is as wide as the layer is passed over once: the scale is in the narrow matrix, the sum in the product.
+    Fold the scale into the small matrix and the addition into the product, so that tensors as wide as the layer are
+    read only once.
     """
     if layer.disable_adapters or layer.merged:
         return type(layer).forward(layer, x)
@@ -119,12 +120,12 @@ def _warm_start(base: PaliGemmaForConditionalGeneration, adapter: str) -> PeftMo
 
 
 def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The weights that the optimizer updates, in a fixed order."""
+    """Return the weights that the optimizer updates, in a fixed order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Trained and all weights; a 4-bit parameter packs two weights into a byte."""
+    """Return the numbers of trained and of all weights. A 4-bit parameter packs two weights into a byte."""
     total = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
     return sum(p.numel() for p in trained(model)), total
 
