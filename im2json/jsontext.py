@@ -29,7 +29,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def canonical(obj: Any) -> str:
-    """The text a model learns to write: compact JSON, the source's key order, non-ASCII as it is.
+    """Return the text a model learns to write: compact JSON, the source's key order, non-ASCII as it is.
 
     Lone surrogates, which no UTF-8 file can hold, are written as JSON escapes. Raises ValueError where
     `obj` is not JSON (NaN and infinities included) or nests deeper than MAX_DEPTH.
@@ -38,7 +38,7 @@ def canonical(obj: Any) -> str:
 
 
 def scoring_text(obj: Any) -> str:
-    """`canonical` with the keys sorted: two objects that differ in key order alone have the same text."""
+    """Return `canonical` with the keys sorted: two objects that differ in key order alone have the same text."""
     return _dump(obj, sort_keys=True)
 
 
@@ -55,7 +55,7 @@ def _dump(obj: Any, sort_keys: bool) -> str:
 
 
 def parse(text: str) -> dict[str, Any] | None:
-    """The object that a prediction is, or None where it is no object in strict JSON. Never raises on a str.
+    """Return the object that a prediction is, or None if it is no object in strict JSON. Never raises on a str.
 
     White space around the object is allowed. None for: anything but an object at the top (a list of objects
     too, since a target is an object), NaN, Infinity and numbers that overflow to it, integers beyond the
@@ -119,7 +119,7 @@ def _finite(digits: str) -> float:
 
 
 def _may_be_too_deep(text: str) -> bool:
-    """A cheap test of the text that spares nearly every document the walk."""
+    """Return whether a document may nest too deep, by a cheap test that spares nearly all the walk."""
     return text.count("{") + text.count("[") > MAX_DEPTH
 
 
@@ -158,7 +158,7 @@ class Reading(NamedTuple):
 
 
 def read(text: str) -> Reading:
-    """The object that a prediction is or was evidently meant to be. Never raises on a str.
+    """Return the object that a prediction is or was evidently meant to be. Never raises on a str.
 
     strict: what `parse` reads. repaired: an object after words or a code fence before and behind it were
     dropped, a tail that was cut short was closed (a value begun in it is kept as far as it goes, a key
@@ -197,7 +197,7 @@ def leaf_spans(text: str, reading: Reading | None = None) -> dict[str, Any] | No
 
 
 def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
-    """A document with something else in place of each leaf."""
+    """Return a document with `function` applied to each leaf."""
     if isinstance(value, dict):
         return {key: map_leaves(inner, function) for key, inner in value.items()}
     if isinstance(value, list):
@@ -266,7 +266,7 @@ class _Rewriting:
         return True
 
     def _word(self, word: str, last: bool) -> bool:
-        """A number or a literal; one that is cut off by the end is kept as far as it is one, or dropped."""
+        """Take a number or a literal. One that the end cuts off is kept as far as it is one, or dropped."""
         if word in _WORDS or _NUMBER.fullmatch(word):
             self._add(_WORDS.get(word, word), "value")
             return True

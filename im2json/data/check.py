@@ -34,7 +34,7 @@ class Checkup:
         return len(self.bad) + sum(map(len, self.splits.values()))
 
     def copies_between(self) -> list[str]:
-        """A line for each picture that is in more than one split: where."""
+        """Return a line for each picture that is in more than one split, which says where."""
         return [
             " = ".join(f"{row} ({split})" for split, row in group)
             for group in self.copies
@@ -42,13 +42,13 @@ class Checkup:
         ]
 
     def copies_within(self) -> dict[str, int]:
-        """How many rows of a split repeat a picture of that split, where any do."""
+        """Return how many rows of each split repeat a picture of that split, if any do."""
         counts = [Counter(split for split, _ in group) for group in self.copies]
         repeated = {name: sum(max(0, count[name] - 1) for count in counts) for name in self.splits}
         return {name: count for name, count in repeated.items() if count}
 
     def notes(self) -> list[str]:
-        """What a reader of the results should know: the rows left out, and what is learned as well as tested."""
+        """Return notes for readers of the results: the rows left out, and what is learned as well as tested."""
         notes = []
         if self.bad:
             notes.append(listed(f"rows left out (--skip-bad): {len(self.bad)} of {self.total}", self.bad, None))

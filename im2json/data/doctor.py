@@ -64,7 +64,7 @@ def printable(text: str) -> str:
 
 
 def rows_report(checkup: Checkup) -> str:
-    """Rows by split, then every bad one, and every picture that is there twice."""
+    """Return a table of the rows by split, then every bad row, and every picture that occurs twice."""
     repeated = checkup.copies_within()
     counts = [
         [name, len(split), len(checkup.problems[name]), repeated.get(name, 0)] for name, split in checkup.splits.items()
@@ -78,7 +78,7 @@ def rows_report(checkup: Checkup) -> str:
 
 
 def lengths_report(splits: Mapping[str, Split], lengths: TargetLengths, limit: int | None) -> str:
-    """How long the targets are, which is the longest, and what --max-target-tokens would refuse."""
+    """Return lines on how long the targets are, the longest one, and what --max-target-tokens would refuse."""
     longest = [
         f"longest of {name}: {split.ids[int(np.argmax(lengths.by_split[name]))]}" for name, split in splits.items()
     ]
@@ -87,7 +87,7 @@ def lengths_report(splits: Mapping[str, Split], lengths: TargetLengths, limit: i
 
 
 def keys_report(splits: Mapping[str, Split]) -> str:
-    """A line a key path, list positions left out: the share of the examples that have it, frequent ones first."""
+    """Return a table of key paths without list positions, with the share of the examples that have each."""
     targets = [target for split in splits.values() for target in split.targets]
     counts = Counter(path.strip("\0").replace("\0", ".") for target in targets for path in key_paths(target))
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -95,7 +95,7 @@ def keys_report(splits: Mapping[str, Split]) -> str:
 
 
 def preview(example: Example, collator: Collator) -> Preview:
-    """The example as a batch of its own holds it."""
+    """Return the example as a batch of its own holds it."""
     batch = collator([example])
     tokenizer, processor = collator.processor.tokenizer, collator.processor.image_processor
     images = collator.processor.image_seq_length

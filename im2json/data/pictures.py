@@ -79,12 +79,12 @@ def decode_picture(data: bytes, where: str) -> Image.Image:
 
 @cache
 def suffixes() -> frozenset[str]:
-    """How the names of picture files end, in lower case."""
+    """Return the suffixes of picture files, in lower case."""
     return frozenset(suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS)
 
 
 def list_pictures(given: Iterable[str]) -> list[str]:
-    """The files that names, folders and patterns stand for, each once, in the order given.
+    """Return the files that names, folders and patterns stand for, each once, in the order given.
 
     Of a folder, the pictures (and PDFs, to be told what they are) in it and below it by name, hidden ones apart. A
     pattern like `scans/**/*.png` is one only where there is no file of that name. A file need not exist or be a
@@ -119,7 +119,7 @@ def _in_folder(folder: str) -> list[str]:
 
 
 def on_square(picture: Image.Image) -> Image.Image:
-    """The picture centred on a white square of its longer side, scaled down where that had too many pixels."""
+    """Return the picture centred on a white square of its longer side, scaled down if that had too many pixels."""
     side = min(max(picture.size), math.isqrt(MAX_PIXELS))
     if side < max(picture.size):
         picture = picture.copy()
@@ -130,7 +130,7 @@ def on_square(picture: Image.Image) -> Image.Image:
 
 
 def upright_rgb(picture: Image.Image, where: str) -> Image.Image:
-    """A picture that is open, loaded whole: EXIF orientation applied, mode RGB, on white where it was transparent.
+    """Load an open picture whole: apply its EXIF orientation, convert it to RGB, and put what is transparent on white.
 
     Raises UserError starting with `where`, as `decode_picture`.
     """
@@ -164,7 +164,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _wide_grey_to_rgb(picture: Image.Image) -> Image.Image:
-    """16 or 32 bits a pixel, or floats: Pillow's own conversion would clip everything above 255 to white."""
+    """Convert 16 or 32 bits a pixel, or floats. Pillow's own conversion would clip everything above 255 to white."""
     grey = np.asarray(picture).astype(np.float64)  # H x W
     if not np.isfinite(grey).all():
         raise ValueError("it holds values that are not finite")

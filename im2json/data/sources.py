@@ -51,7 +51,7 @@ def load_splits(
     target_column: str | None = None,
     notes: list[str] | None = None,
 ) -> dict[str, Split]:
-    """The splits train, validation and test of a data set, none of them empty.
+    """Return the splits train, validation and test of a data set, none of them empty.
 
     `dataset` is one of
     - receipts: the embedded synthetic ones, drawn from `seed` (./receipts is a folder of that name);
@@ -105,7 +105,7 @@ def load_splits(
 
 
 def open_splits(options: DataOptions, notes: list[str]) -> dict[str, Split]:
-    """The splits that a run's options ask for; as load_splits."""
+    """Return the splits that a run's options ask for, as `load_splits` does."""
     return load_splits(
         options.dataset,
         train_split=options.train_split,
@@ -184,7 +184,7 @@ def _load_parquet(root: Path, config: str | None) -> Any:
 
 
 def _load_saved(root: Path) -> Any:
-    """What `save_to_disk` wrote; a data set without splits is train.
+    """Load what `save_to_disk` wrote. A data set without splits is train.
 
     The folder names its splits and Arrow files itself: none may lie elsewhere.
     """
@@ -204,7 +204,7 @@ def _load_saved(root: Path) -> Any:
 
 
 def _split_by_folder(root: Path, lines: Sequence[Line]) -> dict[str, Rows]:
-    """Lines above the splits' folders: test/001.jpg belongs to test, 001.jpg to train."""
+    """Sort lines into splits by their folders: test/001.jpg belongs to test, 001.jpg to train."""
     known = {name for names in ALIASES.values() for name in names}
     groups: dict[str, list[Line]] = defaultdict(list)
     for line in lines:

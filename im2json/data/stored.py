@@ -71,7 +71,7 @@ class StoredSplit:
         return targets
 
     def __getitem__(self, i: int) -> Example:
-        """Raises UserError naming the row if its target or picture is bad, IndexError past the end."""
+        """Decode a row. Raises UserError naming it if its target or picture is bad, IndexError past the end."""
         row = self.chosen[i]
         target = self._parsed[i]
         problems = [] if isinstance(target, dict) else [target]
@@ -88,7 +88,7 @@ class StoredSplit:
         return (self[i] for i in range(len(self)))
 
     def without(self, left_out: Collection[int]) -> StoredSplit:
-        """The same split but for these rows, counted as in `self[i]`."""
+        """Return the split without these rows, counted as in `self[i]`."""
         return StoredSplit(self.name, self.rows, [row for i, row in enumerate(self.chosen) if i not in left_out])
 
 
@@ -100,19 +100,19 @@ def _or_problem(read: Callable[[int], dict[str, Any]], row: int) -> dict[str, An
 
 
 def bad_rows(problems: Sequence[str], total: int) -> UserError:
-    """One error for all bad rows: how many of `total`, the first 20 a line each, a count of the rest."""
+    """Return one error for all bad rows: how many of `total`, a line for each of the first 20, a count of the rest."""
     remedy = f"mend them, or leave them out with --skip-bad {len(problems)}"
     return UserError(listed(f"{len(problems)} of {total} rows cannot be used: {remedy}", problems))
 
 
 def listed(title: str, lines: Sequence[str], shown: int | None = 20) -> str:
-    """A title with the first lines below it, all of them where `shown` is None, and a count of the rest."""
+    """Return a title with the first lines below it (all if `shown` is None) and a count of the rest."""
     rest = [] if shown is None or len(lines) <= shown else [f"... and {len(lines) - shown} more"]
     return "\n  ".join([title, *lines[:shown], *rest])
 
 
 def parse_target(raw: Any, where: str) -> dict[str, Any]:
-    """A row's target as an object: JSON text or an object, CORD's and Donut's wrapping taken off.
+    """Return a row's target as an object, from JSON text or an object, without CORD's and Donut's wrapping.
 
     {"gt_parse": {...}, ...} becomes the inner object. Of {"gt_parses": [...]}, several equally right answers,
     the first is taken. Raises UserError starting with `where`.
@@ -160,7 +160,7 @@ def inside(folder: Path, name: str, where: str) -> Path:
 
 
 def read_file(path: Path, where: str) -> bytes:
-    """Raises UserError where there is no file or it cannot be read."""
+    """Return a file's bytes. Raises UserError if there is no file or it cannot be read."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{where}: is not a file")
@@ -195,7 +195,7 @@ class FolderRows:
         return len(self.lines)
 
     def id(self, row: int) -> str:
-        """The picture's path within the data set, such as test/059.jpg."""
+        """Return the picture's path within the data set, such as test/059.jpg."""
         return self._ids[row]
 
     def target(self, row: int) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def _made_unique(names: Sequence[str]) -> list[str]:
 
 
 def read_lines(path: Path, columns: Columns) -> list[Line]:
-    """Every row of a JSON-lines file; a bad one is kept with its problem, so that all are listed at once."""
+    """Return every row of a JSON-lines file. A bad row is kept with its problem, so that all are listed at once."""
     lines = []
     for number, data in enumerate(path.read_bytes().split(b"\n"), start=1):  # text has other line ends inside strings
         if number == 1:
@@ -286,7 +286,7 @@ def _pair(root: Path, pictures: list[Path], targets: list[Path]) -> Line:
 
 
 def find_target(columns: Any, given: str | None, where: str) -> str:
-    """The column that holds the target: the one asked for, else the first of TARGET_COLUMNS that is there."""
+    """Return the column that holds the target: the given one, or else the first of TARGET_COLUMNS that exists."""
     if given is not None and given not in columns:
         raise UserError(f"{where}: has no column {given!r}; it has {', '.join(columns)}")
     found = given or next((name for name in TARGET_COLUMNS if name in columns), None)
@@ -350,7 +350,7 @@ class ArrowRows:
         return read_file(path, f"{where}: {path}"), f"{where}: {path}"
 
     def _file(self, name: str, where: str) -> Path:
-        """The file a row points to. A data set from elsewhere must not read this machine's other files."""
+        """Return the file a row points to. A data set from elsewhere must not read this machine's other files."""
         if not Path(name).is_absolute():
             return inside(self._folders[0], name, where)
         for folder in self._folders:

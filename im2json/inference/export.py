@@ -87,7 +87,7 @@ def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, tit
 
 
 def validation_answers(run: RunFolder) -> list[Prediction]:
-    """What the run's best adapter answered on validation, in the split's order.
+    """Return what the run's best adapter answered on validation, in the split's order.
 
     Raises:
         UserError: if the run is not finished, or never wrote such answers.
@@ -134,7 +134,7 @@ def write_merged(run: RunFolder, folder: Path) -> None:
 
 
 def hub_layout(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A PaliGemma's weights under the names that google/paligemma-* has on the hub.
+    """Return a PaliGemma's weights under the names that google/paligemma-* has on the hub.
 
     transformers (5.x) reads these and others; vLLM names its own modules after them, SigLIP's `vision_model` included
     (vllm/model_executor/models/paligemma.py and siglip.py), which transformers leaves out for a model that it did not

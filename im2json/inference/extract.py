@@ -99,7 +99,7 @@ class Extractor:
         return cls(merged_copy(adapted, settings.dtype), collator, settings, calibration)
 
     def __call__(self, pictures: Iterable[str | os.PathLike[str] | Image.Image]) -> Iterator[Row]:
-        """A row for each picture, in their order, as they come; a batch and the one after it are held in memory.
+        """Yield a row for each picture, in their order. A batch and the one after it are held in memory.
 
         A row is {"id", "json", "reading", "confidence", "text"}: the file's name as given (of a picture in memory its
         place), the object or None, how it was read (strict, repaired or unreadable, see jsontext.read), the
@@ -147,7 +147,7 @@ class Extractor:
         return row
 
     def _load(self, index: int, picture: str | os.PathLike[str] | Image.Image) -> tuple[str, torch.Tensor | str]:
-        """Its name with its pixels, 1 x 3 x H x W, or with what is wrong."""
+        """Return a picture's name with its pixels, 1 x 3 x H x W, or with what is wrong."""
         name = str(index) if isinstance(picture, Image.Image) else os.fspath(picture)
         try:
             shown = (

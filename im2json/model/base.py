@@ -26,7 +26,7 @@ def locate(model: str) -> str:
 
 
 def load_processor(model: str) -> PaliGemmaProcessor:
-    """The processor of a model or of an adapter folder.
+    """Load the processor of a model or of an adapter folder.
 
     Raises:
         UserError: if there is no such model, access to it was not granted, or it is not a PaliGemma.
@@ -37,7 +37,7 @@ def load_processor(model: str) -> PaliGemmaProcessor:
 def load_base(
     model: str, precision: str, quant: str, device: torch.device, dequantize: str = "off"
 ) -> PaliGemmaForConditionalGeneration:
-    """The frozen base on one device, its weights in `precision`; with `nf4`, its linear layers in 4 bits.
+    """Load the frozen base on one device, its weights in `precision`; with `nf4`, its linear layers in 4 bits.
 
     NF4 with double quantisation is QLoRA's storage (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314): 4.127
     bits a weight. Products are computed in `precision`. lm_head and the embedding, which it is tied to, stay whole.
@@ -76,7 +76,7 @@ def plentiful(device: torch.device) -> bool:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """What `auto` is on this device.
+    """Return the precision that `auto` stands for on this device, or the given one if it is possible there.
 
     Raises:
         UserError: for fp16 on a CPU, which has no loss scaling there and would overflow in silence.

@@ -25,7 +25,7 @@ from im2json.runs import ADAPTER_COMPANIONS, ADAPTER_CONFIG, HUB_NAME, USAGE, WE
 
 
 def fetch(model: str, file: str, what: str) -> Path:
-    """A file of a model on the hub, from the cache where it is there; `what` begins the error.
+    """Return a file of a model on the hub, from the cache if it is there. `what` begins the error.
 
     Raises:
         UserError: if there is no such model, access to it was not granted, or the hub cannot be reached.

@@ -33,7 +33,7 @@ from im2json.runs import adapter_folder
 
 
 def add_lora(base: PaliGemmaForConditionalGeneration, options: ModelOptions, seed: int) -> PeftModel:
-    """The base with LoRA matrices (Hu et al. 2021, https://arxiv.org/abs/2106.09685) in fp32, the only trained weights.
+    """Add LoRA matrices (Hu et al. 2021, https://arxiv.org/abs/2106.09685) in fp32, the only trained weights.
 
     Raises:
         UserError: if --target-modules matches no linear layer, or --adapter is not an adapter of this base.
@@ -77,7 +77,7 @@ def _adapted(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def target_modules(base: torch.nn.Module, wanted: str) -> list[str] | str:
-    """--target-modules in PEFT's terms: a list of name endings, or a regular expression over full names.
+    """Return --target-modules in PEFT's terms: a list of name endings, or a regular expression over full names.
 
     Raises:
         UserError: if nothing matches, with names that would.
@@ -131,7 +131,7 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def write_adapter_weights(model: PeftModel, path: Path) -> None:
-    """The adapter's weights as PEFT writes them."""
+    """Write the adapter's weights as PEFT does."""
     save_file({name: value.contiguous() for name, value in _adapter_weights(model).items()}, path)
 
 
@@ -157,7 +157,7 @@ def _adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def merged_copy(model: PeftModel, dtype: torch.dtype, *, adapter: bool = True) -> PaliGemmaForConditionalGeneration:
-    """A plain PaliGemma with the weights that the 4-bit layers stand for, and the adapter's added unless told not to.
+    """Return a plain PaliGemma with the weights that the 4-bit layers stand for, and the adapter's unless it is False.
 
     Text is generated on such copies: they decode several times faster than 4-bit layers, and `model` is not touched.
     That matters: bitsandbytes on a CPU with AVX512-BF16 repacks a 4-bit layer for good in its first forward pass
@@ -218,7 +218,7 @@ def _plain_config(base: PaliGemmaForConditionalGeneration) -> Any:
 
 
 def _base_parameters(base: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Every frozen weight by its name in a base without LoRA."""
+    """Yield every frozen weight with its name in a base without LoRA."""
     return (
         (name.replace(".base_layer.", "."), parameter)
         for name, parameter in base.named_parameters()

@@ -52,7 +52,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float | None
     ) -> torch.Tensor:
-        """hidden (N, D), weight (V, D), targets (N,), cap: PaliGemma 2's, which transformers 5.17 leaves out."""
+        """Return the summed loss of hidden (N, D), weight (V, D) and targets (N,), with PaliGemma 2's `cap`."""
         loss = torch.zeros((), device=hidden.device)
         scale = SCALE if weight.dtype == torch.float16 else 1.0
         gradients = []

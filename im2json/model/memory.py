@@ -60,7 +60,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: Any) -> Sizes:
-        """Those of a PaliGemmaConfig, of the first or the second Gemma."""
+        """Return the sizes of a PaliGemmaConfig, with the first or the second Gemma."""
         text, vision = config.get_text_config(), config.vision_config
         tokens = (vision.image_size // vision.patch_size) ** 2
         wide, narrow = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
@@ -160,7 +160,7 @@ class Forecast:
 
 
 def forecast(sizes: Sizes, setting: Setting, load: Load) -> Forecast:
-    """The peak of a run's memory, in parts."""
+    """Return the peak of a run's memory, in parts."""
     text, vision, e = sizes.text, sizes.vision, setting.bytes
     linear = text.linear_weights + vision.linear_weights + sizes.projector
     trainable = text.lora_weights(setting.r, setting.text_targets)
@@ -179,7 +179,7 @@ def forecast(sizes: Sizes, setting: Setting, load: Load) -> Forecast:
 
 
 def _activations(sizes: Sizes, setting: Setting, load: Load) -> tuple[float, float]:
-    """What is kept for the backward pass, and what one layer takes in it, in bytes."""
+    """Return what is kept for the backward pass, and what one layer takes in it, in bytes."""
     text, vision, e = sizes.text, sizes.vision, setting.bytes
     text_layer = decoder_layer_bytes(text, setting, load.microbatch, load.positions)
     vision_layer = encoder_layer_bytes(vision, setting, load.microbatch, sizes.image_tokens)
@@ -199,7 +199,7 @@ def _activations(sizes: Sizes, setting: Setting, load: Load) -> tuple[float, flo
 
 
 def decoder_layer_bytes(text: Tower, setting: Setting, examples: int, positions: int) -> float:
-    """What autograd keeps of one of Gemma's layers.
+    """Return the bytes that autograd keeps of one of Gemma's layers.
 
     The frozen weights need no gradient, so that what goes into a linear layer is kept for its LoRA matrix alone.
     """
@@ -220,7 +220,7 @@ def decoder_layer_bytes(text: Tower, setting: Setting, examples: int, positions:
 
 
 def encoder_layer_bytes(vision: Tower, setting: Setting, examples: int, positions: int) -> float:
-    """What autograd keeps of one of SigLIP's layers."""
+    """Return the bytes that autograd keeps of one of SigLIP's layers."""
     e, numbers = setting.bytes, examples * positions
     norms = vision.norms * e * numbers * vision.hidden
     attention = 4 * e * numbers * vision.hidden + 4 * numbers * vision.heads
@@ -232,7 +232,7 @@ def encoder_layer_bytes(vision: Tower, setting: Setting, examples: int, position
 def _lora_inputs(
     tower: Tower, setting: Setting, targets: Sequence[str], groups: Sequence[Sequence[str]], numbers: int
 ) -> float:
-    """What the LoRA matrices of a layer keep: the first its input, the second what comes from the first.
+    """Return the bytes that a layer's LoRA matrices keep: the first its input, the second the first's output.
 
     Dropout makes a copy of the input for each, beside a mask of a byte a number. Without it, those in a group share
     one, and one in no group keeps what is kept anyway.
@@ -246,7 +246,7 @@ def _lora_inputs(
 
 
 def _evaluation(sizes: Sizes, setting: Setting, load: Load, linear: int) -> float:
-    """A merged copy, its key/value cache, and the larger of what its making and reading the prefix take, in bytes."""
+    """Return the bytes of a merged copy, its key/value cache, and the larger of merging and reading the prefix."""
     text, vision, e = sizes.text, sizes.vision, setting.bytes
     cache = 2 * text.layers * text.kv_heads * text.head_dim * e * load.eval_batch * load.eval_positions
     largest = max(wide * high for wide, high in text.linears.values())

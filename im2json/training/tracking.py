@@ -58,7 +58,7 @@ class Tracker:
             self.accelerator.log(curves, step=step)
 
     def describe(self, lengths: TargetLengths) -> None:
-        """What is known before the first step: the options, and how long the targets are."""
+        """Log what is known before the first step: the options, and how long the targets are."""
         if self.writer is None:
             return
         options = "\n".join(f"    {name}: {_plain(value)}" for name, value in self.config.flat().items())
@@ -87,8 +87,8 @@ class Tracker:
         writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def hyperparameters(self, best: Scalars, step: int, tested: Iterable[str]) -> None:
-        """The row of the HParams view: the options that decide the result, the best validation metrics (logged here as
-        `validation_best/name`), and the last value of each of the `tested` metrics."""
+        """Log the row of the HParams view: the options that decide the result, the best validation metrics (logged here
+        as `validation_best/name`), and the last value of each of the `tested` metrics."""
         if self.writer is None:
             return
         options = {n: v for n, v in self.config.flat().items() if v is not None and OPTIONS[n].affects_result}
