@@ -35,8 +35,9 @@ def resumed_config(run: RunFolder, given: dict[str, Any], preset: str | None = N
     if given.get("output") not in (None, str(run.path)):
         raise UserError(f"--resume {run.path} goes on in that folder: leave --output out")
     stored = config.flat()
-    fixed = {name for name, option in OPTIONS.items() if not option.changeable_on_resume}
-    differing = [name for name, value in given.items() if value != stored[name] and name in fixed]
+    differing = [
+        name for name, value in given.items() if value != stored[name] and not OPTIONS[name].changeable_on_resume
+    ]
     if differing:
         said = ", ".join(f"{flag_name(name)} was {stored[name]}, not {given[name]}" for name in differing)
         raise UserError(f"--resume {run.path} goes on with the options it began with: {said}; start a new run instead")

@@ -36,10 +36,10 @@ from im2json.records import LogLine, Prediction, RunResult
 HUB_NAME = r"(?!\.)[\w.-]+/[\w.-]+"  # owner/name, of a model or data set
 WEIGHTS = "adapter_model.safetensors"  # PEFT's names
 ADAPTER_CONFIG = "adapter_config.json"
-LONGER = {"steps", "epochs"}  # the options that make a finished run longer
 USAGE = "im2json.json"  # beside them: prompt, form of the pictures and limits that the adapter was trained for
 ADAPTER_COMPANIONS = ("calibration.json", "schema.json")  # of the run, copied with an adapter that leaves it
 VERSIONED = ("im2json", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "rapidfuzz")
+LONGER = {"steps", "epochs"}  # the options that make a finished run longer
 
 
 T = TypeVar("T")

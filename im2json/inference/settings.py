@@ -51,6 +51,5 @@ class DecodeSettings:
         if schema is not None:
             vocabulary = model.get_output_embeddings().out_features  # type: ignore[operator]
             grammar = Grammar(schema[0], collator.processor.tokenizer, vocabulary, schema[1])
-        room = positions(model) - len(collator.prefix_ids)
-        limit = min(max_new_tokens, room)
+        limit = min(max_new_tokens, positions(model) - len(collator.prefix_ids))
         return cls(limit, config.decode.eval_batch_size, DTYPES[precision], grammar, checks)
