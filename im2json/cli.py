@@ -161,7 +161,7 @@ user raises a UserError."""
 
 
 def _message(error: Exception) -> str | None:
-    """Return what the user is told of an error, or None for a bug."""
+    """Return the message that the user sees, or None if the error is a bug."""
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return f"{first_line(error).rstrip('.')}. {LESS_MEMORY}"
@@ -196,7 +196,7 @@ LESS_MEMORY = (
 
 
 class FloatRange(click.FloatRange):
-    """Without nan, which click has lie in every range."""
+    """Refuse nan, which click accepts in every range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)

@@ -217,7 +217,7 @@ class _Rewriting:
         self.before = ""  # kind of the last token: open, close, comma, colon, value, key
 
     def run(self, text: str, start: int) -> bool:
-        """Puts the object that begins at `start` into the pieces; False where they cannot be JSON."""
+        """Put the object that begins at `start` into the pieces, and return whether they can be JSON."""
         position = start
         while position < len(text):
             token = _TOKEN.match(text, position)

@@ -93,7 +93,7 @@ class Workspace:
         return lambda id: examples[indices[id]].image
 
     def evaluation(self, run: RunFolder, sink: Sink) -> Evaluation:
-        """Return what evaluates the model into this run folder."""
+        """Return the evaluation of the model, which writes its predictions to this run folder."""
         return Evaluation(self.model, self.collator, self.splits, self.accelerator, self.settings, run, sink)
 
     def workload(self) -> Workload:
@@ -119,7 +119,7 @@ class Workspace:
         return make_forward(self.model, strategy.launch, strategy.checkpointing, reserve)
 
     def step_loader(self, strategy: Strategy, features: Features | None = None) -> StepLoader:
-        """Return what feeds the training loop on this process."""
+        """Return the loader of the training batches of this process."""
         return StepLoader(
             self.splits["train"],
             self.collator,
@@ -131,7 +131,10 @@ class Workspace:
         )
 
     def compute_features(self) -> tuple[Features | None, str | None]:
-        """Compute the image features of the training pictures, if they stay the same, are used again, and have room.
+        """Compute the image features of the training pictures once, so that no step has to.
+
+        This is done only if the vision tower is frozen, the run takes at least 2 epochs, and --cache-features allows
+        for the size.
 
         Returns:
             The features, or None; and a line to print on what was done, or None if the vision tower is trained.

@@ -1,4 +1,4 @@
-"""What a run will take: its size, its memory, and its time from a few steps that are thrown away."""
+"""Print what a run takes: its size, its memory, and its time as measured on a few steps that are thrown away."""
 
 from __future__ import annotations
 

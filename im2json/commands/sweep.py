@@ -1,4 +1,4 @@
-"""What sweep.py does once its options are read: list the points of a grid, or run them and rank them."""
+"""List the points of a grid, or run and rank them. sweep.py reads the options and calls this."""
 
 from __future__ import annotations
 

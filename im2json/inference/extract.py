@@ -102,7 +102,7 @@ class Extractor:
         """Yield a row for each picture, in their order. A batch and the one after it are held in memory.
 
         A row is {"id", "json", "reading", "confidence", "text"}: the file's name as given (of a picture in memory its
-        place), the object or None, how it was read (strict, repaired or unreadable, see jsontext.read), the
+        index), the object or None, how it was read (strict, repaired or unreadable, see jsontext.read), the
         object again with a probability for each leaf, and the text that the model wrote; and "checks", where there are
         any, and "cut": true, where an answer was held to a schema and ended at the limit. A picture that cannot be read
         gives {"id", "error"} in its place.

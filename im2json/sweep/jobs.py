@@ -20,8 +20,7 @@ STOP_REQUESTED = "asked to stop"
 """The line in a job's process file that says that SIGTERM was sent."""
 
 State = Literal["to do", "running", "stopped", "paused", "done", "dropped", "failed"]
-"""A stopped job has a run folder to resume from; a paused one has reached `stop_after`; halving has dropped a dropped
-one."""
+"""stopped: the run folder can be resumed. paused: the run has reached `stop_after`. dropped: halving ended it."""
 
 
 class ProcessGroup(NamedTuple):

@@ -107,7 +107,7 @@ def strategy_note(strategy: Strategy, work: Workload) -> str | None:
 
 
 def _launch(work: Workload) -> str:
-    """Return --launch on a GPU."""
+    """Return the launch mode on a GPU. `auto` compiles large models in long runs, and records graphs otherwise."""
     if work.config.model.launch != "auto":
         return work.config.model.launch
     large = work.sizes.text.hidden >= LARGE

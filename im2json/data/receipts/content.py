@@ -17,7 +17,7 @@ from im2json.data.receipts.layout import Cell, Line, Style, draw_style
 from im2json.data.receipts.words import FOOD, FOOTERS, SHOP, STREETS, cased, phrase, word
 
 CONTENT_CLASSES = {"train": 0, "validation": 1, "test": 2}
-"""What the first item of a split's receipts hashes to, so that two splits share no receipt, whatever their seeds."""
+"""Keep splits apart: the first item of every receipt in a split hashes to this number, whatever the seed."""
 OTHER_CLASS = 3
 """The content class of every other split, such as the one of pre-training."""
 
@@ -46,7 +46,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Money:
-    """How a shop prints amounts. An amount is a whole number of the currency's smallest unit."""
+    """Print amounts as one shop does. An amount is a whole number of the currency's smallest unit."""
 
     thousands: str
     point: str | None  # None if no decimals are printed
@@ -65,7 +65,7 @@ class Money:
 
 @dataclass(frozen=True)
 class Shop:
-    """What is the same for all lines of one receipt."""
+    """Describe what all lines of one receipt have in common."""
 
     money: Money
     layout: str
