@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,25 @@ def summed_loss_of(model: Any, batch: Batch) -> torch.Tensor:
     """Return the summed loss of a model, with or without LoRA, on a batch, as a training step takes it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return summed_loss(base, hidden_states(base, batch.inputs), batch.labels)
+
+
+# --- work, which no other process on the machine changes
+
+
+def calls_of(function: Callable[..., Any], *given: Any) -> int:
+    """Return how many functions, of Python and built in, one call calls."""
+    count = 0
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        function(*given)
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 # --- scripts, in this process and in others

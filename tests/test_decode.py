@@ -417,7 +417,7 @@ class Watched:
     def wait(self, count: int) -> bool:
         """Whether so many are asked for soon."""
         with self.change:
-            return self.change.wait_for(lambda: len(self.asked) >= count, timeout=20)
+            return self.change.wait_for(lambda: len(self.asked) >= count, timeout=300)
 
 
 def test_pictures_are_loaded_while_the_decoder_is_made(small_model, collator, many, accelerator):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,7 +147,7 @@ def test_a_signal_to_all_processes_reaches_workers_too_and_saves(base_args, whol
     outcomes.append(False)
     wait_for((run.checkpoints / "step-2").exists, process)
     os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
     assert errors.splitlines()[-1].endswith(f"go on with train.py --resume {run.path}")
     resume(run)
@@ -189,9 +188,8 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(base_args, whol
     program = DYING.format(root=str(ROOT), stuck=collective == "is stuck", given_up=collective == "is given up")
     process = torchrun(2, program, "--output", run.path, *base_args, *FLAGS)
     wait_for((run.checkpoints / "step-2").exists, process)
-    noticed = time.monotonic()
-    printed = "".join(process.communicate(timeout=90))
-    assert time.monotonic() - noticed < 25  # the launcher gives up after 30 s
+    printed = "".join(process.communicate(timeout=300))
+    assert printed.count("exitcode  : -9") == 1  # or the launcher had to kill the other one, after 30 s
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in printed
     (said,) = (line for line in printed.splitlines() if line.startswith("Error: "))
     assert said == (f"Error: process 1 of 2 was lost; what was saved is kept: go on with train.py --resume {run.path}")
@@ -215,7 +213,7 @@ def test_an_evaluation_that_loses_a_process_ends_with_one_line(whole_of_two):
         "import evaluate; evaluate.main()"
     )
     process = torchrun(2, program, whole_of_two.path)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     said = [line for line in errors.splitlines() if line.startswith("Error: ")]
     assert said == ["Error: process 1 of 2 was lost; evaluate once more"], errors
     assert process.returncode != 0
@@ -237,7 +235,7 @@ def test_a_request_to_stop_is_heeded_by_all_processes(base_args, whole_of_two, t
     process = torchrun(2, program, "--output", run.path, *base_args, *FLAGS)
     wait_for((run.checkpoints / "step-2").exists, process)
     process.send_signal(signal.SIGTERM)
-    printed = "".join(process.communicate(timeout=60))
+    printed = "".join(process.communicate(timeout=300))
     assert printed.count(f"Error: interrupted: go on with train.py --resume {run.path}\n") == 2, printed
     assert "terminate called" not in printed  # as where a thread is left in a collective
     assert not run.done

@@ -1,7 +1,7 @@
 import json
-import time
 
 import pytest
+from helpers import calls_of
 
 from im2json.jsontext import MAX_DEPTH, canonical, parse, scoring_text
 
@@ -80,10 +80,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_parse_refuses_in_bounded_time(name: str) -> None:
-    start = time.process_time()
+def test_parse_refuses(name: str) -> None:
     assert parse(HOSTILE[name]) is None
-    assert time.process_time() - start < 2
+    assert calls_of(parse, HOSTILE[name]) < 100  # however long the text is
 
 
 def test_parse_keeps_what_is_odd_but_json() -> None:

@@ -2,9 +2,9 @@ import json
 import random
 import subprocess
 import sys
-import time
 
 import pytest
+from helpers import calls_of
 from oracles import donut_counts, edited, random_object, random_pair, random_receipt
 
 from im2json.scoring import METRICS, StreamingEvaluator
@@ -156,9 +156,9 @@ def test_a_prediction_that_is_no_text_is_refused() -> None:
 HOSTILE = {
     "long value": {"menu": {"nm": "x" * 1_000_000}},
     "long key": {"k" * 1_000_000: "tea"},
-    "many keys": {f"key {i}": i for i in range(20_000)},
-    "many rows": {"menu": [{"nm": "tea", "price": "5.00"}] * 10_000},
-    "many scalars": {"menu": list(range(50_000))},
+    "many keys": {f"key {i}": i for i in range(4000)},
+    "many rows": {"menu": [{"nm": "tea", "price": "5.00"}] * 2000},
+    "many scalars": {"menu": list(range(10_000))},
     "surrogates": {"menu": {"nm": "\ud800" * 1000, "\udfff": "a\ud800"}},
     "controls": {"menu": {"nm": "".join(map(chr, range(32)))}},
     "digits": {"total": {"total_price": 10**3999}},
@@ -169,9 +169,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_predictions_cost_little(name: str) -> None:
-    start = time.process_time()
-    got = scores(HOSTILE[name], TARGET)
-    assert time.process_time() - start < 2
+    text = json.dumps(HOSTILE[name])
+    got = scores(text, TARGET)
+    assert calls_of(scores, text, TARGET) < 2000 + 10 * len(text)
     assert got["json_validity"] == 1.0
     assert all(0 <= value <= 1 for value in got.values())
 

@@ -81,7 +81,7 @@ def test_no_point_of_a_ray_cluster_is_left_behind(one_core, long_point, tmp_path
 
     def ended(process: subprocess.Popen, status: int) -> int:
         """Return the step that is saved, once nothing runs any more."""
-        printed, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate(timeout=300)
         assert process.returncode == status, printed
         assert printed.count("stopping: ") == (status == 130)
         wait_for(lambda: not is_locked(job.log), seconds=60)
@@ -103,7 +103,7 @@ def test_no_point_of_a_ray_cluster_is_left_behind(one_core, long_point, tmp_path
 
     process = begun(saved)
     process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=300)
     assert process.returncode == 130, printed
     assert not is_locked(job.log)
     assert steps() == [*range(1, len(steps()) + 1)]

@@ -193,7 +193,7 @@ def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on(sound_grid, tmp_p
     jobs = list(jobs_of(grid, sweep, *longer[1::2]).values())
     wait_for(lambda: jobs[0].run.metrics_file.exists())
     process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=300)
     assert process.returncode == 130, printed
     assert "Error: interrupted: the same command goes on" in printed
     assert "no point has a result yet" in printed
