@@ -5,16 +5,14 @@ from __future__ import annotations
 import glob
 import math
 import os
-import struct
-import zlib
 from collections.abc import Iterable
 from functools import cache
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
+from im2json.data.modes import DAMAGE, load_upright_rgb
 from im2json.errors import UserError
 
 # Named rather than left to Pillow: its EPS reader would run Ghostscript on a file out of a data set.
@@ -24,39 +22,15 @@ FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF
 MAX_PIXELS = 90_000_000
 TOO_MANY = f"at most {MAX_PIXELS // 10**6} million are read; scale it down"
 
-# What Pillow raises on damaged files, apart from OSError.
-_DAMAGE = (
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
-
 # How the common formats begin: what starts so and yet is not known to Pillow was a picture once.
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")
-
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def decode_picture(data: bytes, where: str) -> Image.Image:
     """Decode a whole picture file: EXIF orientation applied, mode RGB, in its own size.
 
-    Transparent parts come out white, 16-bit greyscale is scaled to 8 bits, of several pages the first
-    is taken.
+    Transparent parts come out white, values of more than 8 bits are scaled (see `load_upright_rgb`), of several pages
+    the first is taken.
     Raises UserError starting with `where` (a file, or a row) if `data` is no picture, is damaged, cut short,
     or has more than MAX_PIXELS pixels.
     """
@@ -72,7 +46,7 @@ def decode_picture(data: bytes, where: str) -> Image.Image:
         raise UserError(f"{where}: is not a picture that can be read ({', '.join(FORMATS)})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"{where}: the picture has too many pixels ({TOO_MANY})") from None
-    except (OSError, *_DAMAGE) as error:
+    except DAMAGE as error:
         raise UserError(f"{where}: the picture is damaged or cut short ({error})") from None
     return upright_rgb(picture, where)
 
@@ -138,42 +112,6 @@ def upright_rgb(picture: Image.Image, where: str) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise UserError(f"{where}: {width} x {height} are too many pixels ({TOO_MANY})")
     try:
-        picture.load()
-        return _to_rgb(_turn_upright(picture))
-    except (OSError, *_DAMAGE) as error:
+        return load_upright_rgb(picture)
+    except DAMAGE as error:
         raise UserError(f"{where}: the picture is damaged or cut short ({error})") from None
-
-
-def _turn_upright(picture: Image.Image) -> Image.Image:
-    try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation)
-    except (OSError, *_DAMAGE):
-        return picture  # broken EXIF says nothing about the pixels
-    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return picture if method is None else picture.transpose(method)
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I") or picture.mode == "F":
-        return _wide_grey_to_rgb(picture)
-    if picture.has_transparency_data:
-        layered = picture.convert("RGBA")
-        paper = Image.new("RGBA", layered.size, "white")
-        return Image.alpha_composite(paper, layered).convert("RGB")
-    return picture.convert("RGB")
-
-
-def _wide_grey_to_rgb(picture: Image.Image) -> Image.Image:
-    """Convert 16 or 32 bits a pixel, or floats. Pillow's own conversion would clip everything above 255 to white."""
-    grey = np.asarray(picture).astype(np.float64)  # H x W
-    if not np.isfinite(grey).all():
-        raise ValueError("it holds values that are not finite")
-    largest = grey.max()
-    if picture.mode == "F" and largest <= 1.0:
-        white = 1.0
-    elif largest <= 255 and not picture.mode.startswith("I;16"):
-        white = 255.0
-    else:
-        white = max(65535.0, largest)
-    scaled = (grey.clip(0.0, white) * (255.0 / white)).round().astype(np.uint8)  # H x W
-    return Image.fromarray(scaled).convert("RGB")
