@@ -204,3 +204,13 @@ def test_check_of_nothing_is_one_clear_line(cli, tmp_path):
         result = cli("train", "--check", *flags)
         assert result.exit_code == 2
         assert "not with --resume or --stop-after" in result.output
+
+
+def test_files_of_several_pages_are_named(check, data):
+    first, second = (Image.open(data / "train" / f"{i}.png").copy() for i in (1, 2))
+    first.save(data / "train" / "0.png", "TIFF", save_all=True, append_images=[second, first])
+    first.save(data / "test" / "1.png", "GIF", save_all=True, append_images=[second])
+    note = "files with several pages, of which the first is read: 2\n  train/0.png: 3 pages\n  test/1.png: 2 pages"
+    assert note in checked(data).notes()
+    said, _ = check("--dataset", data)
+    assert note in said

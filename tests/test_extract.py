@@ -161,13 +161,18 @@ def test_every_kind_of_picture_keeps_its_place(extract, extractor, pictures, tmp
     (tmp_path / "h.jpg").write_text("no picture")
     (tmp_path / "i.pdf").write_text("%PDF-1.7")
     (tmp_path / "j.webp").touch()
+    (tmp_path / "k.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (tmp_path / "l").symlink_to("nowhere")
     (tmp_path / "notes.txt").write_text("passed over")
     result = extract(tmp_path)
     assert result.exit_code == 1
-    assert "4 of 10 pictures could not be read" in result.stderr
+    assert "6 of 12 pictures could not be read" in result.stderr
+    assert "files passed over that are no pictures: 1 (1 .txt: notes.txt)" in result.stderr
+    assert f"{tmp_path}/f.tif: has 2 pages, of which the first was read" in result.stderr
     rows = rows_of(result)
-    assert [Path(row["id"]).name[0] for row in rows] == list("abcdefghij")
-    assert ["error" in row for row in rows] == [False] * 6 + [True] * 4
+    assert [Path(row["id"]).name[0] for row in rows] == list("abcdefghijkl")
+    assert ["error" in row for row in rows] == [False] * 6 + [True] * 6
+    assert [row.get("pages") for row in rows] == [None] * 5 + [2] + [None] * 6
     assert all(row["error"].startswith(row["id"]) for row in rows[6:])
     (wanted,) = extractor([pictures[0]])
     for row in (rows[0], rows[2], rows[4], rows[5]):

@@ -770,7 +770,7 @@ def bomb(width: int, height: int) -> bytes:
     [
         (b"", "is empty"),
         (b"%PDF-1.7 ...", "is a PDF, not a picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is PostScript, not a picture"),
         (b"<html>not found</html>", "is not a picture"),
         (bomb(100_000, 100_000), "too many pixels .at most 90 million"),
         (bomb(MAX_PIXELS // 8000, 8001), "11250 x 8001 are too many pixels"),

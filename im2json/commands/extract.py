@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
+
+import click
 
 from im2json.cli import quick_start, quiet_libraries
 from im2json.data.pictures import list_pictures
 
 
 def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict[str, Any]) -> tuple[int, int]:
-    """Write the rows that are not in the file yet.
+    """Write the rows that are not in the file yet, and say on the standard error what was passed over.
 
     Args:
         run: a run folder, an adapter folder, or an adapter on the hub.
@@ -29,7 +32,10 @@ def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict
     from im2json.model.hub import adapter_path
     from im2json.resume import reading_config, reading_digest
 
-    listed = list_pictures(pictures)
+    notes: list[str] = []
+    listed = list_pictures(pictures, notes)
+    for note in notes:
+        click.echo(note, err=True)
     config = reading_config(adapter_path(run), options)
     with row_file(out, reading_digest(config)) as rows:
         missing = [picture for picture in listed if picture not in rows.ids]
@@ -46,4 +52,6 @@ def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict
             done = len(listed) - len(missing)
             for row in tqdm(extractor(missing), desc="extract", unit="pic", initial=done, total=len(listed)):
                 rows.write(row)
+                if "pages" in row:
+                    tqdm.write(f"{row['id']}: has {row['pages']} pages, of which the first was read", sys.stderr)
         return rows.errors, len(rows.ids)

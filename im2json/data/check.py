@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from im2json.data.example import Split
+from im2json.data.pictures import count_pages
 from im2json.data.stored import StoredSplit, bad_rows, listed
 from im2json.errors import UserError
 
@@ -23,6 +24,7 @@ class Checkup:
     splits: dict[str, Split]  # without the bad rows
     problems: dict[str, list[str]]  # a bad row each, by split
     copies: list[list[tuple[str, str]]]  # split and id of the rows that show the same picture, pixel by pixel
+    pages: dict[str, int]  # by row, where its picture's file has more than the first page, which is read
 
     @property
     def bad(self) -> list[str]:
@@ -47,6 +49,11 @@ class Checkup:
         repeated = {name: sum(max(0, count[name] - 1) for count in counts) for name in self.splits}
         return {name: count for name, count in repeated.items() if count}
 
+    def pages_note(self) -> str:
+        """Return a note that names the rows whose file has several pages."""
+        files = [f"{row}: {count} pages" for row, count in self.pages.items()]
+        return listed(f"files with several pages, of which the first is read: {len(files)}", files, 5)
+
     def notes(self) -> list[str]:
         """Return notes for readers of the results: the rows left out, and what is learned as well as tested."""
         notes = []
@@ -54,6 +61,8 @@ class Checkup:
             notes.append(listed(f"rows left out (--skip-bad): {len(self.bad)} of {self.total}", self.bad, None))
         if shared := self.copies_between():
             notes.append(listed(f"pictures in more than one split, which flatters scores: {len(shared)}", shared, 5))
+        if self.pages:
+            notes.append(self.pages_note())
         return notes
 
 
@@ -81,13 +90,17 @@ def examine(splits: Iterable[Split], on_row: Callable[[], object] | None = None)
     bad: dict[str, dict[int, str]] = {split.name: {} for split in splits}
     alike: dict[bytes, list[tuple[StoredSplit, int]]] = defaultdict(list)
     same: dict[bytes, list[tuple[StoredSplit, int]]] = defaultdict(list)
+    pages: dict[str, int] = {}
     # Pillow lets go of the interpreter while it decodes, so threads are enough.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for (split, i), outcome in zip(positions, pool.map(lambda each: _open(*each), positions)):
             if isinstance(outcome, str):
                 bad[split.name][i] = outcome
             else:
-                alike[outcome].append((split, i))
+                digest, count = outcome
+                alike[digest].append((split, i))
+                if count > 1:
+                    pages[split.rows.id(split.chosen[i])] = count
             if on_row is not None:
                 on_row()
         # Hashing every pixel would make this half as slow again; few pictures are worth it, and opened twice.
@@ -99,16 +112,20 @@ def examine(splits: Iterable[Split], on_row: Callable[[], object] | None = None)
         | {split.name: split.without(bad[split.name]) for split in stored if bad[split.name]},
         {name: list(problems.values()) for name, problems in bad.items()},
         [[(split.name, split.rows.id(split.chosen[i])) for split, i in group] for group in same.values() if group[1:]],
+        pages,
     )
 
 
-def _open(split: StoredSplit, i: int) -> bytes | str:
-    """Return a digest that tells a row's picture from nearly all others, or a line on what is wrong with the row."""
+def _open(split: StoredSplit, i: int) -> tuple[bytes, int] | str:
+    """Return a digest that tells a row's picture from nearly all others, and the number of its file's pages; or a line
+    on what is wrong with the row."""
     try:
         picture = split[i].image
+        pages = count_pages(split.rows.picture(split.chosen[i])[0])
     except UserError as error:
         return str(error)
-    return repr(picture.size).encode() + _digest(picture.resize((64, 64), Image.Resampling.NEAREST))
+    digest = repr(picture.size).encode() + _digest(picture.resize((64, 64), Image.Resampling.NEAREST))
+    return digest, pages
 
 
 def _digest(picture: Image.Image) -> bytes:

@@ -64,7 +64,8 @@ def printable(text: str) -> str:
 
 
 def rows_report(checkup: Checkup) -> str:
-    """Return a table of the rows by split, then every bad row, and every picture that occurs twice."""
+    """Return a table of the rows by split, then every bad row, every picture that occurs twice, and files of several
+    pages."""
     repeated = checkup.copies_within()
     counts = [
         [name, len(split), len(checkup.problems[name]), repeated.get(name, 0)] for name, split in checkup.splits.items()
@@ -74,6 +75,8 @@ def rows_report(checkup: Checkup) -> str:
         parts.append(listed(f"bad rows: {len(checkup.bad)} of {checkup.total}", checkup.bad, None))
     shared = checkup.copies_between()
     parts.append(listed(f"pictures in more than one split: {len(shared)}", shared, None))
+    if checkup.pages:
+        parts.append(checkup.pages_note())
     return "\n\n".join(parts)
 
 

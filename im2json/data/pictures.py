@@ -6,17 +6,15 @@ import glob
 import math
 import os
 from collections.abc import Iterable
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
 
+from im2json.data.kinds import FORMATS, HEIF, is_heic, raw_kind, unreadable_kind
+from im2json.data.listing import SYSTEM_FILES, by_suffix, list_tree, looks_like_document
 from im2json.data.modes import DAMAGE, load_upright_rgb
 from im2json.errors import UserError
-
-# Named rather than left to Pillow: its EPS reader would run Ghostscript on a file out of a data set.
-FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF")
 
 # An A3 page at 600 dpi has 70 million pixels; what is larger is a mistake or a decompression bomb.
 MAX_PIXELS = 90_000_000
@@ -30,16 +28,32 @@ def decode_picture(data: bytes, where: str) -> Image.Image:
     """Decode a whole picture file: EXIF orientation applied, mode RGB, in its own size.
 
     Transparent parts come out white, values of more than 8 bits are scaled (see `load_upright_rgb`), of several pages
-    the first is taken.
+    the first is taken (see `count_pages`).
     Raises UserError starting with `where` (a file, or a row) if `data` is no picture, is damaged, cut short,
     or has more than MAX_PIXELS pixels.
     """
+    return upright_rgb(_open(data, where), where)
+
+
+def count_pages(data: bytes) -> int:
+    """Return how many pages or frames a picture file holds: 1 where that cannot be found out."""
+    try:
+        with Image.open(BytesIO(data), formats=_formats(data)) as picture:
+            return max(1, int(getattr(picture, "n_frames", 1)))
+    except DAMAGE:
+        return 1
+
+
+def _open(data: bytes, where: str) -> Image.Image:
+    """Open a picture file, of which only the header is read."""
     if not data:
         raise UserError(f"{where}: the picture is empty (0 bytes)")
-    if data[:1024].lstrip().startswith(b"%PDF"):
-        raise UserError(f"{where}: is a PDF, not a picture; render its pages to PNG or JPEG first")
+    formats = _formats(data)
+    if (kind := unreadable_kind(data, formats)) is not None:
+        raise UserError(f"{where}: is {kind}")
     try:
-        picture = Image.open(BytesIO(data), formats=FORMATS)
+        picture = Image.open(BytesIO(data), formats=formats)
+        kind = raw_kind(picture)
     except Image.UnidentifiedImageError:
         if data.startswith(_SIGNATURES):
             raise UserError(f"{where}: the picture is damaged or cut short (its header)") from None
@@ -47,49 +61,96 @@ def decode_picture(data: bytes, where: str) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"{where}: the picture has too many pixels ({TOO_MANY})") from None
     except DAMAGE as error:
-        raise UserError(f"{where}: the picture is damaged or cut short ({error})") from None
-    return upright_rgb(picture, where)
+        raise _damaged(error, where) from None
+    if kind is not None:
+        raise UserError(f"{where}: is {kind}")
+    return picture
 
 
-@cache
-def suffixes() -> frozenset[str]:
-    """Return the suffixes of picture files, in lower case."""
-    return frozenset(suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS)
+def _damaged(error: Exception, where: str) -> UserError:
+    if "not available" in str(error):  # a codec, as Pillow says
+        return UserError(
+            f"{where}: this build of Pillow cannot read such a picture ({error}); convert it to PNG or JPEG"
+        )
+    return UserError(f"{where}: the picture is damaged or cut short ({error})")
 
 
-def list_pictures(given: Iterable[str]) -> list[str]:
+def _formats(data: bytes) -> tuple[str, ...]:
+    """Return the formats to try: FORMATS, and HEIC for a file of that kind where pillow-heif is installed."""
+    if not is_heic(data):
+        return FORMATS
+    try:
+        import pillow_heif
+    except ImportError:
+        return FORMATS
+    if HEIF not in Image.OPEN:
+        pillow_heif.register_heif_opener()
+    return (*FORMATS, HEIF)
+
+
+def list_pictures(given: Iterable[str], notes: list[str] | None = None) -> list[str]:
     """Return the files that names, folders and patterns stand for, each once, in the order given.
 
-    Of a folder, the pictures (and PDFs, to be told what they are) in it and below it by name, hidden ones apart. A
-    pattern like `scans/**/*.png` is one only where there is no file of that name. A file need not exist or be a
-    picture: that is said when it is read.
+    Of a folder, every file in it and below it that looks like a document, in linked folders too, hidden ones apart.
+    Documents that cannot be read, folders that cannot be listed and links that lead nowhere are among them, so that
+    each gets its error when it is read. A pattern like `scans/**/*.png` is one only where there is no file of that
+    name. A file need not exist or be a picture: that is said when it is read.
+
+    A line on each kind of file that was passed over is appended to `notes`.
 
     Raises:
         UserError: for a folder or a pattern without pictures.
     """
     found: dict[str, None] = {}
+    said = [] if notes is None else notes
     for name in given:
         if os.path.isdir(name):
-            files = _in_folder(name)
+            files = _in_folder(name, said)
         elif not os.path.lexists(name) and glob.has_magic(name):
-            matches = sorted(glob.glob(name, recursive=True))
-            files = [file for match in matches for file in (_in_folder(match) if os.path.isdir(match) else [match])]
+            files = []
+            for match in _matches(name):
+                files += _in_folder(match, said) if os.path.isdir(match) else [match]
         else:
             files = [name]
         if not files:
-            raise UserError(f"{name}: no picture there ({', '.join(FORMATS)})")
+            raise UserError("; ".join([f"{name}: no picture there ({', '.join(FORMATS)})", *said]))
         found.update(dict.fromkeys(files))
     return list(found)
 
 
-def _in_folder(folder: str) -> list[str]:
-    return sorted(
-        str(path)
-        for path in Path(folder).rglob("*")
-        if path.suffix.lower() in (*suffixes(), ".pdf")
-        and not path.is_dir()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+def _in_folder(folder: str, notes: list[str]) -> list[str]:
+    tree, path = list_tree(folder), Path(folder)
+    documents = {name for name in tree.files if looks_like_document(path / name)}
+    others = [
+        name for name in tree.files if name not in documents and os.path.basename(name).lower() not in SYSTEM_FILES
+    ]
+    hidden = [name for name in tree.hidden if looks_like_document(path / name)]
+    notes += tree.notes
+    if others:
+        notes.append(f"{folder}: files passed over that are no pictures: {by_suffix(others)}")
+    if hidden:
+        notes.append(f"{folder}: hidden files passed over: {by_suffix(hidden)}")
+    return sorted(str(path / name) for name in (*documents, *tree.unread))
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return the files and folders that a pattern stands for. Folders at its beginning that exist are taken literally.
+
+    Of the names that linked folders give a file, one is returned: its own if the pattern matches it.
+    """
+    parts = pattern.split("/")
+    literal = next(i for i in range(len(parts)) if not os.path.isdir("/".join(parts[: i + 1]) + "/"))
+    base = "".join(f"{part}/" for part in parts[:literal])
+    names = glob.glob("/".join(parts[literal:]), root_dir=base or None, recursive=True)
+    files: dict[str, str] = {}
+    for name in sorted(base + name for name in names):
+        folder, own = os.path.split(name)
+        real = os.path.realpath(folder)
+        if real == os.path.abspath(folder):
+            files[os.path.join(real, own)] = name
+        else:
+            files.setdefault(os.path.join(real, own), name)
+    return sorted(files.values())
 
 
 def on_square(picture: Image.Image) -> Image.Image:
@@ -114,4 +175,4 @@ def upright_rgb(picture: Image.Image, where: str) -> Image.Image:
     try:
         return load_upright_rgb(picture)
     except DAMAGE as error:
-        raise UserError(f"{where}: the picture is damaged or cut short ({error})") from None
+        raise _damaged(error, where) from None

@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from im2json.data.example import Example
-from im2json.data.pictures import decode_picture, suffixes
+from im2json.data.kinds import suffixes
+from im2json.data.pictures import decode_picture
 from im2json.errors import UserError
 from im2json.jsontext import canonical, load_json
 
@@ -162,10 +163,14 @@ def inside(folder: Path, name: str, where: str) -> Path:
 def read_file(path: Path, where: str) -> bytes:
     """Return a file's bytes. Raises UserError if there is no file or it cannot be read."""
     try:
+        if path.is_dir():
+            os.listdir(path)  # says why a folder was not listed
         if path.exists() and not path.is_file():
             raise UserError(f"{where}: is not a file")
         return path.read_bytes()
     except FileNotFoundError:
+        if path.is_symlink():
+            raise UserError(f"{where}: is a link to {os.readlink(path)}, which is not there") from None
         raise UserError(f"{where}: there is no such picture file") from None
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -16,7 +16,7 @@ from transformers import PaliGemmaForConditionalGeneration
 
 from im2json.data.collate import Collator
 from im2json.data.loader import loading_threads
-from im2json.data.pictures import decode_picture, upright_rgb
+from im2json.data.pictures import count_pages, decode_picture, upright_rgb
 from im2json.data.stored import read_file
 from im2json.errors import UserError
 from im2json.inference.decode import Answer, Decoder, generate
@@ -36,6 +36,14 @@ from im2json.scoring.schema import read_schema
 
 Row = dict[str, Any]
 FIRST = 4  # pictures in the first batch on a CPU, so that there is something to see early
+
+
+class _Loaded(NamedTuple):
+    """A picture by name, with its pixels, 1 x 3 x H x W, or with what is wrong, and the number of its file's pages."""
+
+    id: str
+    found: torch.Tensor | str
+    pages: int
 
 
 class Extractor:
@@ -104,8 +112,8 @@ class Extractor:
         A row is {"id", "json", "reading", "confidence", "text"}: the file's name as given (of a picture in memory its
         index), the object or None, how it was read (strict, repaired or unreadable, see jsontext.read), the
         object again with a probability for each leaf, and the text that the model wrote; and "checks", where there are
-        any, and "cut": true, where an answer was held to a schema and ended at the limit. A picture that cannot be read
-        gives {"id", "error"} in its place.
+        any, "cut": true, where an answer was held to a schema and ended at the limit, and "pages", where the file has
+        more than the first page, which was read. A picture that cannot be read gives {"id", "error"} in its place.
         """
         numbered, batch_size, limit = enumerate(pictures), self.settings.batch_size, self.settings.max_new_tokens
         on_gpu = self.decoder.model.device.type == "cuda"
@@ -114,7 +122,7 @@ class Extractor:
         taken = (list(itertools.islice(numbered, size)) for size in sizes)
         with loading_threads(self.decoder.model.device) as pool:
             following = next(taken)
-            loading: list[Future[tuple[str, torch.Tensor | str]]] = []
+            loading: list[Future[_Loaded]] = []
 
             def load() -> None:
                 nonlocal loading
@@ -124,11 +132,14 @@ class Extractor:
             while loading:
                 following = next(taken)
                 batch = [one.result() for one in loading]
-                pixels = [found for _, found in batch if not isinstance(found, str)]
+                pixels = [one.found for one in batch if not isinstance(one.found, str)]
                 shown = torch.cat(pixels) if pixels else torch.empty(0)
                 answers = iter(generate(self.decoder, shown, limit, meanwhile=load))
-                for id, found in batch:
-                    yield {"id": id, "error": found} if isinstance(found, str) else self._row(id, next(answers))
+                for one in batch:
+                    if isinstance(one.found, str):
+                        yield {"id": one.id, "error": one.found}
+                    else:
+                        yield self._row(one.id, next(answers)) | ({"pages": one.pages} if one.pages > 1 else {})
 
     def _row(self, id: str, answer: Answer) -> Row:
         reading = read(answer.text)
@@ -146,15 +157,15 @@ class Extractor:
             row["checks"] = check_results(self.settings.checks, reading.value)
         return row
 
-    def _load(self, index: int, picture: str | os.PathLike[str] | Image.Image) -> tuple[str, torch.Tensor | str]:
-        """Return a picture's name with its pixels, 1 x 3 x H x W, or with what is wrong."""
+    def _load(self, index: int, picture: str | os.PathLike[str] | Image.Image) -> _Loaded:
         name = str(index) if isinstance(picture, Image.Image) else os.fspath(picture)
+        pages = 1
         try:
-            shown = (
-                upright_rgb(picture, name)
-                if isinstance(picture, Image.Image)
-                else decode_picture(read_file(Path(name), name), name)
-            )
+            if isinstance(picture, Image.Image):
+                shown = upright_rgb(picture, name)
+            else:
+                data = read_file(Path(name), name)
+                shown, pages = decode_picture(data, name), count_pages(data)
         except UserError as error:
-            return name, str(error)
-        return name, self.decoder.collator.pixels([shown])
+            return _Loaded(name, str(error), pages)
+        return _Loaded(name, self.decoder.collator.pixels([shown]), pages)
