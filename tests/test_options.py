@@ -54,7 +54,9 @@ def parsed(monkeypatch):
 
 
 def test_every_field_has_a_flag_that_sets_it(parsed, monkeypatch):
-    monkeypatch.setattr(train, "fresh_options", lambda given, preset: given)  # there is no adapter to take options from
+    monkeypatch.setattr(
+        "im2json.app.fresh_options", lambda given, preset: given
+    )  # there is no adapter to take options from
     assert OTHER_VALUES.keys() == OPTIONS.keys()
     otherwise = TrainConfig.resolve({"model": "somewhere else"}).flat()
     assert [name for name, value in OTHER_VALUES.items() if value == otherwise[name]] == []

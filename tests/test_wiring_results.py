@@ -298,8 +298,7 @@ def test_a_sweep_scores_the_test_split_of_its_winner_alone(cli, lively_model, da
     sweep = ("sweep", tmp_path / "grid.json", "--output", tmp_path / "sweep")
     for line in cli(*sweep, "--list").stdout.splitlines():  # in this process, which is faster
         command = shlex.split(line)
-        script = next(i for i, word in enumerate(command) if word.endswith("train.py"))
-        assert cli("train", *command[script + 1 :]).exit_code == 0
+        assert cli("im2json.__main__", *command[command.index("im2json") + 1 :]).exit_code == 0
     done = cli(*sweep)
     assert done.exit_code == 0, done.output
     runs = {path.name: path for path in (tmp_path / "sweep" / "points").iterdir() if path.is_dir()}

@@ -1,4 +1,4 @@
-"""List the points of a grid, or run and rank them. sweep.py reads the options and calls this."""
+"""List the points of a grid, or run and rank them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ class SweepOptions:
     """The options of a sweep, as its flags give them."""
 
     grid: Path
-    train: Path  # train.py
-    evaluate: Path  # evaluate.py
     output: Path | None = None  # the sweep's folder; None: runs/NAME for NAME.json
     jobs: int | None = None  # at a time
     gpus_per_run: int | None = None
@@ -40,7 +38,7 @@ class SweepOptions:
 
     def make_command(self, shares: Shares) -> Callable[[Job], list[str]]:
         """Return the function that makes the command of a job on this machine."""
-        return lambda job: train_command(job, self.train, shares.processes, shares.threads)
+        return lambda job: train_command(job, shares.processes, shares.threads)
 
     def shares(self, elsewhere: bool = False) -> Shares:
         """Return how jobs share this machine. A job that runs elsewhere takes no share of it.
@@ -102,7 +100,7 @@ def sweep(options: SweepOptions) -> bool:
         raise
 
     def score(winner: RunFolder, log: Path) -> Output:
-        return backend.run_python([str(options.evaluate), str(winner.path), "--json"], log)
+        return backend.run_python(["-m", "im2json", "evaluate", str(winner.path), "--json"], log)
 
     answer(plan, jobs, options.folder, dropped, score)
     failed = sum(job.state == "failed" for job in jobs)
@@ -117,7 +115,7 @@ def _connect(options: SweepOptions, shares: Shares, points: int) -> Backend:
         return Local(shares.environments, options.make_command(shares))
     from im2json.sweep.cluster import Cluster
 
-    return Cluster(options.ray, options.train, options.jobs or points, options.gpus_per_run)
+    return Cluster(options.ray, options.jobs or points, options.gpus_per_run)
 
 
 def _run(options: SweepOptions, plan: Plan, jobs: list[Job], backend: Backend, dropped: list) -> None:

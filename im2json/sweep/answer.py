@@ -23,7 +23,7 @@ from im2json.sweep.page import sweep_page
 from im2json.sweep.processes import Output
 
 Score = Callable[[RunFolder, Path], Output]
-"""Runs evaluate.py --json on a run, with its errors going to a log file."""
+"""Runs `im2json evaluate --json` on a run, with its errors going to a log file."""
 
 
 def answer(
@@ -102,7 +102,7 @@ def score_test(winner: RunFolder, sweep: Path, score: Score) -> WinnerScores:
     """Score the base and the winner on the test split, and store the metrics in test.json for the next call.
 
     Raises:
-        UserError: if evaluate.py fails, with its last line.
+        UserError: if the evaluation fails, with its last line.
     """
     log = sweep / "test.log"
     with log.open("ab") as file:

@@ -28,12 +28,11 @@ RETRIES = 3
 class Cluster:
     """The backend of a cluster. Ray runs as many jobs as the cluster can hold, and queues the others."""
 
-    def __init__(self, address: str, train: Path, capacity: int, gpus_per_run: int | None) -> None:
+    def __init__(self, address: str, capacity: int, gpus_per_run: int | None) -> None:
         """Connect to a cluster.
 
         Args:
             address: HOST:PORT, or auto for the cluster on this machine.
-            train: path of train.py, the same on all machines.
             capacity: jobs that are handed to Ray at a time.
             gpus_per_run: None means 1, or 0 if the cluster has no GPU.
 
@@ -45,7 +44,7 @@ class Cluster:
             import ray
         except ImportError:
             raise UserError("--ray needs Ray: pip install 'im2json[ray]'") from None
-        self.ray, self.train, self.capacity = ray, train, capacity
+        self.ray, self.capacity = ray, capacity
         self.tasks: dict[str, Any] = {}  # point id -> Ray's task
         handler = signal.getsignal(signal.SIGTERM)
         try:
@@ -66,7 +65,7 @@ class Cluster:
         # Without GPUs a job takes one core, or as many as the grid says.
         threads = None if self.gpus else job.point.config.train.threads or 1
         run = self.ray.remote(num_gpus=self.gpus, num_cpus=threads or 1, max_retries=RETRIES)(run_point)
-        self.tasks[job.point.id] = run.remote(job, self.train, max(1, self.gpus), threads)
+        self.tasks[job.point.id] = run.remote(job, max(1, self.gpus), threads)
         return True
 
     def is_running(self, job: Job) -> bool:
@@ -112,7 +111,7 @@ def check_address(address: str) -> None:
             raise UserError(f"--ray {address}: no Ray cluster answers there ({error})") from None
 
 
-def run_point(job: Job, train: Path, processes: int, threads: int | None) -> None:
+def run_point(job: Job, processes: int, threads: int | None) -> None:
     """Run a job to its end on the machine that Ray has chosen; this function is the task.
 
     If the worker that runs this function ends in any way, the guard asks the job to save and stop, and Ray's next try
@@ -127,7 +126,7 @@ def run_point(job: Job, train: Path, processes: int, threads: int | None) -> Non
                 time.sleep(POLL_SECONDS)
             if job.state_at_rest() in ("done", "paused"):
                 return
-            process = launch(job, train_command(job, train, processes, threads), log, {})
+            process = launch(job, train_command(job, processes, threads), log, {})
         guard = start_guard(job, process.pid)
         while process.poll() is None:
             time.sleep(POLL_SECONDS)

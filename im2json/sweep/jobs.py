@@ -86,7 +86,7 @@ class Job:
         return max((line.step for line in self.run.log("validation")), default=0)
 
     def log_error(self, message: str) -> None:
-        """End the log with an error that train.py could not write itself."""
+        """End the log with an error that the run could not write itself."""
         with self.log.open("a", encoding="utf-8", errors="backslashreplace") as log:
             log.write(f"Error: {message}\n")
 
@@ -108,13 +108,12 @@ def make_jobs(points: Sequence[Point], sweep: Path) -> list[Job]:
     return jobs
 
 
-def train_command(job: Job, train: Path, processes: int, threads: int | None) -> list[str]:
+def train_command(job: Job, processes: int, threads: int | None) -> list[str]:
     """Return the command that starts or resumes the run of a job.
 
     Args:
-        train: path of train.py.
         processes: of the run: one per GPU, or 1 on the CPU.
-        threads: CPU threads per process, unless the point has its own number; None leaves it to train.py.
+        threads: CPU threads per process, unless the point has its own number; None leaves it to the run.
     """
     launch = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--num_processes", str(processes)]
     if processes > 1:
@@ -128,4 +127,4 @@ def train_command(job: Job, train: Path, processes: int, threads: int | None) ->
         flags += ["--stop-after", str(job.stop_after)]
     if threads is not None and job.point.config.train.threads is None:
         flags += ["--threads", str(threads)]
-    return [*launch, str(train), *flags]
+    return [*launch, "-m", "im2json", "train", *flags]

@@ -24,7 +24,7 @@ class Shares:
 
     environments: list[Environment]  # one for each job that can run at the same time
     processes: int  # of each job
-    threads: int | None  # of each process on a CPU; None leaves it to train.py
+    threads: int | None  # of each process on a CPU; None leaves it to the run
 
 
 def share_machine(jobs: int | None, gpus_per_run: int | None) -> Shares:
@@ -83,7 +83,7 @@ class Local:
 
     def is_running(self, job: Job) -> bool:
         process = self.processes.get(job.point.id)
-        # train.py outlives a launcher that is stopped, and keeps the log locked.
+        # A run outlives a launcher that is stopped, and keeps the log locked.
         if (process is not None and process.poll() is None) or is_locked(job.log):
             return True
         self.processes.pop(job.point.id, None)

@@ -50,7 +50,7 @@ def launch(job: Job, command: Sequence[str], log: BinaryIO, environment: Mapping
 def signal_group(job: Job, number: int) -> None:
     """Send a signal to all processes of a job that runs on this machine.
 
-    SIGTERM is sent only once, whichever sweep sends it, because a second one makes train.py end without a checkpoint.
+    SIGTERM is sent only once, whichever sweep sends it, because a second one makes a run end without a checkpoint.
     SIGKILL also goes to the descendants, because a launcher puts the processes of a run on several GPUs outside its own
     group.
     """

@@ -88,9 +88,9 @@ def start_sweep(grid: Path, output: Path, *flags: str) -> subprocess.Popen:
 
 # sweep.py with the programs of its points forked: they do the same, without importing torch twice for each.
 FORKING = """
-import importlib, os, signal, subprocess, sys, tempfile, traceback
-from pathlib import Path
+import os, signal, subprocess, sys, tempfile, traceback
 import im2json.sweep.processes as processes
+from im2json.app import main
 
 class Forked:
     def __init__(self, arguments, *, stdout, stderr, env, **_):
@@ -105,8 +105,7 @@ class Forked:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.dup2(stdout.fileno(), 1)
             os.dup2(1 if stderr == subprocess.STDOUT else stderr.fileno(), 2)
-            script = next(i for i, argument in enumerate(arguments) if argument.endswith(".py"))
-            importlib.import_module(Path(arguments[script]).stem).main(arguments[script + 1 :])
+            main(arguments[arguments.index("im2json") + 1 :])
         except SystemExit as end:
             status = end.code or 0
         except BaseException:

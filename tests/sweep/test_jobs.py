@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -45,10 +44,10 @@ def test_dry_run_and_list_start_nothing(cli, tmp_path, monkeypatch):
 def test_a_stopped_point_is_resumed_with_the_options_that_do_not_affect_the_result(tmp_path):
     found = plan(base={"microbatch": 1, "gradient_checkpointing": "on", "workers": None, "steps": 5, "threads": 2})
     (job,) = make_jobs(found.points, tmp_path)
-    assert "--resume" not in train_command(job, Path("train.py"), 1, 1)
+    assert "--resume" not in train_command(job, 1, 1)
     job.run.path.mkdir(parents=True)
     job.run.config.touch()
-    flags = train_command(job, Path("train.py"), 1, 1)
+    flags = train_command(job, 1, 1)
     assert flags[flags.index("--resume") + 2 :] == [
         "--microbatch",
         "1",

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from sweeps import ROOT, board_of, clear_error, plan, write_run
+from sweeps import board_of, clear_error, plan, write_run
 
 from im2json.files import append_lines
 from im2json.runs import RunFolder
@@ -190,13 +190,13 @@ def test_a_sweep_runs_what_is_not_done_and_says_what_failed(cli, tmp_path, monke
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "1 of 2 points failed; the same command tries them again"
     assert backend.started == ["r=16"]
-    assert backend.scored == [[str(ROOT / "evaluate.py"), first, "--json"]]
+    assert backend.scored == [["-m", "im2json", "evaluate", first, "--json"]]
     stored = json.loads((sweep / "summary.json").read_text())
     assert (stored["missing"], stored["test"]["after"]) == (["r=16"], {"field_f1": 0.5})
 
     result = run(backend := AtOnce({"r=16": [True, True]}, scores))
     assert result.exit_code == 0, result.output
-    assert (backend.started, backend.scored[0][1]) == (["r=16"], second)
+    assert (backend.started, backend.scored[0][3]) == (["r=16"], second)
     assert json.loads((sweep / "summary.json").read_text())["missing"] == []
     result = run(backend := AtOnce({}, scores))
     assert (result.exit_code, backend.started, backend.scored) == (0, [], [])
