@@ -192,7 +192,7 @@ def test_a_bug_in_a_command_is_told_with_how_to_report_it(tmp_path):
     grid.write_text('{"grid": {"r": [8]}}')
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import sweep\nimport im2json.sweep.grid as grid\n"
+        "import sweep\nimport im2json.sweeps.grid as grid\n"
         "def wrong(*given):\n    a, b = (1,)\n"
         "grid.make_plan = wrong\nsweep.main()"
     )

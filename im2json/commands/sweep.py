@@ -11,11 +11,11 @@ from pathlib import Path
 import click
 
 from im2json.runs import RunFolder, check_folder, make_folder
-from im2json.sweep.grid import Plan, read_plan
-from im2json.sweep.jobs import Job, make_jobs, train_command
-from im2json.sweep.local import Local, Shares, share_machine
-from im2json.sweep.processes import Output
-from im2json.sweep.scheduler import Backend, run_jobs
+from im2json.sweeps.grid import Plan, read_plan
+from im2json.sweeps.jobs import Job, make_jobs, train_command
+from im2json.sweeps.local import Local, Shares, share_machine
+from im2json.sweeps.processes import Output
+from im2json.sweeps.scheduler import Backend, run_jobs
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def sweep(options: SweepOptions) -> bool:
     jobs = make_jobs(plan.points, options.folder)
     shares = options.shares()
     # These load numpy, which a wrong grid need not wait for.
-    from im2json.sweep.answer import answer
-    from im2json.sweep.halving import Dropped, check_rungs
+    from im2json.sweeps.answer import answer
+    from im2json.sweeps.halving import Dropped, check_rungs
 
     if options.halve is not None:
         check_rungs(plan.points)
@@ -113,15 +113,15 @@ def _connect(options: SweepOptions, shares: Shares, points: int) -> Backend:
     """Return the backend to run the points on."""
     if options.ray is None:
         return Local(shares.environments, options.make_command(shares))
-    from im2json.sweep.cluster import Cluster
+    from im2json.sweeps.cluster import Cluster
 
     return Cluster(options.ray, options.jobs or points, options.gpus_per_run)
 
 
 def _run(options: SweepOptions, plan: Plan, jobs: list[Job], backend: Backend, dropped: list) -> None:
     """Run the jobs to their end; with halving, add the settings that are dropped to `dropped`."""
-    from im2json.sweep.halving import halve
-    from im2json.sweep.progress import Progress
+    from im2json.sweeps.halving import halve
+    from im2json.sweeps.progress import Progress
 
     run = functools.partial(run_jobs, jobs, backend, Progress(jobs, plan.metric))
     if options.halve is None:

@@ -14,10 +14,10 @@ from helpers import ROOT, clear_error, wait_for
 
 from im2json.files import append_lines, lock
 from im2json.scoring import StreamingEvaluator
-from im2json.sweep.grid import Plan, make_plan, read_plan
-from im2json.sweep.jobs import Job, make_jobs
-from im2json.sweep.leaderboard import Board, make_board
-from im2json.sweep.processes import launch
+from im2json.sweeps.grid import Plan, make_plan, read_plan
+from im2json.sweeps.jobs import Job, make_jobs
+from im2json.sweeps.leaderboard import Board, make_board
+from im2json.sweeps.processes import launch
 
 __all__ = ["ROOT", "clear_error", "wait_for"]
 
@@ -89,7 +89,7 @@ def start_sweep(grid: Path, output: Path, *flags: str) -> subprocess.Popen:
 # sweep.py with the programs of its points forked: they do the same, without importing torch twice for each.
 FORKING = """
 import os, signal, subprocess, sys, tempfile, traceback
-import im2json.sweep.processes as processes
+import im2json.sweeps.processes as processes
 from im2json.app import main
 
 class Forked:

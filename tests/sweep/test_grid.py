@@ -8,8 +8,8 @@ import pytest
 from sweeps import ROOT, board_of, clear_error, plan
 
 from im2json.options import OPTIONS, TrainConfig
-from im2json.sweep.grid import read_plan
-from im2json.sweep.leaderboard import markdown
+from im2json.sweeps.grid import read_plan
+from im2json.sweeps.leaderboard import markdown
 
 
 def options(points: list, *names: str) -> list[tuple]:

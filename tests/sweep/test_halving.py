@@ -7,8 +7,8 @@ from pathlib import Path
 from sweeps import clear_error, plan
 
 from im2json.files import append_lines
-from im2json.sweep.halving import halve
-from im2json.sweep.jobs import make_jobs
+from im2json.sweeps.halving import halve
+from im2json.sweeps.jobs import make_jobs
 
 
 def halved(found, sweep: Path, curves: dict[str, list[float]], fails: str = "") -> tuple[list, list, dict[str, str]]:

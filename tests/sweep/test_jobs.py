@@ -11,12 +11,12 @@ import pytest
 from sweeps import clear_error, hold, plan, wait_for
 
 from im2json.files import append_lines, is_locked, lock
-from im2json.sweep.grid import read_plan
-from im2json.sweep.jobs import Job, make_jobs, train_command
-from im2json.sweep.local import Local, share_machine
-from im2json.sweep.processes import signal_group
-from im2json.sweep.progress import Progress
-from im2json.sweep.scheduler import run_jobs
+from im2json.sweeps.grid import read_plan
+from im2json.sweeps.jobs import Job, make_jobs, train_command
+from im2json.sweeps.local import Local, share_machine
+from im2json.sweeps.processes import signal_group
+from im2json.sweeps.progress import Progress
+from im2json.sweeps.scheduler import run_jobs
 
 
 def test_dry_run_and_list_start_nothing(cli, tmp_path, monkeypatch):

@@ -17,12 +17,12 @@ from sweeps import board_of, clear_error, plan, write_run
 
 from im2json.files import append_lines
 from im2json.runs import RunFolder
-from im2json.sweep.answer import answer, score_test, write_board
-from im2json.sweep.grid import read_plan
-from im2json.sweep.halving import Dropped
-from im2json.sweep.jobs import Job, make_jobs
-from im2json.sweep.leaderboard import WinnerScores, make_board, markdown
-from im2json.sweep.processes import Output
+from im2json.sweeps.answer import answer, score_test, write_board
+from im2json.sweeps.grid import read_plan
+from im2json.sweeps.halving import Dropped
+from im2json.sweeps.jobs import Job, make_jobs
+from im2json.sweeps.leaderboard import WinnerScores, make_board, markdown
+from im2json.sweeps.processes import Output
 
 
 def test_settings_are_ranked_and_each_axis_is_judged(tmp_path):
@@ -169,7 +169,7 @@ class AtOnce:
 
 
 def test_a_sweep_runs_what_is_not_done_and_says_what_failed(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("im2json.sweep.scheduler.POLL_SECONDS", 0)
+    monkeypatch.setattr("im2json.sweeps.scheduler.POLL_SECONDS", 0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     grid, sweep, points = tmp_path / "g.json", tmp_path / "sweep", tmp_path / "sweep" / "points"
     grid.write_text('{"grid": {"r": [8, 16]}}')

@@ -13,9 +13,9 @@ import pytest
 from sweeps import clear_error, hold, jobs_of, plan, small_base, start_sweep, sweep_to_its_end, wait_for, worker_of
 
 from im2json.files import is_locked, read_lines
-from im2json.sweep.cluster import start_guard
-from im2json.sweep.jobs import make_jobs
-from im2json.sweep.processes import signal_group
+from im2json.sweeps.cluster import start_guard
+from im2json.sweeps.jobs import make_jobs
+from im2json.sweeps.processes import signal_group
 
 
 def test_a_missing_cluster_is_reported_at_once(cli, tmp_path):

@@ -13,8 +13,8 @@ import pytest
 from sweeps import jobs_of, small_base, start_sweep, sweep_to_its_end, wait_for, worker_of
 
 from im2json.files import is_locked, read_lines
-from im2json.sweep.halving import value_at
-from im2json.sweep.processes import signal_group
+from im2json.sweeps.halving import value_at
+from im2json.sweeps.processes import signal_group
 
 
 @pytest.fixture(scope="module")

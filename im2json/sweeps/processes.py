@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import psutil
 
 from im2json.errors import UserError
-from im2json.sweep.jobs import STOP_REQUESTED, Job
+from im2json.sweeps.jobs import STOP_REQUESTED, Job
 
 
 class Output(NamedTuple):

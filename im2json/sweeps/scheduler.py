@@ -12,8 +12,8 @@ from typing import Protocol
 import click
 
 from im2json.errors import UserError
-from im2json.sweep.jobs import Job
-from im2json.sweep.processes import Output
+from im2json.sweeps.jobs import Job
+from im2json.sweeps.processes import Output
 
 POLL_SECONDS = 0.5
 NOTICE = "stopping: every point finishes its step and writes a checkpoint; once more stops at once"

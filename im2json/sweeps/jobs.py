@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from im2json.files import is_locked
 from im2json.machine import named_gpus
 from im2json.runs import RunFolder
-from im2json.sweep.grid import Point
+from im2json.sweeps.grid import Point
 
 TAIL_LINES = 6
 """Lines at the end of a log that are shown if they contain no error."""

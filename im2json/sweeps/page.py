@@ -9,8 +9,8 @@ from im2json.report.page import html_page, html_table
 from im2json.report.plot import Curve, Estimate, curve_plot, estimate_plot, legend, thinned
 from im2json.report.table import BEFORE_AFTER, before_after_rows, cell_text
 from im2json.scoring import METRICS
-from im2json.sweep.grid import Values, shown
-from im2json.sweep.leaderboard import AxisVerdict, Board, Cell, WinnerScores, absent, cells, note, rows, settings_along
+from im2json.sweeps.grid import Values, shown
+from im2json.sweeps.leaderboard import AxisVerdict, Board, Cell, WinnerScores, absent, cells, note, rows, settings_along
 
 _STYLE = """
 h2, h3 { margin: 0 0 .5em; font-size: 1.15em }

@@ -15,9 +15,9 @@ from typing import Any
 
 from im2json.errors import UserError, first_line
 from im2json.files import is_locked, lock
-from im2json.sweep.jobs import STOP_REQUESTED, Job, train_command
-from im2json.sweep.processes import Output, launch, run_python, signal_group
-from im2json.sweep.scheduler import POLL_SECONDS
+from im2json.sweeps.jobs import STOP_REQUESTED, Job, train_command
+from im2json.sweeps.processes import Output, launch, run_python, signal_group
+from im2json.sweeps.scheduler import POLL_SECONDS
 
 ANSWER_SECONDS = 5
 """How long a cluster may take to accept a connection. Ray itself tries for minutes."""

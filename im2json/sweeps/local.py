@@ -11,8 +11,8 @@ from pathlib import Path
 from im2json.errors import UserError
 from im2json.files import is_locked, lock
 from im2json.machine import available_cores, named_gpus, visible_gpus
-from im2json.sweep.jobs import Job
-from im2json.sweep.processes import Output, launch, run_python, signal_group
+from im2json.sweeps.jobs import Job
+from im2json.sweeps.processes import Output, launch, run_python, signal_group
 
 Environment = dict[str, str]
 """Variables of a job's processes: CUDA_VISIBLE_DEVICES on GPUs, none on a CPU."""

@@ -13,8 +13,8 @@ from statistics import fmean
 
 from im2json.errors import UserError
 from im2json.scoring import METRICS
-from im2json.sweep.grid import Point
-from im2json.sweep.jobs import Job
+from im2json.sweeps.grid import Point
+from im2json.sweeps.jobs import Job
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from im2json.records import RunResult
 from im2json.report.duration import clock_time
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS, StreamingEvaluator, compare
-from im2json.sweep.grid import Plan, Values, shown
-from im2json.sweep.halving import Dropped
-from im2json.sweep.jobs import Job
+from im2json.sweeps.grid import Plan, Values, shown
+from im2json.sweeps.halving import Dropped
+from im2json.sweeps.jobs import Job
 
 OPTIONS = ("r", "alpha", "dropout", "lr")
 """Options with a column of their own, whether or not they are axes; `config` names the values of other axes."""

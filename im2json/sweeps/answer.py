@@ -15,12 +15,12 @@ from im2json.files import atomically, lock, read_json, write_json
 from im2json.report.duration import clock_time
 from im2json.report.table import before_after_table, table
 from im2json.runs import RunFolder
-from im2json.sweep.grid import Plan
-from im2json.sweep.halving import Dropped
-from im2json.sweep.jobs import Job
-from im2json.sweep.leaderboard import Board, WinnerScores, absent, make_board, markdown, rows
-from im2json.sweep.page import sweep_page
-from im2json.sweep.processes import Output
+from im2json.sweeps.grid import Plan
+from im2json.sweeps.halving import Dropped
+from im2json.sweeps.jobs import Job
+from im2json.sweeps.leaderboard import Board, WinnerScores, absent, make_board, markdown, rows
+from im2json.sweeps.page import sweep_page
+from im2json.sweeps.processes import Output
 
 Score = Callable[[RunFolder, Path], Output]
 """Runs `im2json evaluate --json` on a run, with its errors going to a log file."""

@@ -12,7 +12,7 @@ import click
 from im2json.files import is_locked
 from im2json.report.duration import clock_time
 from im2json.report.table import table
-from im2json.sweep.jobs import Job
+from im2json.sweeps.jobs import Job
 
 HEADERS = ["point", "state", "step", "of", "metric", "left"]
 
