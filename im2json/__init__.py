@@ -1,6 +1,7 @@
-"""im2json: fine-tune PaliGemma with QLoRA to turn pictures of documents into JSON, judged by the JSON.
+"""im2json: fine-tune a vision-language model to turn pictures of documents into JSON, judged by the JSON.
 
-`Extractor` loads torch when it is first asked for; `import im2json` alone does not.
+`train`, `evaluate` and `sweep` are the commands as functions; `Extractor` reads new pictures. `import im2json` alone
+loads neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from im2json.api import Run, Sweep, evaluate, sweep, train
+    from im2json.errors import UserError
     from im2json.inference.extract import Extractor
 
-__version__ = "0.1.0"
-__all__ = ["Extractor", "__version__"]
+__version__ = "0.2.0"
+__all__ = ["Extractor", "Run", "Sweep", "UserError", "__version__", "evaluate", "sweep", "train"]
+
+_MODULES = {"Extractor": "im2json.inference.extract", "UserError": "im2json.errors"}
 
 
 def __getattr__(name: str) -> Any:
-    if name != "Extractor":
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module("im2json.inference.extract").Extractor
+    return getattr(import_module(_MODULES.get(name, "im2json.api")), name)

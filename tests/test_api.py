@@ -1,0 +1,87 @@
+"""im2json from Python: train, evaluate and sweep as functions, in one process after another call."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from helpers import reset_accelerate
+from PIL import Image
+
+import im2json
+
+
+@pytest.fixture
+def options(small_model, dataset):
+    yield {
+        "model": small_model, "dataset": Path(dataset), "precision": "fp32", "quant": "none", "optimizer": "adamw",
+        "r": 4, "dropout": 0, "lr": 0.01, "batch_size": 4, "steps": 2, "eval_every": 1, "max_new_tokens": 6,
+        "metric": "edit_distance", "threads": 1,
+    }  # fmt: skip
+    reset_accelerate()
+
+
+def test_a_run_comes_back_with_its_metrics_and_predictions_and_reads_pictures(options, dataset, tmp_path):
+    run = im2json.train(**options, output=tmp_path / "run")
+    assert isinstance(run, im2json.Run)
+    assert run.done
+    stored = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert run.metrics == {"validation": stored["validation"], "test": stored["test"]}
+    assert len(run.predictions("test", "after")) == stored["test"]["after"]["num"] == 3
+    assert [line.step for line in run.log if line.split == "train"] == [1, 2]
+
+    picture = Path(dataset) / "test" / "0.png"
+    (answered,) = [each.text for each in run.predictions("test", "after") if each.id.endswith("0.png")]
+    (from_file,), (from_memory,) = run.extractor()([picture]), run.extractor()([Image.open(picture)])
+    assert from_file["text"] == from_memory["text"] == answered
+
+    scores = im2json.evaluate(run, split="validation")
+    assert scores["after"] == run.metrics["validation"]
+
+
+def test_a_second_call_in_the_process_may_have_another_precision(options, tmp_path):
+    im2json.train(**options, output=tmp_path / "one", test=False)
+    second = im2json.train(**options | {"precision": "bf16"}, output=tmp_path / "two", test=False)
+    assert second.done and "test" not in second.metrics
+
+
+def test_an_interrupted_call_saves_a_checkpoint_and_can_be_continued(options, tmp_path, monkeypatch):
+    from im2json.training import loop
+
+    def interrupt(*values):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "report", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="--resume"):
+            im2json.train(**options, output=tmp_path / "run", test=False)
+    stopped = im2json.Run(tmp_path / "run")
+    assert not stopped.done and stopped.metrics == {}
+    assert (stopped.path / "checkpoints" / "step-1").is_dir()
+    assert im2json.train(resume=stopped).done
+
+
+def test_a_mistake_is_the_line_that_the_command_prints(options, tmp_path):
+    with pytest.raises(im2json.UserError, match="did you mean 'dropout'"):
+        im2json.train(**options, drop_out=0.1)
+    with pytest.raises(im2json.UserError, match="nowhere is not a run folder"):
+        im2json.evaluate(tmp_path / "nowhere")
+    with pytest.raises(im2json.UserError, match="jobz: a sweep has the options"):
+        im2json.sweep({"grid": {"r": [4]}}, output=tmp_path / "sweep", jobz=2)
+    with pytest.raises(im2json.UserError, match="output: a grid that is not a file"):
+        im2json.sweep({"grid": {"r": [4]}})
+
+
+@pytest.mark.slow
+def test_a_sweep_comes_back_with_its_leaderboard_and_winner(options, tmp_path):
+    base = {name: str(value) if name == "dataset" else value for name, value in options.items()}
+    base.pop("r")
+    grid = {"base": base, "grid": {"r": [2, 4]}}
+    sweep = im2json.sweep(grid, output=tmp_path / "sweep")
+    assert {row["config"] for row in sweep.leaderboard} == {"r=2", "r=4"}
+    assert sweep.winner.done
+    assert json.loads((tmp_path / "sweep" / "grid.json").read_text()) == grid
+    assert im2json.sweep(tmp_path / "sweep" / "grid.json", output=tmp_path / "sweep").winner == sweep.winner
