@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import io
 import logging
 import math
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -225,8 +227,12 @@ def quick_start() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to what the run itself says, and the cores to whoever works; call it before torch and
-    transformers are imported."""
+    """Leave the terminal to what the run itself says, and the cores to whoever works.
+
+    Call it before torch and transformers are imported. In a file, stdout and stderr keep their order.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     for name, value in {
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",

@@ -220,6 +220,7 @@ def open_workspace(
         UserError: naming the option, file or row that is wrong.
     """
     checks = parse_checks(config.decode.check_sum)
+    accelerator.print(f"reading the data set {config.data.dataset}")
     notes: list[str] = []
     checkup = check_split(*open_splits(config.data, notes).values(), skip_bad=config.data.skip_bad)
     for note in [*notes, *checkup.notes()]:
@@ -229,6 +230,8 @@ def open_workspace(
     accelerator.print(lengths.summary())
     wanted, name = _find_schema(config, checkup.splits["train"], schema)
     options = config.model if adapter is None else dataclasses.replace(config.model, adapter=str(adapter))
+    weights = precision if options.quant == "none" else options.quant
+    accelerator.print(f"loading the model {options.model} (weights in {weights}, computation in {precision})")
     model = load_adapted(options, precision, accelerator.device, config.train.seed)
     lengths.check(config.data.max_target_tokens, len(collator.prefix_ids), positions(model))
     limit = lengths.new_token_limit(config.decode.max_new_tokens)

@@ -42,16 +42,18 @@ def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict
         if missing:
             with quick_start():
                 import torch
-                from tqdm import tqdm
 
                 from im2json.inference.extract import Extractor
+                from im2json.progress import progress_bar
 
                 if config.train.threads is not None:
                     torch.set_num_threads(config.train.threads)
                 extractor = Extractor.from_config(config)
             done = len(listed) - len(missing)
-            for row in tqdm(extractor(missing), desc="extract", unit="pic", initial=done, total=len(listed)):
-                rows.write(row)
-                if "pages" in row:
-                    tqdm.write(f"{row['id']}: has {row['pages']} pages, of which the first was read", sys.stderr)
+            with progress_bar(len(listed), "extract", "pic", done=done) as bar:
+                for row in extractor(missing):
+                    rows.write(row)
+                    if "pages" in row:
+                        tqdm.write(f"{row['id']}: has {row['pages']} pages, of which the first was read", sys.stderr)
+                    bar.update()
         return rows.errors, len(rows.ids)

@@ -117,8 +117,20 @@ def _fit(
         checkpoints.restore(checkpoint)
     elif workspace.config.model.adapter:
         checkpoints.save()  # so that a resume does not need --adapter any more
+    accelerator.print(training_note(workspace, checkpoints.state.step))
     ending = fit(update, loader, validate, options, checkpoints, tracker, stop_after)
     return ending, checkpoints.state
+
+
+def training_note(workspace: Workspace, done: int) -> str:
+    """Return the line that says what training does now, after the steps that are done."""
+    options, validation = workspace.config.train, len(workspace.splits["validation"])
+    more = " more" if done else ""
+    note = f"training for {workspace.order.total(options) - done}{more} steps of {options.batch_size} examples"
+    if not options.eval_every:
+        return f"{note}, without scoring the validation split"
+    count = min(validation, options.eval_examples or validation)
+    return f"{note}, scoring {count} examples of the validation split every {options.eval_every} steps"
 
 
 def conclude(
@@ -167,7 +179,11 @@ def summary(run: RunFolder, result: RunResult) -> str:
             f"text generated for the {result.test['after']['num']:.0f} examples of the test split:",
             before_after_table(result.test["before"], result.test["after"]),
         ]
-    report = [f"report      {run.report}"] if run.report.exists() else []
-    lines += ["", f"run folder  {run.path}", *report, f"evaluate    python evaluate.py {run.path}",
-              f"curves      tensorboard --logdir {run.path.parent}"]  # fmt: skip
+    report = run.report if run.report.exists() else f"im2json evaluate {run.path}"
+    lines += [
+        "",
+        f"look at the answers    {report}",
+        f"look at the curves     tensorboard --logdir {run.path.parent}",
+        f"read new pictures      im2json extract {run.path} PICTURES",
+    ]
     return "\n".join(lines)

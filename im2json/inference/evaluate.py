@@ -25,6 +25,7 @@ from im2json.inference.decode import Answer, Decoder, generate
 from im2json.inference.settings import DecodeSettings
 from im2json.jsontext import canonical, read
 from im2json.model.lora import merged_copy
+from im2json.progress import progress_bar
 from im2json.records import EvaluationKey, Prediction
 from im2json.report.picture import prediction_panel
 from im2json.runs import RunFolder
@@ -58,9 +59,7 @@ def evaluate_split(
             order, and the index of the first.
     """
     evaluator, total = StreamingEvaluator(), len(split)
-    bar = tqdm(
-        total=total, desc=f"{key.split} {key.stage}", unit="ex", leave=False, disable=not accelerator.is_main_process
-    )
+    bar = progress_bar(total, f"{key.split} {key.stage}", "ex", shown=accelerator.is_main_process, keep=False)
     done, share = 0, _Share(total, settings.batch_size, accelerator.process_index, accelerator.num_processes)
     limit = settings.max_new_tokens
     predictions: dict[int, Prediction] = {}  # of the present window
@@ -185,6 +184,9 @@ class Evaluation:
             copy = merged_copy(self.model, self.settings.dtype, adapter=adapter)
             return Decoder(copy, self.collator, self.settings.grammar)
 
+        if stage != "during":
+            scored = f"the adapter of step {step}" if adapter else "the base model"
+            self.accelerator.print(f"scoring {scored} on {len(examples)} examples of the {split} split")
         with torch.random.fork_rng():
             metrics = evaluate_split(
                 key, make_decoder, self.collator, examples, self.accelerator, self.settings, on_predictions

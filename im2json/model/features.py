@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from im2json.data.collate import Batch, Collator
 from im2json.data.example import Split
 from im2json.data.loader import loaded
 from im2json.model.memory import Sizes
+from im2json.progress import progress_bar
 
 T = TypeVar("T")
 # N pictures, I image tokens, D hidden size of the language model.
@@ -67,12 +67,13 @@ class Features:
 
         def write() -> None:
             pictures = loaded(split, collator.pictures, workers, batch_sampler=chunks)
-            shown = tqdm(pictures, "image features", len(chunks), leave=False, disable=rank > 0)
-            for chunk, pixels in zip(chunks, shown, strict=True):
-                # Not under no_grad: bitsandbytes on a CPU would repack the 4-bit layers for good.
-                found = paligemma.model.get_image_features(pixels.to(paligemma.device)).pooler_output
-                file.seek(chunk.start * size)
-                file.write(found.to(dtype).cpu().view(torch.uint8).numpy())
+            with progress_bar(len(chunks), "image features", "batch", shown=rank == 0, keep=False) as bar:
+                for chunk, pixels in zip(chunks, pictures, strict=True):
+                    # Not under no_grad: bitsandbytes on a CPU would repack the 4-bit layers for good.
+                    found = paligemma.model.get_image_features(pixels.to(paligemma.device)).pooler_output
+                    file.seek(chunk.start * size)
+                    file.write(found.to(dtype).cpu().view(torch.uint8).numpy())
+                    bar.update()
             file.flush()
 
         with file:

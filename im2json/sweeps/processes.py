@@ -32,7 +32,7 @@ def launch(job: Job, command: Sequence[str], log: BinaryIO, environment: Mapping
         OSError, UserError: if the program cannot be started.
     """
     job.process_file.unlink(missing_ok=True)
-    environment = {**os.environ, "TQDM_MININTERVAL": "5", **environment}
+    environment = {**os.environ, **environment}
     # The group has a session of its own, so that Ctrl-C in the terminal reaches only the sweep, which then asks each
     # point once.
     try:

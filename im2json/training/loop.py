@@ -11,11 +11,11 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from im2json.data.loader import StepLoader
 from im2json.errors import UserError
 from im2json.options import TrainOptions
+from im2json.progress import Bar, progress_bar
 from im2json.scoring import METRICS
 from im2json.training.checkpoint import Checkpoints
 from im2json.training.optimizer import learning_rate, set_learning_rate
@@ -63,7 +63,8 @@ def fit(
         raise UserError(f"--stop-after {stop_after}: this run has taken {state.step} steps already")
 
     ending = ending_of(state, total, options)
-    with progress_bar(state.step, total, accelerator.is_main_process) as bar, StopRequest() as stop:
+    shown = accelerator.is_main_process
+    with progress_bar(total, "training", "step", done=state.step, shown=shown) as bar, StopRequest() as stop:
         first, clock = True, time.perf_counter()
         for batches in loader.steps(state.step, total):
             examples, target_tokens = order.step(state.step), order.target_tokens(state.step)
@@ -166,7 +167,7 @@ def save_due(step: int, ending: Ending | None, options: TrainOptions) -> bool:
 
 def report(
     tracker: Tracker,
-    bar: tqdm,
+    bar: Bar,
     state: TrainState,
     outcome: StepOutcome,
     rate: float,
@@ -191,12 +192,6 @@ def report(
         shown["skipped"] = str(state.skipped)
     bar.set_postfix(shown, refresh=False)
     bar.update()
-
-
-def progress_bar(done: int, total: int, shown: bool) -> tqdm:
-    return tqdm(
-        total=total, initial=done, desc="training", unit="step", disable=not shown, dynamic_ncols=True, smoothing=0.1
-    )
 
 
 def peak_memory_bytes() -> int:
