@@ -15,8 +15,8 @@ from helpers import ROOT
 from PIL import Image
 
 DOCS = ROOT / "docs"
-WALKTHROUGHS = sorted(DOCS.glob("*.md"))
-PAGES = [ROOT / "README.md", *WALKTHROUGHS, *sorted((DOCS / "reference").glob("*.md"))]
+WALKTHROUGHS = [DOCS / "ablations.md", DOCS / "first-fine-tune.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "reference").glob("*.md"))]
 FENCED = re.compile(r"^```(.*?)$(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

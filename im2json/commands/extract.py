@@ -42,6 +42,7 @@ def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict
         if missing:
             with quick_start():
                 import torch
+                from tqdm import tqdm
 
                 from im2json.inference.extract import Extractor
                 from im2json.progress import progress_bar
