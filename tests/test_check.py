@@ -146,6 +146,13 @@ def test_check_tells_what_the_data_holds(check, data):
     assert "bad rows" not in said
 
 
+def test_check_is_a_command_of_its_own(cli, check, small_model, data, tmp_path):
+    said, _ = check("--dataset", data)
+    flags = ("--model", small_model, "--dataset", data, "--output", tmp_path / "pages" / "page.html")
+    result = cli("im2json.app", "check", *flags)
+    assert (result.exit_code, result.output) == (0, said)
+
+
 def test_check_finds_the_longest_target(check, data):
     metadata = data / "train" / "metadata.jsonl"
     lines = metadata.read_text().splitlines()

@@ -16,7 +16,12 @@ from PIL import Image
 
 DOCS = ROOT / "docs"
 WALKTHROUGHS = [DOCS / "ablations.md", DOCS / "first-fine-tune.md"]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "reference").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(DOCS.glob("*.md")),
+    *sorted((DOCS / "reference").glob("*.md")),
+]
 FENCED = re.compile(r"^```(.*?)$(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

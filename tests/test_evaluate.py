@@ -223,6 +223,16 @@ def test_against_says_what_got_better(cli, runs):
     assert back["metrics"]["field_f1"]["low"] == pytest.approx(-field_f1["high"])
 
 
+def test_compare_and_score_are_commands_of_their_own(cli, runs):
+    a, b = runs
+    compared = cli("im2json.app", "compare", a.path, b.path, "--json")
+    assert compared.exit_code == 0
+    assert compared.stdout == cli("evaluate", a.path, "--against", b.path, "--json").stdout
+    scored = cli("im2json.app", "score", a.predictions_file)
+    assert scored.exit_code == 0
+    assert scored.stdout == cli("evaluate", "--predictions", a.predictions_file).stdout
+
+
 def test_against_prints_tables(cli, runs):
     a, b = runs
     result = cli("evaluate", a.path, "--against", b.path)

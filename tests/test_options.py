@@ -233,7 +233,8 @@ HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerat
 @pytest.mark.parametrize(
     "code",
     [
-        "import im2json",
+        "import im2json; im2json.train, im2json.evaluate, im2json.sweep, im2json.Run, im2json.UserError",
+        "from im2json.app import main; main(['--help'])",
         "import im2json.scoring; im2json.scoring.StreamingEvaluator",
         "import im2json.report, im2json.report.table, im2json.report.picture",
         "import runpy; sys.argv = ['train.py', '--help']; runpy.run_path('train.py', run_name='__main__')",
@@ -254,3 +255,25 @@ def test_no_torch_is_imported_before_it_is_needed(code):
 def test_a_usage_error_names_its_flag_when_called_in_process():
     with pytest.raises(click.BadParameter, match="at least 1"):
         train.main(["--r", "0"], standalone_mode=False)
+
+
+def test_the_command_lists_its_commands_in_the_order_of_their_use():
+    from im2json.app import main
+
+    text = CliRunner().invoke(main, ["--help"]).output
+    found = [line.split()[0] for line in text.split("Commands:")[1].splitlines() if line.strip()]
+    assert found == ["train", "check", "plan", "evaluate", "compare", "score", "sweep", "extract", "export"]
+
+
+def test_every_help_text_is_a_sentence_and_every_metavar_a_type():
+    from im2json.app import main
+
+    types = {"PATH", "TEXT", "N", "FLOAT", "NAME", "NAME=VALUE", "HOST:PORT", "OWNER/NAME", "auto", "NAMES"}
+    for name, command in main.commands.items():
+        for parameter in command.params:
+            if not isinstance(parameter, click.Option):
+                continue
+            assert parameter.help and parameter.help[0].isupper() and "." in parameter.help, (name, parameter.name)
+            choices = isinstance(parameter.type, click.Choice)
+            named = set((parameter.metavar or "").split("|")) <= types
+            assert parameter.is_flag or choices or named, (name, parameter.name, parameter.metavar)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -316,11 +317,30 @@ def test_the_closing_words_say_where_everything_is(cli, base_args, tmp_path):
     result = cli("train", *base_args, "--output", tmp_path / "run")
     assert result.exit_code == 0
     assert "text generated for the 3 examples of the test split:" in result.stdout
-    assert f"python evaluate.py {tmp_path / 'run'}" in result.stdout
-    assert f"tensorboard --logdir {tmp_path}" in result.stdout
+    last = result.stdout.splitlines()[-3:]
+    run = tmp_path / "run"
+    assert [line.split("  ", 1)[1].strip() for line in last] == [
+        str(run / "report.html"),
+        f"tensorboard --logdir {tmp_path}",
+        f"im2json extract {run} PICTURES",
+    ]
     for line in ("train ", "validation", "test "):
         assert any(text.startswith(line) and "targets of" in text for text in result.stdout.splitlines())
     assert "step    2  validation during" in result.output
+
+
+def test_each_phase_says_what_happens_now(cli, base_args, small_model, dataset, tmp_path):
+    said = cli("train", *base_args, "--output", tmp_path / "run").stdout.splitlines()
+    phases = [
+        f"reading the data set {dataset}",
+        f"loading the model {small_model} (weights in fp32, computation in fp32)",
+        f"run folder: {tmp_path / 'run'}   watch it: tensorboard --logdir {tmp_path}",
+        "scoring the base model on 3 examples of the test split",
+        "training for 4 steps of 4 examples, scoring 4 examples of the validation split every 2 steps",
+    ]
+    positions = [said.index(phase) for phase in phases]
+    assert positions == sorted(positions)
+    assert any(re.fullmatch("scoring the adapter of step [24] on 3 examples of the test split", line) for line in said)
 
 
 def test_no_test_leaves_the_test_split_alone(train, tmp_path):
