@@ -30,6 +30,7 @@ from im2json.cli import (
     FloatRange,
     GroupedCommand,
     Interrupted,
+    UserPath,
     option_flags,
     preset_flag,
     quiet_libraries,
@@ -42,8 +43,8 @@ from im2json.options import TrainConfig, flag_name
 from im2json.resume import evaluated_config, fresh_options, resumed_config
 from im2json.runs import RunFolder, check_output
 
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-PATH = click.Path(path_type=Path)
+FILE = UserPath(exists=True, dir_okay=False, path_type=Path)
+PATH = UserPath(path_type=Path)
 
 price_flag = click.option(
     "--price-per-hour",
@@ -80,7 +81,12 @@ def main() -> None:
 @main.command(cls=GroupedCommand, short_help="Fine-tune a model on pictures and their JSON.")
 @preset_flag
 @option_flags()
-@click.option("--resume", metavar="PATH", help="Run folder of a stopped run to continue from its last checkpoint.")
+@click.option(
+    "--resume",
+    type=UserPath(),
+    metavar="PATH",
+    help="Run folder of a stopped run to continue from its last checkpoint.",
+)
 @click.option(
     "--stop-after",
     type=click.IntRange(1),
@@ -336,11 +342,11 @@ def sweep(dry_run: bool, as_list: bool, **flags: Any) -> None:
 
 
 @main.command(short_help="Read new pictures with a trained run.")
-@click.argument("run")
-@click.argument("pictures", nargs=-1, required=True)
+@click.argument("run", type=UserPath(readable=False))
+@click.argument("pictures", nargs=-1, required=True, type=UserPath(readable=False))
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=UserPath(dir_okay=False, path_type=Path),
     metavar="PATH",
     help="JSON-lines file for the rows. Rows that it already has are kept.",
 )

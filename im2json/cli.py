@@ -21,6 +21,7 @@ import click
 
 from im2json.errors import UserError, WriteError, first_line
 from im2json.options import GROUPS, OPTIONS, PRESETS, Option, check, flag_name
+from im2json.text import command_line
 
 
 def option_flags(*names: str) -> Callable[[Callable], Callable]:
@@ -109,7 +110,7 @@ def _collect(context: click.Context, parameter: click.Parameter, value: Any) -> 
     problem = check(parameter.name, value)
     if problem:
         raise click.BadParameter(problem.split(": ", 1)[1], context, parameter)
-    given[parameter.name] = value
+    given[parameter.name] = OPTIONS[parameter.name].coerce(value)
 
 
 preset_flag = click.option(
@@ -132,6 +133,9 @@ def user_errors(interrupted: str = "nothing was lost") -> Iterator[None]:
     IM2JSON_TRACEBACK=1 shows the traceback of these too. Ctrl-C and SIGTERM exit with 130 and print what the
     KeyboardInterrupt says, or else `interrupted`.
     """
+    for stream in (sys.stdout, sys.stderr):  # a name that is not UTF-8, or a terminal that is not, must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
     try:
@@ -188,13 +192,20 @@ def resumable(path: Path) -> Iterator[None]:
 
 def resume_advice(path: Path) -> str:
     """Return the command that resumes a run."""
-    return f"go on with train.py --resume {path}"
+    return f"go on with {command_line('train.py', '--resume', path)}"
 
 
 LESS_MEMORY = (
     "Less is needed with a smaller --microbatch (examples per step stay the same), --gradient-checkpointing or, while "
     "evaluating, a smaller --eval-batch-size"
 )
+
+
+class UserPath(click.Path):
+    """Expand `~`, which a shell leaves alone in --output=~/runs."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
 
 
 class FloatRange(click.FloatRange):

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from im2json.errors import UserError
 from im2json.jsontext import load_json
+from im2json.text import escape_surrogates
 
 CHECKSUMS = "checksums.json"
 """In a folder that `folder_atomically` wrote: {file: SHA-256}."""
@@ -104,7 +105,7 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file atomically."""
     with atomically(path) as aside:
-        aside.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        aside.write_text(escape_surrogates(json.dumps(value, ensure_ascii=False, indent=2)) + "\n", "utf-8")
 
 
 def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -115,12 +116,7 @@ def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def json_line(row: dict[str, Any]) -> str:
     """Return a row as one line of JSON, without the line break."""
-    text = json.dumps(row, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which a model or a file name may hold and no UTF-8 file can
-        return json.dumps(row)
-    return text
+    return escape_surrogates(json.dumps(row, ensure_ascii=False))  # a model or a file name may hold them
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from im2json.errors import UserError
+from im2json.text import decode, escape_surrogates, shortened
 
 MAX_DEPTH = 100
 """Levels of objects and lists that a document may nest. Deeper ones are refused, so that every walk over a
@@ -24,8 +25,6 @@ document can recurse without reaching the interpreter's limit, wherever it is ca
 
 MAX_REPAIRED = 1_000_000
 """Characters; a longer text is read as strict JSON or not at all, which bounds the time."""
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def canonical(obj: Any) -> str:
@@ -49,9 +48,7 @@ def _dump(obj: Any, sort_keys: bool) -> str:
         raise ValueError(f"not a JSON value: {error}") from error
     if _may_be_too_deep(text) and _too_deep(obj):
         raise ValueError(f"the value nests deeper than {MAX_DEPTH} levels")
-    if text.isascii():
-        return text
-    return _SURROGATE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+    return escape_surrogates(text)
 
 
 def parse(text: str) -> dict[str, Any] | None:
@@ -79,13 +76,11 @@ def load_json(text: str | bytes, where: str) -> Any:
         UserError: if the text is not UTF-8 or not JSON (NaN and Infinity included), is longer or deeper than Python's
             reader takes, or an object holds a key twice, of which json.loads would drop one.
     """
+    decoded = text if isinstance(text, str) else decode(text, where)
     try:
-        decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
         return json.loads(decoded, object_pairs_hook=_unique_keys, parse_constant=_refuse)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: is not UTF-8 text (byte {error.start})") from None
     except _RepeatedKeyError as error:
-        raise UserError(f"{where}: the key {error.args[0]!r} stands twice in one object") from None
+        raise UserError(f"{where}: the key {shortened(error.args[0])!r} stands twice in one object") from None
     except json.JSONDecodeError as error:
         near = decoded[max(0, error.pos - 15) : error.pos + 15]
         at = f"line {error.lineno}, column {error.colno}" if "\n" in decoded.strip() else f"column {error.colno}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import types
 import typing
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 from im2json.catalogue import METRICS
 from im2json.errors import UserError
+from im2json.text import is_path, is_utf8, shortened
 
 EMBEDDED_MODEL = "tiny"
 """The --model that is part of the package."""
@@ -66,6 +68,11 @@ class Option:
     affects_result: bool = True
     changeable_on_resume: bool = False
 
+    @property
+    def is_path(self) -> bool:
+        """Whether the value is a path, or may be one."""
+        return "PATH" in self.metavar
+
     def problem(self, value: Any) -> str | None:
         """Return what is wrong with a value and what would be right, in one line, or None."""
         flag = flag_name(self.name)
@@ -83,9 +90,14 @@ class Option:
             str: isinstance(value, str),
         }[self.kind]
         if not fits:
-            return f"{flag}: {value!r} is not {_KINDS[self.kind]}{f' or {self.word}' if self.word else ''}"
+            kind = f"{_KINDS[self.kind]}{f' or {self.word}' if self.word else ''}"
+            return f"{flag}: {shortened(repr(value))} is not {kind}"
+        if self.is_path and not (value and is_path(value)):
+            return f"{flag}: {shortened(repr(value))} cannot be the name of a file"
+        if self.kind is str and not self.is_path and not is_utf8(value):
+            return f"{flag}: {shortened(repr(value))} is not UTF-8 text"
         if self.choices and value not in self.choices:
-            return f"{flag}: {value!r} is not one of {', '.join(self.choices)}"
+            return f"{flag}: {shortened(repr(value))} is not one of {', '.join(self.choices)}"
         if self.kind in (int, float):
             if self.at_least is not None and value < self.at_least:
                 return f"{flag}: {value} is too small: at least {self.at_least}"
@@ -96,8 +108,10 @@ class Option:
         return None
 
     def coerce(self, value: Any) -> Any:
-        """Return the value as a float if the option is a float and JSON or a preset wrote an int."""
-        return float(value) if self.kind is float and value is not None else value
+        """Return the value as the option holds it: a float where JSON or a preset wrote an int, a path without `~`."""
+        if self.kind is float and value is not None:
+            return float(value)
+        return os.path.expanduser(value) if self.is_path and value is not None else value
 
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}

@@ -11,7 +11,16 @@ from typing import Any
 from im2json.errors import UserError
 from im2json.files import read_json, sha256
 from im2json.options import LANGUAGE_MODULES, OPTIONS, PRESETS, TrainConfig, flag_name
-from im2json.runs import ADAPTER_CONFIG, WEIGHTS, RunFolder, adapter_folder, adapter_usage, home_of, step_of
+from im2json.runs import (
+    ADAPTER_CONFIG,
+    WEIGHTS,
+    RunFolder,
+    adapter_folder,
+    adapter_usage,
+    check_folder,
+    home_of,
+    step_of,
+)
 
 PATHS = {"model": "tiny", "dataset": "receipts", "adapter": None, "schema": None}
 """The options that may be paths, each with the one value that is none."""
@@ -31,6 +40,7 @@ def resumed_config(run: RunFolder, given: dict[str, Any], preset: str | None = N
         config = run.read_config()
     except UserError as error:
         raise UserError(f"--resume {error}") from error
+    check_folder(run.path, "--resume")
     given = _absolute(given if preset is None else {**PRESETS[preset], **given})
     if given.get("output") not in (None, str(run.path)):
         raise UserError(f"--resume {run.path} goes on in that folder: leave --output out")

@@ -32,6 +32,7 @@ from im2json.errors import UserError
 from im2json.files import damage, keep_lines, lock, not_ours, read_json, read_lines, write_json
 from im2json.options import TrainConfig
 from im2json.records import LogLine, Prediction, RunResult
+from im2json.text import command_line, is_utf8
 
 HUB_NAME = r"(?!\.)[\w.-]+/[\w.-]+"  # owner/name, of a model or data set
 WEIGHTS = "adapter_model.safetensors"  # PEFT's names
@@ -215,22 +216,26 @@ def check_output(output: str | None) -> None:
     run = RunFolder(Path(output))
     check_folder(run.path)
     if run.done:
-        raise UserError(f"--output {output} holds a finished run: choose another folder, or see evaluate.py {output}")
+        look = command_line("evaluate.py", output)
+        raise UserError(f"--output {output} holds a finished run: choose another folder, or see {look}")
     if run.config.exists():
-        raise UserError(f"--output {output} holds an unfinished run: go on with --resume {output}, or choose another")
+        more = command_line("--resume", output)
+        raise UserError(f"--output {output} holds an unfinished run: go on with {more}, or choose another")
 
 
-def check_folder(output: Path) -> None:
-    """Refuse an --output that is not a writable folder and cannot become one.
+def check_folder(output: Path, flag: str = "--output") -> None:
+    """Refuse a folder to write to that is not a writable one and cannot become one.
 
     Raises:
         UserError: saying why.
     """
+    if not is_utf8(str(output.absolute())):  # the library of tokenizers could not write there
+        raise UserError(f"{flag} {output}: {output.absolute()} is not UTF-8; choose a folder whose whole path is")
     if os.path.lexists(output) and not output.is_dir():
-        raise UserError(f"--output {output} is not a folder. Name one; it is created if it does not exist.")
+        raise UserError(f"{flag} {output} is not a folder. Name one; it is created if it does not exist.")
     nearest = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--output {output}: {nearest} is not a folder that can be written to: choose another")
+        raise UserError(f"{flag} {output}: {nearest} is not a folder that can be written to: choose another")
 
 
 def make_folder(output: Path) -> None:
@@ -288,7 +293,8 @@ def claim_stopped(run: RunFolder, config: TrainConfig, data: dict[str, str], pro
     if other:
         raise UserError(
             f"--resume {run.path}: the examples or targets of {', '.join(other)} have changed since it began; put "
-            f"{config.data.dataset} back as it was, or start a new run (--adapter {run.path} goes on from its best)"
+            f"{config.data.dataset} back as it was, or start a new run ({command_line('--adapter', run.path)} goes on "
+            "from its best)"
         )
     before, after = run.read_config().flat(), config.flat()
     changed = {name: {"from": before[name], "to": value} for name, value in after.items() if before[name] != value}

@@ -16,6 +16,7 @@ from im2json.report.run import write_report
 from im2json.report.table import before_after_table
 from im2json.runs import WEIGHTS, RunFolder, claim_new, claim_stopped, locked, new_run
 from im2json.scoring.examples import calibrate
+from im2json.text import command_line
 from im2json.training.checkpoint import Checkpoints, begin
 from im2json.training.loop import Ending, fit, peak_memory_bytes
 from im2json.training.state import TrainState
@@ -51,7 +52,7 @@ def train(
         watched.advice = f"what was saved is kept: {resume_advice(run.path)}"
         with resumable(run.path), locked(run, accelerator.is_main_process):
             claim(run, workspace, fresh=stopped is None)
-            accelerator.print(f"run folder: {run.path}   watch it: tensorboard --logdir {run.path.parent}")
+            accelerator.print(f"run folder: {run.path}   watch it: {_curves(run)}")
             checkpoint = begin(
                 run, workspace.model, workspace.collator.processor, workspace.usage, workspace.schema, accelerator
             )
@@ -179,11 +180,15 @@ def summary(run: RunFolder, result: RunResult) -> str:
             f"text generated for the {result.test['after']['num']:.0f} examples of the test split:",
             before_after_table(result.test["before"], result.test["after"]),
         ]
-    report = run.report if run.report.exists() else f"im2json evaluate {run.path}"
+    report = run.report if run.report.exists() else command_line("im2json", "evaluate", run.path)
     lines += [
         "",
         f"look at the answers    {report}",
-        f"look at the curves     tensorboard --logdir {run.path.parent}",
-        f"read new pictures      im2json extract {run.path} PICTURES",
+        f"look at the curves     {_curves(run)}",
+        f"read new pictures      {command_line('im2json', 'extract', run.path)} PICTURES",
     ]
     return "\n".join(lines)
+
+
+def _curves(run: RunFolder) -> str:
+    return command_line("tensorboard", "--logdir", run.path.parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from im2json.data.example import Example
 from im2json.data.pictures import on_square
 from im2json.errors import UserError
 from im2json.jsontext import canonical
+from im2json.text import is_utf8, shortened
 
 # B examples, S positions, P prefix positions (image tokens, BOS, prompt and newline), T target tokens with EOS.
 IGNORE = -100
@@ -68,19 +70,18 @@ class Collator:
     """
 
     def __init__(self, processor: PaliGemmaProcessor, prompt: str, letterbox: bool = False) -> None:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"--prompt {prompt!r} is not UTF-8 text") from None
+        if not is_utf8(prompt):
+            raise UserError(f"--prompt {shortened(prompt)!r} is not UTF-8 text")
         self.processor = processor
         self.prompt = prompt
         self.letterbox = letterbox
         tokenizer = processor.tokenizer
+        # the processor of an exported model, which is not ours, reads them as special tokens too
+        if special := next((token for token in _special_tokens(tokenizer) if token in prompt), None):
+            raise UserError(f"--prompt {shortened(prompt)!r}: leave {special} out, a special token")
         image_tokens = processor.image_token * processor.image_seq_length
         prefix = tokenizer(f"{image_tokens}{tokenizer.bos_token}{prompt}\n", add_special_tokens=False)
         self.prefix_ids: list[int] = prefix["input_ids"]  # P
-        if self.prefix_ids.count(processor.image_token_id) != processor.image_seq_length:
-            raise UserError(f"--prompt {prompt!r}: leave {processor.image_token} out")
 
     def target_ids(self, target: dict) -> list[int]:
         """The tokens to learn: canonical JSON, then EOS; T of them."""
@@ -130,3 +131,9 @@ class Collator:
             "token_type_ids": torch.zeros_like(input_ids),
             "pixel_values": pixels,
         }
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    """Return the texts that a tokenizer reads as control tokens: `<eos>`, `<image>`, but not `<loc0001>`."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [*tokenizer.all_special_tokens, *added]

@@ -41,26 +41,21 @@ def diagnose(
     notes: list[str] = []
     checkup = examine(open_splits(options, notes).values())
     rows = rows_report(checkup)
-    say(printable("\n".join([*notes, rows])))
+    say("\n".join([*notes, rows]))
     splits = {name: split for name, split in checkup.splits.items() if len(split)}
     if splits:
         collator = Collator(load_processor(), options.prompt, options.letterbox)
         counted = TargetLengths.count(splits, collator)
         fits = options.max_target_tokens is None or counted.longest <= options.max_target_tokens
         lengths = lengths_report(splits, counted, options.max_target_tokens)
-        say(printable("\n".join(["", lengths, "", keys_report(splits)])))
+        say("\n".join(["", lengths, "", keys_report(splits)]))
         first = next(iter(splits.values()))
         previews = (preview(first[i], collator) for i in range(min(PREVIEWS, len(first))))
         page.parent.mkdir(parents=True, exist_ok=True)
         shown = preview_page(f"{options.dataset}: {first.name}", f"{rows}\n\n{lengths}", previews)
-        page.write_text(printable(shown), "utf-8")
+        page.write_text(shown, "utf-8")
         say(f"\npreview  {page}")
     return len(checkup.bad) <= options.skip_bad and len(splits) == len(checkup.splits) and fits
-
-
-def printable(text: str) -> str:
-    """Lone surrogates, which names of files and texts may hold and UTF-8 may not, written as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def rows_report(checkup: Checkup) -> str:

@@ -5,11 +5,14 @@ Rows are counted from 0, as `datasets` does; lines of a JSON-lines file from 1, 
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -18,6 +21,7 @@ from im2json.data.kinds import suffixes
 from im2json.data.pictures import decode_picture
 from im2json.errors import UserError
 from im2json.jsontext import canonical, load_json
+from im2json.text import decode, is_path, refuse_utf16, shortened
 
 IMAGE_COLUMNS = ("file_name", "image")
 TARGET_COLUMNS = ("ground_truth", "target", "json")
@@ -26,6 +30,8 @@ ALIASES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }  # the names that `datasets` takes for the same splits
+LONGEST_PATH = 4096
+"""Characters. What is longer is no path but a picture in base64."""
 Columns = tuple[str | None, str | None]
 """--image-column and --target-column, where they are given."""
 
@@ -148,20 +154,34 @@ def _kind(value: Any) -> str:
 
 def inside(folder: Path, name: str, where: str) -> Path:
     """Return `folder`/`name`. Raises UserError if the name leads out of the folder (a link in it may)."""
+    refuse_inline(name, where)
     path = PurePosixPath(name.replace("\\", "/"))
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: {name!r} cannot be the name of a file") from None
-    if "\0" in name:
-        raise UserError(f"{where}: {name!r} cannot be the name of a file")
+    if not is_path(name):
+        raise UserError(f"{where}: {shortened(name)!r} cannot be the name of a file")
     if path.is_absolute() or ".." in path.parts or Path(name).is_absolute():
-        raise UserError(f"{where}: {name!r} leads out of the data set's folder; give a path within it")
+        raise UserError(f"{where}: {shortened(name)!r} leads out of the data set's folder; give a path within it")
     return folder / path
 
 
+def refuse_inline(name: str, where: str) -> None:
+    """Refuse a picture, or its address on the network, where its path should be.
+
+    Raises:
+        UserError: beginning with `where`.
+    """
+    if re.match(r"(?i)https?://|s3://|gs://", name):
+        raise UserError(f"{where}: {shortened(name)!r} is an address; download the picture and give its path")
+    if name.startswith("data:") or len(name) > LONGEST_PATH:
+        raise UserError(f"{where}: holds {shortened(name, 40)!r} in place of a path; store the picture as a file")
+
+
 def read_file(path: Path, where: str) -> bytes:
-    """Return a file's bytes. Raises UserError if there is no file or it cannot be read."""
+    """Return the bytes of a file, or of the one whose name differs only in Unicode's normal form.
+
+    Raises:
+        UserError: if there is no file or it cannot be read.
+    """
+    path = _on_disk(path)
     try:
         if path.is_dir():
             os.listdir(path)  # says why a folder was not listed
@@ -174,6 +194,23 @@ def read_file(path: Path, where: str) -> bytes:
         raise UserError(f"{where}: there is no such picture file") from None
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
+
+
+def _on_disk(path: Path) -> Path:
+    """Return the path that exists: macOS stores e and an accent where metadata written elsewhere has one character."""
+    if str(path).isascii() or path == path.parent or os.path.lexists(path):
+        return path
+    folder, wanted = _on_disk(path.parent), unicodedata.normalize("NFC", path.name)
+    try:
+        return folder / _names(folder, folder.stat().st_mtime_ns).get(wanted, path.name)
+    except OSError:  # read_file says what is wrong
+        return path
+
+
+@lru_cache(8)
+def _names(folder: Path, changed: int) -> dict[str, str]:
+    """Return the names in a folder by their normal form. `changed` is when the folder was."""
+    return {unicodedata.normalize("NFC", name): name for name in sorted(os.listdir(folder), reverse=True)}
 
 
 @dataclass(frozen=True)
@@ -231,10 +268,10 @@ def _made_unique(names: Sequence[str]) -> list[str]:
 def read_lines(path: Path, columns: Columns) -> list[Line]:
     """Return every row of a JSON-lines file. A bad row is kept with its problem, so that all are listed at once."""
     lines = []
-    for number, data in enumerate(path.read_bytes().split(b"\n"), start=1):  # text has other line ends inside strings
-        if number == 1:
-            data = data.removeprefix(b"\xef\xbb\xbf")
-        if not data.strip():
+    content = path.read_bytes()
+    refuse_utf16(content, str(path))
+    for number, data in enumerate(content.split(b"\n"), start=1):  # text has other line ends inside strings
+        if not data.removeprefix(codecs.BOM_UTF8).strip():
             continue
         where = f"{path}:{number}"
         try:
@@ -252,6 +289,7 @@ def _read_line(data: bytes, where: str, columns: Columns) -> Line:
     image = given or next((name for name in IMAGE_COLUMNS if name in row), IMAGE_COLUMNS[0])
     if not isinstance(row.get(image), str) or not row[image]:
         raise UserError(f"{where}: names no picture; {image} must be its path within the folder")
+    refuse_inline(row[image], where)
     return Line(where, row[image], row[find_target(row, target, where)])
 
 
@@ -282,9 +320,9 @@ def _pair(root: Path, pictures: list[Path], targets: list[Path]) -> Line:
         problem = f"{where}: has no picture of that name beside it, or in img/ beside key/"
     else:
         try:
-            return Line(where, file_name, targets[0].read_text("utf-8-sig"))
-        except UnicodeDecodeError:
-            problem = f"{where}: is not UTF-8 text"
+            return Line(where, file_name, decode(targets[0].read_bytes(), where))
+        except UserError as error:
+            problem = str(error)
         except OSError as error:
             problem = f"{where}: cannot be read ({error.strerror or error})"
     return Line(where, file_name, problem=problem)

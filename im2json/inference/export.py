@@ -25,9 +25,10 @@ from im2json.options import TrainConfig
 from im2json.records import Prediction
 from im2json.report.modelcard import model_card
 from im2json.resume import reading_config
-from im2json.runs import ADAPTER_COMPANIONS, USAGE, RunFolder, adapter_folder
+from im2json.runs import ADAPTER_COMPANIONS, USAGE, RunFolder, adapter_folder, check_folder
 from im2json.scoring import StreamingEvaluator
 from im2json.scoring.examples import kept_predictions, score_predictions
+from im2json.text import command_line
 
 EXAMPLES = 32
 """Validation examples whose answers are compared, at most."""
@@ -67,6 +68,7 @@ def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, tit
             check fails; nothing is left of the folder then.
     """
     run.read_config()  # is it a run at all
+    check_folder(out, "--out")
     answers = [] if adapter_alone else validation_answers(run)
     scorecard = score_predictions(kept_predictions(run, "test"))
     found = None
@@ -99,7 +101,7 @@ def validation_answers(run: RunFolder) -> list[Prediction]:
     if not answers:
         raise UserError(
             f"{run.path} holds no answers on validation to compare with, or none but those held to a schema: "
-            f"`evaluate.py {run.path} --split validation --no-constrain` makes them"
+            f"`{command_line('evaluate.py', run.path, '--split', 'validation', '--no-constrain')}` makes them"
         )
     return list(answers.values())
 

@@ -19,6 +19,7 @@ from im2json.runs import HUB_NAME, RunFolder
 from im2json.scoring import METRICS
 from im2json.scoring.examples import kept_predictions
 from im2json.scoring.scorecard import Scorecard
+from im2json.text import escape_surrogates
 
 EMBEDDED = {"model": "tiny", "dataset": "receipts"}
 
@@ -42,7 +43,7 @@ def model_card(run: RunFolder, scorecard: Scorecard, title: str, adapter_alone: 
         _options(config),
         _limits(run, config, scorecard, adapter_alone, parity),
     ]
-    return "\n\n".join(parts) + "\n"
+    return escape_surrogates("\n\n".join(parts) + "\n")
 
 
 def _head(config: TrainConfig, scorecard: Scorecard, title: str, adapter_alone: bool) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+from im2json.text import escape_surrogates
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: light-dark(#1d232b, #e3e6ea); --muted: light-dark(#5d6671, #a0a8b2);
         --page: light-dark(#eef0f3, #14171b); --card: light-dark(#fff, #1d2126);
@@ -17,8 +19,8 @@ h1, h2, h3 { overflow-wrap: anywhere }
 
 
 def html_page(title: str, style: str, body: str) -> str:
-    """Return a whole HTML file, with the title as its heading."""
-    return f"""<!doctype html>
+    """Return a whole HTML file that UTF-8 can hold, with the title as its heading."""
+    return escape_surrogates(f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
@@ -27,7 +29,7 @@ def html_page(title: str, style: str, body: str) -> str:
 <h1>{html.escape(title)}</h1>
 {body}
 </html>
-"""
+""")
 
 
 def html_table(headers: Iterable[str], rows: Iterable[Sequence[str]]) -> str:

@@ -14,6 +14,7 @@ from im2json.records import Prediction
 from im2json.runs import RunFolder
 from im2json.scoring.confidence import Calibration, calibration_error, judge_leaves
 from im2json.scoring.scorecard import Scorecard
+from im2json.text import command_line, refuse_utf16
 
 Row = dict[str, Any]
 Problem = Callable[[str], None]
@@ -109,7 +110,7 @@ def kept_predictions(run: RunFolder, split: str, stage: str = "after") -> list[P
     if not kept:
         raise UserError(
             f"{run.path} holds no predictions of the {split} split {stage} training: "
-            f"`evaluate.py {run.path} --split {split}` makes them"
+            f"`{command_line('evaluate.py', run.path, '--split', split)}` makes them"
         )
     return kept
 
@@ -181,6 +182,8 @@ def _lines(path: Path) -> Iterator[tuple[_Position, bytes]]:
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if number == 1:
+                refuse_utf16(line, str(path))
             yield _Position(number, offset), line
             offset += len(line)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from im2json.sweeps.jobs import Job
 from im2json.sweeps.leaderboard import Board, WinnerScores, absent, make_board, markdown, rows
 from im2json.sweeps.page import sweep_page
 from im2json.sweeps.processes import Output
+from im2json.text import command_line, escape_surrogates
 
 Score = Callable[[RunFolder, Path], Output]
 """Runs `im2json evaluate --json` on a run, with its errors going to a log file."""
@@ -52,21 +54,25 @@ def answer(
         click.echo(f"\ntest split, the base before and {board.settings[0].name} ({test.point}) after:")
         click.echo(before_after_table(test.before, test.after))
     paths = f"leaderboard  {sweep / 'leaderboard.md'}\nreport       {sweep / 'report.html'}"
-    click.echo(f"\n{paths}\ncurves       tensorboard --logdir {sweep / 'points'}")
+    click.echo(f"\n{paths}\ncurves       {command_line('tensorboard', '--logdir', sweep / 'points')}")
 
 
 def write_board(board: Board, sweep: Path, test: WinnerScores | None) -> None:
     """Write leaderboard.csv, leaderboard.md, report.html and summary.json, each atomically."""
     settings = rows(board)
     names = list(dict.fromkeys(name for row in settings for name in row))
-    with atomically(sweep / "leaderboard.csv") as aside, aside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(settings)
-    texts = {"leaderboard.md": markdown(board), "report.html": sweep_page(board, sweep.resolve().name, test)}
+    lines = io.StringIO(newline="")
+    writer = csv.DictWriter(lines, names)
+    writer.writeheader()
+    writer.writerows(settings)
+    texts = {
+        "leaderboard.csv": lines.getvalue(),
+        "leaderboard.md": markdown(board),
+        "report.html": sweep_page(board, sweep.resolve().name, test),
+    }
     for name, written in texts.items():
         with atomically(sweep / name) as aside:
-            aside.write_text(written, "utf-8")
+            aside.write_text(escape_surrogates(written), "utf-8", newline="")
     write_json(sweep / "summary.json", {
         "metric": board.metric,
         "settings": settings,

@@ -15,6 +15,7 @@ from im2json.errors import UserError
 from im2json.files import read_json
 from im2json.options import OPTIONS, PRESETS, TrainConfig, check, flag_name
 from im2json.resume import fresh_options
+from im2json.text import is_path
 
 PARTS = ("preset", "base", "grid", "ablate", "seeds")
 NOT_HERE = {
@@ -274,17 +275,10 @@ def _check(where: str, name: str, value: Any) -> None:
         value = _times(value)
     if name == "preset":
         raise UserError(f"{where}: it stands beside base, not among the options")
-    if isinstance(value, str) and not _fits_a_command(value):
+    if isinstance(value, str) and not is_path(value):
         raise UserError(f"{where}: {value!r} holds a character that no command line can")
     if problem := check(name, value):
         raise UserError(f"{where}: {problem.removeprefix(f'{flag_name(name)}: ')}")
-
-
-def _fits_a_command(text: str) -> bool:
-    try:
-        return b"\0" not in text.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
 
 
 def _refuse_copies(points: list[Point]) -> None:

@@ -21,6 +21,7 @@ from im2json.files import append_lines
 from im2json.options import OPTIONS, TrainConfig
 from im2json.records import EvaluationKey, LogLine
 from im2json.runs import RunFolder, step_of
+from im2json.text import escape_surrogates
 
 Scalars = dict[str, float]
 
@@ -91,7 +92,7 @@ class Tracker:
         as `validation_best/name`), and the last value of each of the `tested` metrics."""
         if self.writer is None:
             return
-        options = {n: v for n, v in self.config.flat().items() if v is not None and OPTIONS[n].affects_result}
+        options = {n: _plain(v) for n, v in self.config.flat().items() if v is not None and OPTIONS[n].affects_result}
         metrics = {f"validation_best/{name}": value for name, value in best.items() if name != "num"}
         for summary in hparams(options, metrics | {f"test/{name}": 0.0 for name in tested if name != "num"}):
             self.writer._get_file_writer().add_summary(summary)
@@ -112,5 +113,5 @@ class Tracker:
 
 
 def _plain(value: Any) -> bool | int | float | str:
-    """HParams know no None."""
-    return "unset" if value is None else value
+    """HParams know no None, and hold UTF-8."""
+    return "unset" if value is None else escape_surrogates(value) if isinstance(value, str) else value
