@@ -813,7 +813,8 @@ def test_real_scans():
     notes: list[str] = []
     splits = load_splits(str(SCANS), notes=notes)
     assert [len(split) for split in splits.values()] == [30, 10, 10]
-    assert not notes
+    (note,) = notes
+    assert "files not used, as no row names them: 50 (50 .csv: transcripts/" in note
     assert all(set(t) <= {"company", "date", "address", "total"} for s in splits.values() for t in s.targets)
     check_split(splits["test"])
     assert splits["test"][0].id == "test/002.jpg"

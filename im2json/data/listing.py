@@ -59,13 +59,12 @@ def list_tree(root: str | os.PathLike[str]) -> Tree:
         try:
             identity = _identity(path)
             if identity in entered:
-                known = os.path.join(base, entered[identity])
-                notes.append(f"{path}: its files are listed once, in {known}")
+                notes.append(f"{path}: its files are listed once, in {entered[identity]}")
                 continue
             if linked and identity in above:
                 notes.append(f"{path}: link not followed, as it leads to a folder that holds {base}")
                 continue
-            entered[identity] = name
+            entered[identity] = path
             children = sorted(os.listdir(path))
         except OSError:
             unread.append(name)
@@ -100,7 +99,13 @@ def _is_leftover(name: str) -> bool:
 
 
 def suffix_of(name: str) -> str:
+    """Return the suffix of a file's name in lower case."""
     return os.path.splitext(name)[1].lower()
+
+
+def names_document(name: str) -> bool:
+    """Return whether a file's suffix is one that documents have."""
+    return suffix_of(name) in suffixes() or suffix_of(name) in DOCUMENT_SUFFIXES
 
 
 def looks_like_document(path: str | os.PathLike[str]) -> bool:
@@ -108,10 +113,9 @@ def looks_like_document(path: str | os.PathLike[str]) -> bool:
 
     What cannot be opened to find out, as a link that leads nowhere, may be one.
     """
-    suffix = suffix_of(os.fspath(path))
-    if suffix in suffixes() or suffix in DOCUMENT_SUFFIXES:
+    if names_document(os.fspath(path)):
         return True
-    if suffix in TEXT_SUFFIXES or os.path.basename(path).lower() in SYSTEM_FILES:
+    if suffix_of(os.fspath(path)) in TEXT_SUFFIXES or os.path.basename(path).lower() in SYSTEM_FILES:
         return False
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -126,7 +130,7 @@ def looks_like_document(path: str | os.PathLike[str]) -> bool:
 
 def by_suffix(names: Collection[str], shown: int = 3) -> str:
     """Return how many files there are of each suffix, and the first few of them: 3 (2 .txt, 1 .zip: a.txt, ...)."""
-    counts = Counter(suffix_of(name) or "without suffix" for name in names)
+    counts = Counter(suffix_of(name) or "without suffix" for name in sorted(names))
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(5))
     rest = ", ..." if len(counts) > 5 else ""
     first = ", ".join(sorted(names)[:shown]) + (", ..." if len(names) > shown else "")

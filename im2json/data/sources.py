@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from im2json.data.example import Split
-from im2json.data.stored import (
-    ALIASES,
-    ArrowRows,
-    Columns,
-    FolderRows,
-    Line,
-    Rows,
-    StoredSplit,
-    find_target,
-    inside,
-    read_lines,
-    read_pairs,
-)
+from im2json.data.folders import COLUMN_OPTIONS, FOLDER_HELP, open_folder, open_lines, refuse_all_but
+from im2json.data.splitnames import ROLES
+from im2json.data.stored import ALIASES, Columns, Rows, StoredSplit
+from im2json.data.tables import open_tables
 from im2json.errors import UserError, first_line
-from im2json.options import DataOptions, flag_name
+from im2json.options import DataOptions
 
 RECEIPTS = "receipts"
-COLUMN_OPTIONS = ("image_column", "target_column")
-METADATA_EXAMPLE = '{"file_name": "001.jpg", "ground_truth": "{\\"gt_parse\\": {\\"total\\": \\"9.30\\"}}"}'
-FOLDER_HELP = (
-    "a folder must hold train/metadata.jsonl (and validation/, test/ where there are such splits), "
-    f"a line a picture: {METADATA_EXAMPLE}; "
-    "or pictures with a .json of the same name each, train/001.jpg and train/001.json, or train/img/ and train/key/; "
-    "or Parquet files named by split, such as data/train-00000-of-00001.parquet; or what save_to_disk wrote"
-)
 
 _log = logging.getLogger(__name__)
 
@@ -55,14 +37,15 @@ def load_splits(
 
     `dataset` is one of
     - receipts: the embedded synthetic ones, drawn from `seed` (./receipts is a folder of that name);
-    - a folder in imagefolder form: a metadata.jsonl in each split's folder, with file_name and the target;
+    - a folder in imagefolder form: metadata.jsonl files, such as one in each split's folder, with file_name and target;
     - a JSON-lines file, each line with a picture's path from the file's folder on, and the target;
     - a folder of pictures with a .json of the same name each, which is the target (see read_pairs);
     - a folder of Parquet files as the hub lays them out, with `config` where it has several;
     - a folder that `save_to_disk` of `datasets` wrote;
     - a hub id such as naver-clova-ix/cord-v2, with `config` and `revision` where it has several.
 
-    Where files are not told apart by split, those in a folder of a split's name belong to it, others to train.
+    Rows belong to the split that a folder on the way to their files names below the data set, whatever its depth, case
+    and slash (see splitnames); others to train. Names are taken literally, and linked folders are followed.
 
     Pictures are in the column image or file_name (or the only picture column), targets in ground_truth, target or
     json, unless `image_column` and `target_column` say otherwise. A target is a JSON object or the text of one;
@@ -82,15 +65,15 @@ def load_splits(
     given = dict(dataset_config=config, revision=revision, image_column=image_column, target_column=target_column)
     columns = (image_column, target_column)
     if dataset == RECEIPTS:
-        _refuse_all_but((), given, RECEIPTS)
+        refuse_all_but((), given, RECEIPTS)
         splits = _receipts(train_split, seed, said)
     else:
-        path = Path(dataset).expanduser()
+        path = Path(os.path.expanduser(dataset))
         if path.is_dir():
-            available = _open_folder(path, given, columns, said)
+            available = open_folder(path, given, columns, said)
         elif path.suffix == ".jsonl" and path.is_file():
-            _refuse_all_but(COLUMN_OPTIONS, given, dataset)
-            available = _split_by_folder(path.parent, read_lines(path, columns))
+            refuse_all_but(COLUMN_OPTIONS, given, dataset)
+            available = open_lines(path, columns, said)
         elif path.exists():
             raise UserError(f"--dataset {dataset}: is a file, but not one of JSON lines (NAME.jsonl); {FOLDER_HELP}")
         elif _looks_like_path(dataset):
@@ -123,6 +106,11 @@ def _receipts(train_split: str, seed: int, notes: list[str]) -> dict[str, Split]
     if train_split != "train":
         raise UserError(f"--train-split {train_split}: {RECEIPTS} has the splits train, validation, test")
     notes.append(DESCRIPTION)
+    if os.path.lexists(RECEIPTS):
+        notes.append(
+            f"--dataset {RECEIPTS} is the embedded data set, and not the {RECEIPTS} that lies here; "
+            f"to read that, pass --dataset ./{RECEIPTS}"
+        )
     return {name: Receipts(name, seed=seed) for name in ALIASES}
 
 
@@ -134,83 +122,6 @@ def _looks_like_path(dataset: str) -> bool:
         or dataset.count("/") > 1
         or not dataset
     )
-
-
-# --- folders
-
-
-def _open_folder(root: Path, given: Mapping[str, str | None], columns: Columns, notes: list[str]) -> dict[str, Rows]:
-    found = sorted(path.parent for path in root.glob("*/metadata.jsonl"))
-    if found or (root / "metadata.jsonl").is_file():
-        _refuse_all_but(COLUMN_OPTIONS, given, str(root))
-        return _open_imagefolder(root, found, columns)
-    whole = root.resolve()
-    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
-        _refuse_all_but(COLUMN_OPTIONS, given, str(root))
-        return _arrow_splits(_load_saved(root), whole.name, columns, [whole], notes)
-    if next(root.rglob("*.parquet"), None) is not None:
-        _refuse_all_but(("dataset_config", *COLUMN_OPTIONS), given, str(root))
-        return _arrow_splits(_load_parquet(root, given["dataset_config"]), whole.name, columns, [whole], notes)
-    pairs = read_pairs(root)
-    if all(pair.problem for pair in pairs):
-        raise UserError(f"{root}: holds neither metadata.jsonl nor Parquet files; {FOLDER_HELP}")
-    _refuse_all_but((), given, str(root))
-    return _split_by_folder(root, pairs)
-
-
-def _refuse_all_but(known: Sequence[str], given: Mapping[str, str | None], where: str) -> None:
-    for name, value in given.items():
-        if value is not None and name not in known:
-            raise UserError(f"{flag_name(name)} {value}: {where} is of a form that has none; leave the option out")
-
-
-def _open_imagefolder(root: Path, found: Sequence[Path], columns: Columns) -> dict[str, Rows]:
-    if not found:
-        return _split_by_folder(root, read_lines(root / "metadata.jsonl", columns))
-    known = {name for names in ALIASES.values() for name in names}
-    for sub in sorted(root.iterdir()):
-        if sub.is_dir() and sub.name in known and sub not in found:
-            raise UserError(f"{sub}: has no metadata.jsonl; {FOLDER_HELP}")
-    return {sub.name: FolderRows(sub, root, read_lines(sub / "metadata.jsonl", columns)) for sub in found}
-
-
-def _load_parquet(root: Path, config: str | None) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(str(root), name=config)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        raise UserError(f"{root}: cannot be loaded ({first_line(error, 2)})") from error
-
-
-def _load_saved(root: Path) -> Any:
-    """Load what `save_to_disk` wrote. A data set without splits is train.
-
-    The folder names its splits and Arrow files itself: none may lie elsewhere.
-    """
-    import datasets
-
-    saved = root / "dataset_dict.json"
-    try:
-        names = json.loads(saved.read_text("utf-8"))["splits"] if saved.is_file() else ["."]
-        for name in names:
-            state = inside(root, name, str(saved)) / "state.json"
-            for file in json.loads(state.read_text("utf-8"))["_data_files"]:
-                inside(state.parent, file["filename"], str(state))
-        loaded = datasets.load_from_disk(str(root))
-    except (datasets.exceptions.DatasetsError, LookupError, AttributeError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"{root}: cannot be loaded as what save_to_disk writes ({first_line(error, 2)})") from error
-    return loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-
-
-def _split_by_folder(root: Path, lines: Sequence[Line]) -> dict[str, Rows]:
-    """Sort lines into splits by their folders: test/001.jpg belongs to test, 001.jpg to train."""
-    known = {name for names in ALIASES.values() for name in names}
-    groups: dict[str, list[Line]] = defaultdict(list)
-    for line in lines:
-        parts = PurePosixPath(line.file_name).parts
-        groups[parts[0] if len(parts) > 1 and parts[0] in known else "train"].append(line)
-    return {name: FolderRows(root, root, group) for name, group in (groups or {"train": []}).items()}
 
 
 # --- the hub
@@ -251,59 +162,38 @@ def _open_hub(
         raise UserError(f"--dataset {dataset}: cannot be loaded ({first_line(error, 2)})") from error
     caches = [Path(datasets.config.HF_CACHE_HOME), Path(huggingface_hub.constants.HF_HUB_CACHE)]
     caches += [Path(datasets.config.HF_DATASETS_CACHE), Path(datasets.config.DOWNLOADED_DATASETS_PATH)]
-    return _arrow_splits(loaded, dataset, columns, caches, notes)
-
-
-def _arrow_splits(
-    loaded: Mapping[str, Any], name: str, columns: Columns, folders: Sequence[Path], notes: list[str]
-) -> dict[str, Rows]:
-    import datasets
-
-    splits: dict[str, Rows] = {}
-    for split, rows in loaded.items():
-        where = f"split {split} of {name}"
-        image = _find_image(rows.features, columns[0], where)
-        target = find_target(rows.column_names, columns[1], where)
-        try:
-            rows = rows.cast_column(image, datasets.Image(decode=False))
-        except (NotImplementedError, TypeError, ValueError) as error:
-            raise UserError(f"{where}: its column {image!r} holds no pictures ({first_line(error, 2)})") from error
-        splits[split] = ArrowRows(rows, name, split, image, target, folders)
-        if isinstance(rows.features[target], dict):
-            notes.append(f"{where}: {target} is a struct: keys that are null are left out; JSON text keeps them")
-    return splits
-
-
-def _find_image(features: Mapping[str, Any], given: str | None, where: str) -> str:
-    import datasets
-
-    if given is not None and given not in features:
-        raise UserError(f"{where}: has no column {given!r}; it has {', '.join(features)}")
-    pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if given is not None or "image" in features:
-        return given or "image"
-    if len(pictures) != 1:
-        raise UserError(f"{where}: has no picture column (image); it has {', '.join(features)}")
-    return pictures[0]
+    return open_tables(loaded, dataset, columns, caches, notes)
 
 
 # --- three splits out of those that are there
 
 
 def _three_splits(available: Mapping[str, Rows], dataset: str, train_split: str, notes: list[str]) -> dict[str, Split]:
-    wanted = ALIASES["train"] if train_split == "train" else (train_split,)
-    train = next((name for name in wanted if name in available), None)
+    train = train_split if train_split in available else _of_role(available, ROLES.get(train_split.lower()))
     if train is None:
         raise UserError(f"--train-split {train_split}: {dataset} has no such split; it has {', '.join(available)}")
     splits: dict[str, Split] = {}
+    used = {train}
     for role in ("validation", "test"):
         # what is trained on must not be what is tested on, whatever it is called
-        there = next((name for name in ALIASES[role] if name in available and name != train), None)
+        there = _of_role([name for name in available if name != train], role)
         if there is not None:
+            used.add(there)
             splits[role] = StoredSplit(role, _not_empty(available[there], dataset, there))
+    notes += [
+        f"{dataset}: split {name} is not used: {len(rows)} rows (--train-split {name} trains on them)"
+        for name, rows in available.items()
+        if name not in used
+    ]
     missing = [role for role in ("validation", "test") if role not in splits]
     splits |= _cut(_not_empty(available[train], dataset, train), missing, dataset, train, notes)
     return {role: splits[role] for role in ALIASES}
+
+
+def _of_role(names: Iterable[str], role: str | None) -> str | None:
+    """Return the first name, in the order of ALIASES, that stands for train, validation or test, whatever its case."""
+    known = {name.lower(): name for name in names}
+    return next((known[alias] for alias in ALIASES.get(role or "", ()) if alias in known), None)
 
 
 def _not_empty(rows: Rows, dataset: str, split: str) -> Rows:

@@ -9,7 +9,7 @@ import codecs
 import os
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,11 +17,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from im2json.data.example import Example
-from im2json.data.kinds import suffixes
 from im2json.data.pictures import decode_picture
 from im2json.errors import UserError
 from im2json.jsontext import canonical, load_json
-from im2json.text import decode, is_path, refuse_utf16, shortened
+from im2json.text import is_path, refuse_utf16, shortened
 
 IMAGE_COLUMNS = ("file_name", "image")
 TARGET_COLUMNS = ("ground_truth", "target", "json")
@@ -160,7 +159,8 @@ def inside(folder: Path, name: str, where: str) -> Path:
         raise UserError(f"{where}: {shortened(name)!r} cannot be the name of a file")
     if path.is_absolute() or ".." in path.parts or Path(name).is_absolute():
         raise UserError(f"{where}: {shortened(name)!r} leads out of the data set's folder; give a path within it")
-    return folder / path
+    literal = folder / name  # a ZIP archive from Windows may have left files with a backslash in their name
+    return literal if "\\" in name and os.path.lexists(literal) else folder / path
 
 
 def refuse_inline(name: str, where: str) -> None:
@@ -217,21 +217,23 @@ def _names(folder: Path, changed: int) -> dict[str, str]:
 class Line:
     """A line of a JSON-lines file, or a pair of files; `problem` is set where it does not even name its picture."""
 
+    folder: Path  # of the JSON-lines file or of the pairs
     where: str  # FILE:LINE, or the .json of a pair
-    file_name: str  # relative to the folder of the JSON-lines file or of the pairs
+    file_name: str  # relative to the folder
     target: Any = None  # JSON text or a value
     problem: str | None = None
+
+    def path_within(self, root: Path) -> str:
+        """Return the picture's path within a data set."""
+        return (self.folder.relative_to(root) / self.file_name).as_posix()
 
 
 class FolderRows:
     """Rows of picture files with a line each, read without `datasets`: objects stay exactly as written."""
 
-    def __init__(self, folder: Path, root: Path, lines: Sequence[Line]) -> None:
-        self.folder = folder
+    def __init__(self, root: Path, lines: Sequence[Line]) -> None:
         self.lines = lines
-        prefix = folder.relative_to(root)
-        names = [(prefix / line.file_name).as_posix() for line in lines]
-        self._ids = _made_unique(names)
+        self._ids = _made_unique([line.path_within(root) for line in lines])
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -246,7 +248,7 @@ class FolderRows:
 
     def picture(self, row: int) -> tuple[bytes, str]:
         line = self._line(row)
-        path = inside(self.folder, line.file_name, line.where)
+        path = inside(line.folder, line.file_name, line.where)
         return read_file(path, f"{path} ({line.where})"), str(path)
 
     def _line(self, row: int) -> Line:
@@ -268,20 +270,23 @@ def _made_unique(names: Sequence[str]) -> list[str]:
 def read_lines(path: Path, columns: Columns) -> list[Line]:
     """Return every row of a JSON-lines file. A bad row is kept with its problem, so that all are listed at once."""
     lines = []
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     refuse_utf16(content, str(path))
     for number, data in enumerate(content.split(b"\n"), start=1):  # text has other line ends inside strings
         if not data.removeprefix(codecs.BOM_UTF8).strip():
             continue
         where = f"{path}:{number}"
         try:
-            lines.append(_read_line(data, where, columns))
+            lines.append(_read_line(data, path.parent, where, columns))
         except UserError as error:
-            lines.append(Line(where, f"{path.name}:{number}", problem=str(error)))
+            lines.append(Line(path.parent, where, f"{path.name}:{number}", problem=str(error)))
     return lines
 
 
-def _read_line(data: bytes, where: str, columns: Columns) -> Line:
+def _read_line(data: bytes, folder: Path, where: str, columns: Columns) -> Line:
     row = load_json(data, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be a JSON object, not {_kind(row)}")
@@ -290,42 +295,7 @@ def _read_line(data: bytes, where: str, columns: Columns) -> Line:
     if not isinstance(row.get(image), str) or not row[image]:
         raise UserError(f"{where}: names no picture; {image} must be its path within the folder")
     refuse_inline(row[image], where)
-    return Line(where, row[image], row[find_target(row, target, where)])
-
-
-def read_pairs(root: Path) -> list[Line]:
-    """Pictures with a .json of the same name: beside each other, or in img/ and key/ as in SROIE; hidden files apart.
-
-    One without the other is kept with its problem, like two of one name.
-    """
-    files: dict[Path, tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))  # pictures and .json by name
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root)
-        is_json = path.suffix.lower() == ".json"
-        is_picture = path.suffix.lower() in (*suffixes(), ".pdf")  # a PDF is told what it is when it is opened
-        if (is_json or is_picture) and not any(part.startswith(".") for part in name.parts):
-            shared = Path(*(part for part in name.parent.parts if part not in ("img", "key")), name.stem)
-            files[shared][is_json].append(path)
-    return [_pair(root, *files[shared]) for shared in sorted(files)]
-
-
-def _pair(root: Path, pictures: list[Path], targets: list[Path]) -> Line:
-    both = [*pictures, *targets]
-    where, file_name = str(both[-1]), both[0].relative_to(root).as_posix()
-    if len(pictures) > 1 or len(targets) > 1:
-        problem = f"{', '.join(map(str, both))}: share a name; one picture goes with one .json"
-    elif not targets:
-        problem = f"{where}: has no {pictures[0].stem}.json beside it, or in key/ beside img/"
-    elif not pictures:
-        problem = f"{where}: has no picture of that name beside it, or in img/ beside key/"
-    else:
-        try:
-            return Line(where, file_name, decode(targets[0].read_bytes(), where))
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"{where}: cannot be read ({error.strerror or error})"
-    return Line(where, file_name, problem=problem)
+    return Line(folder, where, row[image], row[find_target(row, target, where)])
 
 
 def find_target(columns: Any, given: str | None, where: str) -> str:

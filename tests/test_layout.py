@@ -1,0 +1,387 @@
+"""Folders as people have them: the one that was named, with the splits it has, and nothing left out in silence."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+from im2json.data.check import check_split
+from im2json.data.sources import load_splits
+from im2json.errors import UserError
+
+NAMES = [
+    "a[1]",
+    "a*",
+    "a?",
+    "{a,b}",
+    "~nobody",
+    " a b ",
+    "a#b",
+    "50%",
+    "-a",
+    "a:b",
+    "a::b",
+    "é",
+    os.fsdecode(b"a\xe9\xff"),
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    datasets.disable_progress_bars()
+
+
+colours = iter(range(10**6))
+
+
+def picture_bytes() -> bytes:
+    """A picture unlike all others."""
+    number, stream = next(colours), io.BytesIO()
+    Image.new("RGB", (4, 3), (number % 256, number // 256 % 256, 7)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_pictures(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(picture_bytes())
+
+
+def write_rows(file: Path, *names: str, pictures: bool = True) -> None:
+    """Lines that name pictures, and these pictures, each with its path as its target."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps({"file_name": name, "target": {"n": name}}) + "\n" for name in names))
+    if pictures:
+        write_pictures(file.parent, *(name.replace("\\", "/") for name in names))
+
+
+def write_pairs(root: Path, **folders: str) -> None:
+    """Pairs by name: the folder of the picture, and that of the .json if it is another one after a colon."""
+    for name, where in folders.items():
+        picture, _, target = where.partition(":")
+        write_pictures(root, f"{picture}/{name}.png")
+        (root / (target or picture)).mkdir(parents=True, exist_ok=True)
+        (root / (target or picture) / f"{name}.json").write_text(json.dumps({"n": name}))
+
+
+def table(names: list[str]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(
+        {
+            "image": [{"bytes": picture_bytes(), "path": None} for _ in names],
+            "target": [json.dumps({"n": name}) for name in names],
+        },
+        features=datasets.Features({"image": datasets.Image(), "target": datasets.Value("string")}),
+    )
+
+
+def write_parquet(root: Path, **files: int) -> None:
+    """Files of so many rows, whose targets tell the file; __ stands for a slash and _of_ for -of-."""
+    for key, count in files.items():
+        name = key.replace("__", "/").replace("_of_", "-of-")
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        with (root / f"{name}.parquet").open("wb") as file:
+            table([f"{name}{i}" for i in range(count)]).to_parquet(file)
+
+
+def loaded(dataset: Path | str, **options: str) -> tuple[dict[str, list[str]], list[str]]:
+    """The targets of each split in order, every row of which can be read, and the notes."""
+    notes: list[str] = []
+    splits = load_splits(str(dataset), notes=notes, **options)
+    check_split(*splits.values())
+    return {name: sorted(target["n"] for target in split.targets) for name, split in splits.items()}, notes
+
+
+# --- the folder that was named
+
+
+def write_form(root: Path, form: str, names: list[str]) -> Path:
+    """Three examples in one of the forms that a data set has; what --dataset names."""
+    root.mkdir(parents=True)
+    if form == "imagefolder":
+        for split, name in zip(("train", "val", "test"), names):
+            write_rows(root / split / "metadata.jsonl", name, pictures=False)
+            write_pictures(root / split, name)
+    elif form == "lines":
+        write_rows(root / "x.jsonl", *names)
+        return root / "x.jsonl"
+    elif form == "pairs":
+        write_pairs(root, **dict.fromkeys(names, "p"))
+    elif form == "parquet":
+        with (root / "train.parquet").open("wb") as file:
+            table(names).to_parquet(file)
+    else:
+        other = root.parent / "plain"
+        table(names).save_to_disk(str(other))
+        for file in other.iterdir():
+            file.rename(root / file.name)
+        other.rmdir()
+    return root
+
+
+@pytest.mark.parametrize("form", ["imagefolder", "lines", "pairs", "parquet", "saved"])
+def test_a_folder_is_taken_literally(tmp_path, form):
+    """Beside folders that its name would stand for if it were a pattern."""
+    few = ["a[1]", "a*", "a::b", "-a", NAMES[-1]]
+    for i, name in enumerate(few if form in ("parquet", "saved") else NAMES):
+        root = tmp_path / str(i)
+        for decoy in ("a", "b", "a1", "aa"):
+            write_pairs(root, bad=decoy)
+        names = ["1.png", "2.png", "3.png"]
+        splits, notes = loaded(write_form(root / name, form, names))
+        assert sorted(n for targets in splits.values() for n in targets) == names
+        assert not any("not used" in note for note in notes)
+
+
+def test_the_cut_of_a_parquet_folder_follows_its_files(tmp_path):
+    """What is cached for one state of a file is not taken for the next one."""
+    write_parquet(tmp_path, train=4)
+    assert sum(map(len, loaded(tmp_path)[0].values())) == 4
+    write_parquet(tmp_path, train=6)
+    assert sum(map(len, loaded(tmp_path)[0].values())) == 6
+
+
+def test_a_tilde_is_the_home_folder_and_no_traceback(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_form(tmp_path / "mine", "pairs", ["1", "2", "3"])
+    assert sum(map(len, loaded("~/mine")[0].values())) == 3
+    with pytest.raises(UserError, match="~nobody/x: there is no such folder or file"):
+        load_splits("~nobody/x")
+
+
+def test_the_embedded_name_beside_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notes: list[str] = []
+    load_splits("receipts", notes=notes)
+    assert not any("./receipts" in note for note in notes)
+    (tmp_path / "receipts").mkdir()
+    load_splits("receipts", notes=notes)
+    assert "to read that, pass --dataset ./receipts" in notes[-1]
+
+
+# --- the splits that a layout names
+
+
+def test_splits_behind_backslashes(tmp_path):
+    write_rows(tmp_path / "metadata.jsonl", "train\\1.png", "VAL\\2.png", "deep\\Test\\3.png", "deep/train/4.png")
+    splits, _ = loaded(tmp_path)
+    assert list(splits.values()) == [["deep/train/4.png", "train\\1.png"], ["VAL\\2.png"], ["deep\\Test\\3.png"]]
+
+
+def test_files_whose_names_hold_a_backslash(tmp_path):
+    """As a ZIP archive from Windows leaves them."""
+    for name in ("train\\1", "val\\2", "test\\3"):
+        (tmp_path / f"{name}.png").write_bytes(picture_bytes())
+        (tmp_path / f"{name}.json").write_text(json.dumps({"n": name}))
+    assert list(loaded(tmp_path)[0].values()) == [["train\\1"], ["val\\2"], ["test\\3"]]
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "test"),
+    [
+        ("x/train/img:x/train/key", "x/val/img:x/val/key", "x/test/img:x/test/key"),
+        ("TRAIN", "Validation", "Test"),
+        ("img/train:key/train", "img/dev:key/dev", "img/eval:key/eval"),
+        ("images/train:keys/train", "images/val:keys/val", "images/test:keys/test"),
+        ("pictures/train:keys", "pictures/val:keys", "pictures/test:keys"),
+        ("pictures:keys/train", "pictures:keys/val", "pictures:keys/test"),
+        ("training_data/images:training_data/annotations", "val2017", "testing_data"),
+        ("a/b/train/c/d", "a/b/valid/c", "Test Images"),
+        ("other", "val", "test1"),
+        ("train/blood-test", "val/latest", "test/train_x"),
+    ],
+)
+def test_splits_of_pairs(tmp_path, train, validation, test):
+    root = tmp_path / "test" / "data"  # above the named folder, names of splits do not matter
+    write_pairs(root, one=train, two=validation, three=test)
+    assert loaded(root)[0] == {"train": ["one"], "validation": ["two"], "test": ["three"]}
+
+
+@pytest.mark.parametrize(
+    "name", ["latest", "testimonials", "contest", "devices", "training-manuals", "invalid", "trainval"]
+)
+def test_names_that_are_no_splits(tmp_path, name):
+    write_pairs(tmp_path, test=name, a_test=name, three=f"{name}/deep", four="other")
+    splits, notes = loaded(tmp_path)
+    assert len(splits["train"]) == 2
+    assert len(notes) == 2 and all("are kept for it, chosen by" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", ["blood-test", "receipts_test", "Test Certificates", "train/test", "test/deep/val"])
+def test_names_that_may_be_splits_stop(tmp_path, name):
+    write_pairs(tmp_path, one="other", two=f"other/{name}", three="other/more", four="other")
+    with pytest.raises(UserError, match=r"leave open whether their rows are for training\. Rename each") as caught:
+        load_splits(str(tmp_path))
+    assert "(1 rows): " in str(caught.value) and str(caught.value).endswith("?")
+
+
+def test_a_tree_of_each_split_is_not_paired_with_the_other(tmp_path):
+    write_pairs(tmp_path, one="train/img:test/key", two="train", three="train", four="train")
+    with pytest.raises(UserError, match=r"2 of 5 rows .*\n.*one\.png: has no one\.json.*\n.*one\.json: has no picture"):
+        check_split(*load_splits(str(tmp_path)).values())
+
+
+def test_metadata_at_any_depth(tmp_path):
+    write_rows(tmp_path / "SROIE" / "train" / "metadata.jsonl", "1.png", "deep/2.png")
+    write_rows(tmp_path / "SROIE" / "Test" / "metadata.jsonl", "3.png")
+    write_rows(tmp_path / "val" / "more" / "metadata.jsonl", "4.png")
+    write_rows(tmp_path / "val" / "metadata.jsonl", "5.png")
+    splits, notes = loaded(tmp_path)
+    assert splits == {"train": ["1.png", "deep/2.png"], "validation": ["4.png", "5.png"], "test": ["3.png"]}
+    assert not notes
+
+
+def test_json_lines_named_by_split(tmp_path):
+    write_rows(tmp_path / "a" / "train.jsonl", "1.png")
+    write_rows(tmp_path / "a" / "validation.jsonl", "2.png")
+    write_rows(tmp_path / "a" / "test.jsonl", "3.png")
+    assert loaded(tmp_path / "a") == ({"train": ["1.png"], "validation": ["2.png"], "test": ["3.png"]}, [])
+    write_rows(tmp_path / "b" / "metadata.jsonl", "1.png", "val/2.png")
+    write_rows(tmp_path / "b" / "metadata_test.jsonl", "3.png")
+    assert loaded(tmp_path / "b") == ({"train": ["1.png"], "validation": ["val/2.png"], "test": ["3.png"]}, [])
+    write_rows(tmp_path / "a" / "train.jsonl", "1.png", "4.png", "5.png")
+    _, notes = loaded(tmp_path / "a" / "train.jsonl")
+    assert f"read alone; --dataset {tmp_path}/a reads test.jsonl, validation.jsonl as splits, too" in notes[0]
+
+
+def test_parquet_files_by_name(tmp_path):
+    write_parquet(tmp_path / "a", **{"TRAIN__0": 2, "TRAIN__1": 1, "Val__0": 1, "data__x_test": 2, "more": 3})
+    splits, notes = loaded(tmp_path / "a")
+    assert splits == {
+        "train": ["TRAIN/00", "TRAIN/01", "TRAIN/10"],
+        "validation": ["Val/00"],
+        "test": ["data/x_test0", "data/x_test1"],
+    }
+    assert notes == [f"{tmp_path}/a: split more is not used: 3 rows (--train-split more trains on them)"]
+    write_parquet(tmp_path / "b", one=3, two=2)
+    assert sum(map(len, loaded(tmp_path / "b")[0].values())) == 5
+    write_parquet(tmp_path / "c", **{"train__test": 2})
+    with pytest.raises(UserError, match=r"c/train/test\.parquet: leaves open which split"):
+        load_splits(str(tmp_path / "c"))
+    write_parquet(tmp_path / "d", **{"data__train-00001_of_00003": 2})
+    with pytest.raises(UserError, match=r"only 1 of the 3 files data/train-\*-of-00003\.parquet are there"):
+        load_splits(str(tmp_path / "d"))
+    write_parquet(tmp_path / "e", train=2)
+    (tmp_path / "e" / "test.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"e/test\.parquet: cannot be loaded"):
+        load_splits(str(tmp_path / "e"))
+
+
+def test_parquet_files_by_configuration(tmp_path):
+    root = tmp_path / "a[1]"
+    write_parquet(
+        root, **{f"{config}__{split}": 1 for config in ("en", "de") for split in ("train", "validation", "test")}
+    )
+    configs = "".join(
+        f"- config_name: {config}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {config}/{split}*\n" for split in ("train", "validation", "test"))
+        for config in ("en", "de")
+    )
+    (root / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    splits, notes = loaded(root, config="de")
+    assert splits == {"train": ["de/train0"], "validation": ["de/validation0"], "test": ["de/test0"]}
+    assert "files not used, as no row names them: 3 (3 .parquet: en/test.parquet, " in notes[-1]
+    with pytest.raises(UserError, match="Config name is missing"):
+        load_splits(str(root))
+    (root / "README.md").unlink()
+    with pytest.raises(UserError, match=r"--dataset-config de: no README\.md of"):
+        load_splits(str(root), config="de")
+
+
+def test_splits_of_a_saved_data_set_in_any_case(tmp_path):
+    splits = {"Train": table(["1", "2"]), "VAL": table(["3"]), "Test": table(["4"]), "extra": table(["5"])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    found, notes = loaded(tmp_path / "set")
+    assert found == {"train": ["1", "2"], "validation": ["3"], "test": ["4"]}
+    assert "split extra is not used: 1 rows" in notes[0]
+
+
+# --- rows, files and folders that are not used
+
+
+def test_all_metadata_files_are_read(tmp_path):
+    write_rows(tmp_path / "metadata.jsonl", "more/1.png", "more/2.png", "train/3.png", "train/4.png")
+    write_rows(tmp_path / "train" / "metadata.jsonl", "3.png", pictures=False)
+    splits, notes = loaded(tmp_path)
+    assert sorted(n for targets in splits.values() for n in targets) == [
+        "3.png", "more/1.png", "more/2.png", "train/4.png",
+    ]  # fmt: skip
+    assert notes[0].splitlines() == [
+        f"{tmp_path}/metadata.jsonl: 1 of 4 rows are not used, as a file nearer to their pictures has them",
+        f"  {tmp_path}/metadata.jsonl:3",
+    ]
+
+
+def test_what_is_not_used_is_named(tmp_path):
+    write_rows(tmp_path / "train" / "metadata.jsonl", *(f"{i}.png" for i in range(5)))
+    write_rows(tmp_path / "more" / "metadata.jsonl", "6.png")
+    write_pictures(tmp_path, "train/orphan.png", "other/7.jpg", "other/deep/8.jpg", ".hidden/9.png")
+    (tmp_path / "train.csv").write_text("a")
+    (tmp_path / "README.md").write_text("# Receipts")
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to(".")
+    _, notes = loaded(tmp_path)
+    assert [note for note in notes if "are kept for it" not in note] == [
+        f"{tmp_path}/loop: its files are listed once, in {tmp_path}",
+        f"{tmp_path}: links that lead nowhere: 1 (1 without suffix: gone)",
+        f"{tmp_path}: files not used, as no row names them: 4 "
+        "(2 .jpg, 1 .csv, 1 .png: other/7.jpg, other/deep/8.jpg, train.csv, ...)",
+        f"{tmp_path}: hidden files passed over: 1 (1 .png: .hidden/9.png)",
+        f"{tmp_path}: split more is not used: 1 rows (--train-split more trains on them)",
+    ]
+
+
+def test_linked_trees_are_read(tmp_path):
+    write_pairs(tmp_path / "store", **{f"n{i}": "img:key" for i in range(4)})
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "img").symlink_to("../store/img")
+    (data / "key").symlink_to(tmp_path / "store" / "key")
+    (data / "key" / "gone.json").symlink_to("nowhere")
+    splits = load_splits(str(data))
+    with pytest.raises(UserError, match=r"1 of 5 rows .*\n.*gone\.json: is a link to nowhere, which is not there"):
+        check_split(*splits.values())
+
+
+def test_documents_that_cannot_be_read_are_bad_rows(tmp_path):
+    write_pairs(tmp_path, **{f"n{i}": "." for i in range(3)})
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+    for name in ("n4.HEIC", "n5.pdf", "n6.png"):
+        (tmp_path / name).write_bytes(heic)
+    for name in ("n4", "n6"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    with pytest.raises(UserError) as caught:
+        check_split(*load_splits(str(tmp_path)).values())
+    lines = sorted(str(caught.value).splitlines()[1:])
+    assert len(lines) == 3
+    assert "n4.HEIC" in lines[0] and "is a HEIC picture; run `pip install pillow-heif`" in lines[0]
+    assert "n5.pdf: has no n5.json beside it" in lines[1]
+    assert "n6.png" in lines[2] and "is a HEIC picture" in lines[2]
+
+
+def test_a_folder_of_a_split_without_rows_stops(tmp_path):
+    write_rows(tmp_path / "x" / "train" / "metadata.jsonl", "1.png", "2.png", "3.png")
+    write_pictures(tmp_path, "x/TEST/deep/4.png")
+    with pytest.raises(UserError, match=r"x/TEST: has no metadata\.jsonl"):
+        load_splits(str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    write_pairs(tmp_path, **{f"n{i}": "." for i in range(3)}, locked="locked")
+    listdir = os.listdir
+
+    def refuse(path: str) -> list[str]:
+        if os.path.basename(path) == "locked":  # a test may run as root, whom no permission stops
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert f"{tmp_path}: folders that cannot be listed: 1\n  locked" in loaded(tmp_path)[1]
+    with pytest.raises(UserError, match="locked: the folder cannot be listed; check its permissions"):
+        load_splits(str(tmp_path / "locked"))
