@@ -173,6 +173,8 @@ def test_every_kind_of_picture_keeps_its_place(extract, extractor, pictures, tmp
     assert [Path(row["id"]).name[0] for row in rows] == list("abcdefghijkl")
     assert ["error" in row for row in rows] == [False] * 6 + [True] * 6
     assert [row.get("pages") for row in rows] == [None] * 5 + [2] + [None] * 6
+    assert [row.get("note") for row in rows if "note" in row] == [rows[3]["note"]]
+    assert f"{tmp_path}/d.png: {rows[3]['note']}\n" in result.stderr and "is taken for white" in rows[3]["note"]
     assert all(row["error"].startswith(row["id"]) for row in rows[6:])
     (wanted,) = extractor([pictures[0]])
     for row in (rows[0], rows[2], rows[4], rows[5]):

@@ -56,5 +56,7 @@ def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict
                     rows.write(row)
                     if "pages" in row:
                         tqdm.write(f"{row['id']}: has {row['pages']} pages, of which the first was read", sys.stderr)
+                    if "note" in row:
+                        tqdm.write(f"{row['id']}: {row['note']}", sys.stderr)
                     bar.update()
         return rows.errors, len(rows.ids)

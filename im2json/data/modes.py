@@ -79,6 +79,12 @@ def load_upright_rgb(picture: Image.Image) -> Image.Image:
     return upright
 
 
+def reading_note(picture: Image.Image) -> str | None:
+    """Return the note on how a picture was read, if it has one."""
+    note: str | None = picture.info.get(NOTE)
+    return note
+
+
 def _orientation(picture: Image.Image) -> int:
     try:
         orientation = picture.getexif().get(ExifTags.Base.Orientation)

@@ -16,6 +16,7 @@ from transformers import PaliGemmaForConditionalGeneration
 
 from im2json.data.collate import Collator
 from im2json.data.loader import loading_threads
+from im2json.data.modes import reading_note
 from im2json.data.pictures import count_pages, decode_picture, upright_rgb
 from im2json.data.stored import read_file
 from im2json.errors import UserError
@@ -39,11 +40,12 @@ FIRST = 4  # pictures in the first batch on a CPU, so that there is something to
 
 
 class _Loaded(NamedTuple):
-    """A picture by name, with its pixels, 1 x 3 x H x W, or with what is wrong, and the number of its file's pages."""
+    """A picture by name, with its pixels, 1 x 3 x H x W, or with what is wrong."""
 
     id: str
     found: torch.Tensor | str
-    pages: int
+    pages: int = 1  # of its file
+    note: str | None = None  # on how it was read
 
 
 class Extractor:
@@ -112,8 +114,9 @@ class Extractor:
         A row is {"id", "json", "reading", "confidence", "text"}: the file's name as given (of a picture in memory its
         index), the object or None, how it was read (strict, repaired or unreadable, see jsontext.read), the
         object again with a probability for each leaf, and the text that the model wrote; and "checks", where there are
-        any, "cut": true, where an answer was held to a schema and ended at the limit, and "pages", where the file has
-        more than the first page, which was read. A picture that cannot be read gives {"id", "error"} in its place.
+        any, "cut": true, where an answer was held to a schema and ended at the limit, "pages", where the file has more
+        than the first page, which was read, and "note", where its values had to be scaled. A picture that cannot be
+        read gives {"id", "error"} in its place.
         """
         numbered, batch_size, limit = enumerate(pictures), self.settings.batch_size, self.settings.max_new_tokens
         on_gpu = self.decoder.model.device.type == "cuda"
@@ -139,13 +142,13 @@ class Extractor:
                     if isinstance(one.found, str):
                         yield {"id": one.id, "error": one.found}
                     else:
-                        yield self._row(one.id, next(answers)) | ({"pages": one.pages} if one.pages > 1 else {})
+                        yield self._row(one, next(answers))
 
-    def _row(self, id: str, answer: Answer) -> Row:
+    def _row(self, loaded: _Loaded, answer: Answer) -> Row:
         reading = read(answer.text)
         confidence = leaf_confidence(answer.text, answer.starts, answer.logprobs, reading)
         row: Row = {
-            "id": id,
+            "id": loaded.id,
             "json": reading.value,
             "reading": reading.how,
             "confidence": None if confidence is None else self.calibration.of(confidence),
@@ -155,6 +158,10 @@ class Extractor:
             row["cut"] = True
         if self.settings.checks:
             row["checks"] = check_results(self.settings.checks, reading.value)
+        if loaded.pages > 1:
+            row["pages"] = loaded.pages
+        if loaded.note is not None:
+            row["note"] = loaded.note
         return row
 
     def _load(self, index: int, picture: str | os.PathLike[str] | Image.Image) -> _Loaded:
@@ -167,5 +174,5 @@ class Extractor:
                 data = read_file(Path(name), name)
                 shown, pages = decode_picture(data, name), count_pages(data)
         except UserError as error:
-            return _Loaded(name, str(error), pages)
-        return _Loaded(name, self.decoder.collator.pixels([shown]), pages)
+            return _Loaded(name, str(error))
+        return _Loaded(name, self.decoder.collator.pixels([shown]), pages, reading_note(shown))
