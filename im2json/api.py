@@ -160,18 +160,20 @@ def sweep(grid: AnyPath | Mapping[str, Any], *, output: AnyPath | None = None, *
     """
     from im2json.commands.sweep import SweepOptions
     from im2json.commands.sweep import sweep as run_sweep
+    from im2json.sweeps.grid import make_plan
 
-    if isinstance(grid, Mapping):
-        if output is None:
-            raise UserError("output: a grid that is not a file needs a folder, like output='runs/rank'")
-        make_folder(Path(output))
-        write_json(Path(output) / "grid.json", dict(grid))
-        grid = Path(output) / "grid.json"
     unknown = options.keys() - {"jobs", "gpus_per_run", "ray", "halve"}
     if unknown:
         raise UserError(
             f"{min(unknown)}: a sweep has the options jobs, gpus_per_run, ray and halve; others go into the grid"
         )
+    if isinstance(grid, Mapping):
+        if output is None:
+            raise UserError("output: a grid that is not a file needs a folder, like output='runs/rank'")
+        make_plan(grid, {})  # so that a mistake leaves no folder behind
+        make_folder(Path(output))
+        write_json(Path(output) / "grid.json", dict(grid))
+        grid = Path(output) / "grid.json"
     settled = SweepOptions(Path(grid), output=None if output is None else Path(output), **options)
     if not run_sweep(settled):
         raise UserError(f"points of {settled.folder} failed, as printed above. The same call tries them again.")

@@ -73,6 +73,9 @@ def test_a_mistake_is_the_line_that_the_command_prints(options, tmp_path):
         im2json.sweep({"grid": {"r": [4]}}, output=tmp_path / "sweep", jobz=2)
     with pytest.raises(im2json.UserError, match="output: a grid that is not a file"):
         im2json.sweep({"grid": {"r": [4]}})
+    with pytest.raises(im2json.UserError, match="unknown key 'base_'"):
+        im2json.sweep({"base_": {}}, output=tmp_path / "sweep")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from im2json.model.lora import count_parameters, read_adapter_weights
 from im2json.options import TrainConfig
 from im2json.records import RunResult
 from im2json.report.run import write_report
-from im2json.report.table import before_after_table
+from im2json.report.table import before_after_table, counted
 from im2json.runs import WEIGHTS, RunFolder, claim_new, claim_stopped, locked, new_run
 from im2json.scoring.examples import calibrate
 from im2json.text import command_line
@@ -126,12 +126,13 @@ def _fit(
 def training_note(workspace: Workspace, done: int) -> str:
     """Return the line that says what training does now, after the steps that are done."""
     options, validation = workspace.config.train, len(workspace.splits["validation"])
-    more = " more" if done else ""
-    note = f"training for {workspace.order.total(options) - done}{more} steps of {options.batch_size} examples"
+    more = "more " if done else ""
+    steps = counted(workspace.order.total(options) - done, f"{more}step")
+    note = f"training for {steps} of {counted(options.batch_size, 'example')}"
     if not options.eval_every:
         return f"{note}, without scoring the validation split"
-    count = min(validation, options.eval_examples or validation)
-    return f"{note}, scoring {count} examples of the validation split every {options.eval_every} steps"
+    scored = counted(min(validation, options.eval_examples or validation), "example")
+    return f"{note}, scoring {scored} of the validation split every {counted(options.eval_every, 'step')}"
 
 
 def conclude(
@@ -173,7 +174,7 @@ def conclude(
 def summary(run: RunFolder, result: RunResult) -> str:
     """Return the closing words of a run: before and after, and where to look."""
     kept = "the last adapter" if result.best_step is None else f"best adapter from step {result.best_step}"
-    lines = [f"{result.step} steps in {result.seconds:.0f} s, {kept}"]
+    lines = [f"{counted(result.step, 'step')} in {result.seconds:.0f} s, {kept}"]
     if result.test is not None:
         lines += [
             "",

@@ -28,6 +28,7 @@ from im2json.model.lora import merged_copy
 from im2json.progress import progress_bar
 from im2json.records import EvaluationKey, Prediction
 from im2json.report.picture import prediction_panel
+from im2json.report.table import counted
 from im2json.runs import RunFolder
 from im2json.scoring import StreamingEvaluator
 from im2json.scoring.checks import check_results
@@ -186,7 +187,7 @@ class Evaluation:
 
         if stage != "during":
             scored = f"the adapter of step {step}" if adapter else "the base model"
-            self.accelerator.print(f"scoring {scored} on {len(examples)} examples of the {split} split")
+            self.accelerator.print(f"scoring {scored} on {counted(len(examples), 'example')} of the {split} split")
         with torch.random.fork_rng():
             metrics = evaluate_split(
                 key, make_decoder, self.collator, examples, self.accelerator, self.settings, on_predictions

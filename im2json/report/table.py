@@ -76,6 +76,11 @@ class _Signed(float):
     """A difference, which is shown with its sign."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 step, 2 steps."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def cell_text(value: Any) -> str:
     """Return a value as a table shows it."""
     if value is None:
