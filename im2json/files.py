@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from im2json.errors import UserError
-from im2json.jsontext import load_json
+from im2json.jsontext import dumps, load_json, loads
 from im2json.text import escape_surrogates
 
 CHECKSUMS = "checksums.json"
@@ -105,7 +105,7 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file atomically."""
     with atomically(path) as aside:
-        aside.write_text(escape_surrogates(json.dumps(value, ensure_ascii=False, indent=2)) + "\n", "utf-8")
+        aside.write_text(escape_surrogates(dumps(value, ensure_ascii=False, indent=2)) + "\n", "utf-8")
 
 
 def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -116,7 +116,7 @@ def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def json_line(row: dict[str, Any]) -> str:
     """Return a row as one line of JSON, without the line break."""
-    return escape_surrogates(json.dumps(row, ensure_ascii=False))  # a model or a file name may hold them
+    return escape_surrogates(dumps(row, ensure_ascii=False))  # a model or a file name may hold lone surrogates
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -132,7 +132,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                yield json.loads(line)
+                yield loads(line)
             except (ValueError, RecursionError):
                 load_json(line, f"{path}:{number}")  # raises the same error in a form that names the line
                 raise

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from im2json.data.collate import Collator
 from im2json.data.sources import load_splits
 from im2json.inference.constrain import Grammar
-from im2json.jsontext import parse
+from im2json.jsontext import loads, parse
 from im2json.model.base import load_processor
 from im2json.scoring.schema import induce
 
@@ -26,6 +26,7 @@ SCALARS = st.one_of(
     st.booleans(),
     st.integers(-20, 20),
     st.sampled_from([0.5, -1.25, 1e-07, 1.5e16, 10**40]),
+    st.sampled_from(["100.00", "-0", "1E5", "12.50e3", "0.00005", "2.5e300"]).map(lambda text: loads(text)),
     st.text('aé"\\\n\x01日\ud800', max_size=3),
 )
 VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(KEYS, v, max_size=3), max_leaves=8)

@@ -113,6 +113,19 @@ def test_a_bad_row_is_named_and_nothing_else_is_lost(cli, tmp_path, line):
     assert json.loads(result.stdout) == json.loads(whole.stdout)
 
 
+@pytest.mark.parametrize("wrapped", [
+    {"gt_parse": {"menu": {"nm": "Tea"}}, "meta": 1},
+    {"gt_parses": [{"menu": {"nm": "Tea"}}, {"menu": {"nm": "Te"}}]},
+])  # fmt: skip
+def test_targets_are_unwrapped_as_in_training(cli, tmp_path, wrapped):
+    predictions = write(tmp_path / "p.jsonl", [{"id": i, "prediction": {"menu": {"nm": "Tea"}}} for i in range(2)])
+    targets = write(tmp_path / "t.jsonl", [{"id": 0, "target": wrapped}, {"id": 1, "target": json.dumps(wrapped)}])
+    result = cli("evaluate", "--predictions", predictions, "--targets", targets, "--json")
+    assert json.loads(result.stdout)["metrics"]["exact_match"]["value"] == 1.0
+    inside = write(tmp_path / "q.jsonl", [{"prediction": {"menu": {"nm": "Tea"}}, "target": wrapped}])
+    assert json.loads(cli("evaluate", "--predictions", inside, "--json").stdout)["metrics"]["field_f1"]["value"] == 1.0
+
+
 def test_bytes_that_are_no_text(cli, tmp_path):
     path = write(tmp_path / "p.jsonl", ROWS)
     path.write_bytes(b'\xff{"id": 1}\n' + path.read_bytes())

@@ -87,7 +87,7 @@ def lengths_report(splits: Mapping[str, Split], lengths: TargetLengths, limit: i
 def keys_report(splits: Mapping[str, Split]) -> str:
     """Return a table of key paths without list positions, with the share of the examples that have each."""
     targets = [target for split in splits.values() for target in split.targets]
-    counts = Counter(path.strip("\0").replace("\0", ".") for target in targets for path in key_paths(target))
+    counts = Counter(path for target in targets for path in key_paths(target))
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return table([[path, count / len(targets)] for path, count in frequent], ["key", "share of examples"])
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from im2json.data.example import Example
 from im2json.data.pictures import decode_picture
 from im2json.errors import UserError
-from im2json.jsontext import canonical, load_json
+from im2json.jsontext import kind_of, load_json, loads, parse_target
 from im2json.text import is_path, refuse_utf16, shortened
 
 IMAGE_COLUMNS = ("file_name", "image")
@@ -115,40 +115,6 @@ def listed(title: str, lines: Sequence[str], shown: int | None = 20) -> str:
     """Return a title with the first lines below it (all if `shown` is None) and a count of the rest."""
     rest = [] if shown is None or len(lines) <= shown else [f"... and {len(lines) - shown} more"]
     return "\n  ".join([title, *lines[:shown], *rest])
-
-
-def parse_target(raw: Any, where: str) -> dict[str, Any]:
-    """Return a row's target as an object, from JSON text or an object, without CORD's and Donut's wrapping.
-
-    {"gt_parse": {...}, ...} becomes the inner object. Of {"gt_parses": [...]}, several equally right answers,
-    the first is taken. Raises UserError starting with `where`.
-    """
-    value = load_json(raw, where) if isinstance(raw, str) else raw
-    if isinstance(value, dict) and "gt_parse" in value:
-        value = value["gt_parse"]
-    elif isinstance(value, dict) and isinstance(value.get("gt_parses"), list):
-        if not value["gt_parses"]:
-            raise UserError(f"{where}: gt_parses is an empty list; it must hold an object")
-        value = value["gt_parses"][0]
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: the target must be a JSON object, not {_kind(value)}")
-    try:
-        canonical(value)
-    except ValueError as error:
-        raise UserError(f"{where}: the target is {error}") from None
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {
-        list: "a list",
-        str: "text",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        type(None): "null",
-    }
-    return names.get(type(value), type(value).__name__)
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
@@ -289,7 +255,7 @@ def read_lines(path: Path, columns: Columns) -> list[Line]:
 def _read_line(data: bytes, folder: Path, where: str, columns: Columns) -> Line:
     row = load_json(data, where)
     if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be a JSON object, not {_kind(row)}")
+        raise UserError(f"{where}: a row must be a JSON object, not {kind_of(row)}")
     given, target = columns
     image = given or next((name for name in IMAGE_COLUMNS if name in row), IMAGE_COLUMNS[0])
     if not isinstance(row.get(image), str) or not row[image]:
@@ -340,21 +306,22 @@ class ArrowRows:
         return f"{self._prefix}-{row}"
 
     def target(self, row: int) -> dict[str, Any]:
-        value = self._value(self._targets, row)
-        return parse_target(_without_nulls(value) if isinstance(value, dict) else value, self.where(row))
+        return parse_target(_plain(*self._value(self._targets, row)), self.where(row))
 
     def where(self, row: int) -> str:
         return f"row {row} {self._where}"
 
-    def _value(self, table: Any, row: int) -> Any:
+    def _value(self, table: Any, row: int) -> tuple[Any, Any]:
+        """Return a value and its Arrow type."""
+        scalar = table[row].column(0)[0]
         try:
-            return table[row].column(0)[0].as_py()
+            return scalar.as_py(), scalar.type
         except UnicodeDecodeError:
             raise UserError(f"{self.where(row)}: holds text that is not UTF-8") from None
 
     def picture(self, row: int) -> tuple[bytes, str]:
         where = self.where(row)
-        value = self._value(self._images, row)
+        value, _ = self._value(self._images, row)
         if value is None or (value["bytes"] is None and not value["path"]):
             raise UserError(f"{where}: has no picture")
         if value["bytes"] is not None:
@@ -372,9 +339,21 @@ class ArrowRows:
         raise UserError(f"{where}: {name!r} leads out of the data set's folder; store the pictures in the rows")
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
+def _plain(value: Any, kind: Any) -> Any:
+    """Return an Arrow value as JSON has it: structs without nulls, numbers as the shortest decimal that names them.
+
+    Python's float of a narrow one has digits that were never stored: 9.300000190734863 for 9.3.
+    """
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_struct(kind):
+        return {name: _plain(value[name], kind.field(name).type) for name in value if value[name] is not None}
+    if isinstance(value, list) and not types.is_map(kind):
+        return [_plain(item, kind.value_type) for item in value]
+    if types.is_float16(kind) or types.is_float32(kind):
+        return float(str(kind.to_pandas_dtype()(value)))
+    if types.is_decimal(kind):
+        return loads(f"{value:f}")
     return value

@@ -11,12 +11,13 @@ from im2json.scoring.schema import BY_TYPE, Schema, types_of
 PLACES = 64
 """Bits of a rule's parameter, which say what keys of an object have been written."""
 
-# As json.dumps writes them, and no number that is read as infinity or refused as too long.
+# Numbers as any source may write them, but none that is read as infinity or refused as too long.
 TERMINALS = r"""
 STRING: /"([^"\\\x00-\x1f]|\\["\\bfnrt]|\\u00[01][0-9a-f]|\\ud[89a-f][0-9a-f]{2})*"/
 INTEGER: /-?(0|[1-9][0-9]{0,299})/
-NUMBER: INTEGER | /-?(0|[1-9][0-9]{0,299})\.[0-9]{1,30}/ | FLOAT
-FLOAT: /-?[1-9](\.[0-9]{1,17})?e(\+[0-9]{2}|\+[12][0-9]{2}|\+30[0-7]|-[0-9]{2,3})/
+NUMBER: INTEGER | /-?(0|[1-9][0-9]{0,299})\.[0-9]{1,60}/ | SMALL | LARGE
+SMALL: /-?(0|[1-9][0-9]{0,199})(\.[0-9]{1,60})?[eE](\+?[0-9]{1,2}|-[0-9]{1,3})/
+LARGE: /-?[0-9](\.[0-9]{1,60})?[eE]\+?([12][0-9]{2}|30[0-7])/
 """
 SCALARS = {
     "string": "STRING",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -12,7 +12,7 @@ from io import BytesIO
 
 from PIL import Image, ImageDraw, ImageFont
 
-from im2json.jsontext import parse
+from im2json.jsontext import dumps, number_text, parse
 from im2json.scoring.metrics import same_value
 
 # All in pixels.
@@ -85,15 +85,19 @@ def _column(title: str, text: str, target_text: str | None) -> _Column:
         verdict, colour = "differs", AMBER
     lines = _readable(text)
     judged = target_text is not None and parsed is not None  # for text that is no JSON, the header says enough
-    right = _shared(lines, _readable(target_text or "")) if judged else [True] * len(lines)
-    wrapped = [(part, ok) for line, ok in zip(lines, right) for part in _wrap(line, _columns_of_text())]
+    right = _shared(*(_readable(side, number_text) for side in (text, target_text or ""))) if judged else None
+    pairs = zip(lines, right or [True] * len(lines))
+    wrapped = [(part, ok) for line, ok in pairs for part in _wrap(line, _columns_of_text())]
     return _Column(title, verdict, colour, wrapped)
 
 
-def _readable(text: str) -> list[str]:
-    """Return the lines of a text, indented if it is a JSON object, in characters that the font has."""
+def _readable(text: str, write: Callable[[float], str] | None = None) -> list[str]:
+    """Return the lines of a text, indented if it is a JSON object, in characters that the font has.
+
+    Numbers are as the text has them, or as `write` writes them.
+    """
     parsed = parse(text)
-    shown = text if parsed is None else json.dumps(parsed, ensure_ascii=False, indent=2)
+    shown = text if parsed is None else dumps(parsed, write, ensure_ascii=False, indent=2)
     shown = shown.replace("\r\n", "\n").expandtabs(4)
     missing = {ord(char): _escape(char) for char in set(shown) if char != "\n" and not _has_glyph(char)}
     return shown.translate(missing).split("\n")

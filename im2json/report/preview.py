@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
@@ -12,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from im2json.jsontext import dumps
 from im2json.report.page import html_page
 
 LONGEST_SIDE = 700
@@ -56,7 +56,7 @@ def _section(example: Preview) -> str:
         f"<span{' class=learned' if learned else ''}>{html.escape(text)}</span>" for text, learned in example.tokens
     )
     learned = sum(learned for _, learned in example.tokens)
-    target = json.dumps(example.target, ensure_ascii=False, indent=2)
+    target = dumps(example.target, ensure_ascii=False, indent=2)
     width, height = example.seen.size
     return f"""<section>
 <h2>{html.escape(example.id)}</h2>

@@ -15,7 +15,7 @@ from PIL import Image
 
 from im2json.catalogue import labelled
 from im2json.files import atomically
-from im2json.jsontext import canonical
+from im2json.jsontext import canonical, dumps
 from im2json.records import Prediction
 from im2json.report.page import html_page, html_table
 from im2json.report.plot import Curve, curve_plot, legend
@@ -27,7 +27,7 @@ from im2json.scoring.errors import example_errors
 from im2json.scoring.examples import kept_predictions
 from im2json.scoring.field_confidence import ALL, FieldConfidence, calibrated, run_confidence
 from im2json.scoring.metrics import matches
-from im2json.scoring.normal import fields, normal_items
+from im2json.scoring.normal import fields, key_path, normal_items
 from im2json.scoring.scorecard import Scorecard
 
 LONGEST_SIDE = 480
@@ -179,7 +179,7 @@ def _lines(document: dict[str, Any], others: Counter[tuple[str, str]], confidenc
             yield depth, head + brackets[0], "", NO_FIELD, None
             keys = list(value) if isinstance(value, dict) else range(len(value))
             for i, key in enumerate(keys):
-                inner = f"{path}.{key}" if path and isinstance(key, str) else key if isinstance(key, str) else path
+                inner = key_path(path, key) if isinstance(key, str) else path
                 name = f"{json.dumps(key, ensure_ascii=False)}: " if isinstance(key, str) else ""
                 comma = "," if i < len(value) - 1 else ""
                 yield from walk(value[key], sure and sure[key], inner, depth + 1, name, comma)
@@ -189,7 +189,7 @@ def _lines(document: dict[str, Any], others: Counter[tuple[str, str]], confidenc
         for text in items:
             state = OK if left[path, text] > 0 else WRONG
             left[path, text] -= state == OK
-        yield depth, head, json.dumps(value, ensure_ascii=False) + tail, state, sure if items else None
+        yield depth, head, dumps(value, ensure_ascii=False) + tail, state, sure if items else None
 
     yield from walk(document, confidence, "", 0, "", "")
 

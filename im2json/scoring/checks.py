@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -10,11 +11,16 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from im2json.errors import UserError
+from im2json.jsontext import number_text
 from im2json.records import Prediction
-from im2json.scoring.normal import fields, normal_items
+from im2json.scoring.metrics import is_number
+from im2json.scoring.normal import fields, key_path, leaves, normal_items
 
-_TERM = re.compile(r"\s*([+-]?)\s*([^\s+=;-][^+=;]*?)\s*(?=[+]|\s-|$)")
-_AMOUNT = re.compile(r"\d+(?:[.,' \u00a0]\d+)*")
+_QUOTED = r'(?<![^\s.+=;-])"(?:[^"\\]|\\.)*"'
+_TERM = re.compile(rf"\s*([+-]?)\s*((?![\s+=;-])(?:{_QUOTED}|[^+=;])+?)\s*(?=[+]|\s-|$)")
+
+DECIMAL_POINTS = ("", ".", ",")
+"""How the amounts of a document may be written: whole ones only, or with one of these before the decimals."""
 
 
 class SumCheck(NamedTuple):
@@ -28,34 +34,77 @@ class SumCheck(NamedTuple):
     def parse(cls, text: str) -> SumCheck:
         """Read an equation, such as `menu.price + menu.sub.price = total.total_price`. A minus needs a space before it.
 
+        A key that holds a dot or another sign of this notation is quoted, as in tables of fields: `"net.price" = a`.
+
         Raises:
             UserError: if the text is no such equation.
         """
-        sides = [[*_TERM.finditer(side)] for side in text.split("=")]
+        parts = _split(text, "=")
+        sides = [[*_TERM.finditer(side)] for side in parts]
         whole = ["".join(term.group() for term in terms).strip() for terms in sides]
-        if len(sides) != 2 or not all(sides) or whole != [side.strip() for side in text.split("=")]:
+        if len(sides) != 2 or not all(sides) or whole != [side.strip() for side in parts]:
             raise UserError(
                 f"--check-sum {text!r} is no equation of paths: write menu.price + menu.sub.price = total.total_price"
             )
-        left, right = ([(-1 if term[1] == "-" else 1, term[2]) for term in terms] for terms in sides)
+        left, right = ([(-1 if term[1] == "-" else 1, _path(term[2])) for term in terms] for terms in sides)
         return cls(text.strip(), left, right)
 
     def holds(self, document: dict[str, Any]) -> bool | None:
         """Return whether a document adds up, or None if a side has no leaf or a leaf is no amount.
 
-        A path without leaves counts as 0.
+        A path without leaves counts as 0. A number is its value. Amounts in text are all read with the same decimal
+        point, so that 1.125 is a thousand beside 1.234,50 and not beside 0.50; where several fit all of them, one with
+        which the document adds up is enough.
         """
-        leaves: dict[str, list[str]] = {}
-        for path, leaf in fields(normal_items(document)):
-            leaves.setdefault(path, []).append(leaf)
-        sums = []
-        for side in (self.left, self.right):
-            amounts = [(sign, amount(leaf)) for sign, path in side for leaf in leaves.get(path, [])]
-            if not amounts or any(value is None for _, value in amounts):
-                return None
-            # A sum of Decimals would be rounded to 28 digits.
-            sums.append(sum(sign * Fraction(value) for sign, value in amounts if value is not None))
-        return bool(sums[0] == sums[1])
+        values: dict[str, list[Any]] = {}
+        for path, value in leaves(document):
+            if not (value is None or (isinstance(value, str) and not value.strip())):
+                values.setdefault(path, []).append(value)
+        sides = [
+            [(sign, value) for sign, path in side for value in values.get(path, [])] for side in (self.left, self.right)
+        ]
+        if not all(sides):
+            return None
+        readings = [[_sum(side, point) for side in sides] for point in DECIMAL_POINTS]
+        known = [sums for sums in readings if None not in sums] or [[_sum(side, None) for side in sides]]
+        return None if None in known[0] else any(left == right for left, right in known)
+
+
+def _sum(terms: Iterable[tuple[int, Any]], point: str | None) -> Fraction | None:
+    """Return the exact sum of signed values; None if one is no amount with this decimal point, or with any (None)."""
+    total = Fraction(0)  # a sum of Decimals would be rounded to 28 digits
+    for sign, value in terms:
+        found = _value(value, point)
+        if found is None:
+            return None
+        total += sign * Fraction(found)
+    return total
+
+
+def _value(value: Any, point: str | None) -> Decimal | None:
+    if not is_number(value):
+        return amount(value, point) if isinstance(value, str) else None
+    text = number_text(value)
+    return None if "e" in text else Decimal(text)  # as a fraction, it could have any number of digits
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split an equation, or several, at a separator that is not within quotes."""
+    parts = [""]
+    for piece in re.findall(rf"{_QUOTED}|.", text, re.DOTALL):
+        if piece == separator:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts
+
+
+def _path(text: str) -> str:
+    """Return a path as `key_path` writes it."""
+    try:
+        return re.sub(_QUOTED, lambda quoted: key_path("", json.loads(quoted[0])), text)
+    except ValueError:  # no text in JSON's quotes, so no path has it
+        return text
 
 
 def check_results(checks: Iterable[SumCheck], document: Mapping[str, Any] | None) -> dict[str, bool | None]:
@@ -99,24 +148,49 @@ def parse_checks(text: str | None) -> list[SumCheck]:
     Raises:
         UserError: naming the one that is no equation.
     """
-    return [SumCheck.parse(part) for part in (text or "").split(";") if part.strip()]
+    return [SumCheck.parse(part) for part in _split(text or "", ";") if part.strip()]
 
 
-def amount(text: str) -> Decimal | None:
+# --- amounts in text
+
+_ALIKE = str.maketrans({
+    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212\ufe58\ufe63\uff0d", "-"),
+    **dict.fromkeys("\u2018\u2019\u02bc\u00b4\u0060\u2032\uff07", "'"),
+    **dict.fromkeys("\u00a0\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "),
+    **dict.fromkeys("\uff0c\u066c", ","), **dict.fromkeys("\uff0e\u066b", "."),
+    "\uff08": "(", "\uff09": ")",
+})  # fmt: skip
+"""What receipts write for a minus, an apostrophe, a space, a comma, a point and parentheses."""
+
+_AMOUNT = re.compile(r"(?:(?<!\w)[.,])?\d+(?:[.,' ]\d+)*")
+_GROUPS = re.compile(
+    r"(?!0)\d{1,3}(?:(?P<mark>[.,' ])\d{3})(?:(?P=mark)\d{3})*|(?!0)\d{1,2}(?:(?P<lakh>[.,])\d{2})+(?P=lakh)\d{3}|\d+"
+)
+_MINUS_BEFORE = re.compile(r"(?<!\w)-|-\s*$")
+_MINUS_BEHIND = re.compile(r"-(?!-)|.*[^.,\s-]\s*-\s*$|\s*-\s*$", re.DOTALL)
+
+
+def amount(text: str, point: str | None = None) -> Decimal | None:
     """Return the only number in a text with any currency around it, or None if there is none or more than one.
 
-    Examples are `Rp. 12.500`, `-1,200.50` and `$ 3,5`. The last separator is a decimal point unless three digits follow
-    it or the same separator precedes it. A minus before the number, or parentheses around the text, make it negative.
+    Examples are `Rp. 12.500`, `-1,200.50`, `$ 3,5` and `1,23,456.00`. A minus before or behind the number makes it
+    negative, and so do parentheses around it; `,-` stands for no decimals.
+
+    Args:
+        point: the decimal point, of DECIMAL_POINTS; with another the text may be no amount. If None, it is the first of
+            them with which the text is one.
     """
-    found = _AMOUNT.findall(text)
+    if point is None:
+        return next(filter(lambda read: read is not None, (amount(text, one) for one in DECIMAL_POINTS)), None)
+    text = text.translate(_ALIKE)
+    found = list(_AMOUNT.finditer(text))
     if len(found) != 1:
         return None
-    (digits,) = found
-    before = text[: text.index(digits)]
-    negative = "-" in before or (text.strip().startswith("(") and text.strip().endswith(")"))
-    parts = re.split(r"([.,' \u00a0])", digits)
-    decimals = ""
-    if len(parts) > 1 and len(parts[-1]) != 3 and parts[-2] in ".," and parts[-2] not in parts[1:-2]:
-        decimals = parts[-1]
-        parts = parts[:-2]
-    return Decimal(f"{'-' if negative else ''}{''.join(parts[::2])}.{decimals or 0}")
+    digits, before, behind = found[0][0], text[: found[0].start()], text[found[0].end() :]
+    whole, _, decimals = digits.rpartition(point) if point and digits.count(point) == 1 else (digits, "", "")
+    groups = _GROUPS.fullmatch(whole or "0")
+    if groups is None or (point and point in whole) or (decimals and not decimals.isdigit()):
+        return None
+    in_parentheses = "(" in before.rpartition(")")[2] and ")" in behind.partition("(")[0]
+    negative = in_parentheses or _MINUS_BEFORE.search(before) or _MINUS_BEHIND.match(behind)
+    return Decimal(f"{'-' if negative else ''}{''.join(filter(str.isdigit, whole))}.{decimals or 0}")

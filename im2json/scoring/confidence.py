@@ -1,9 +1,9 @@
 """Compute the confidence of each leaf of a prediction, calibrate it, and measure how well it holds.
 
 The confidence of a leaf is the probability that the model gave to its text and to what leads to it: the product over
-all tokens since the previous leaf, with keys, brackets and quotes, because the path of a leaf must be right too. It is
-calibrated on answers whose targets are known. A leaf is right as in the field metrics: its (path, value) pair, without
-list positions, is one of the target's that no equal leaf before it has matched.
+all tokens since the previous leaf, or since the answer's first brace, with keys, brackets and quotes, because the path
+of a leaf must be right too. It is calibrated on answers whose targets are known. A leaf is right as in the field
+metrics: its (path, value) pair, without list positions, is one of the target's that no leaf before it has matched.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from im2json.errors import UserError
-from im2json.jsontext import Reading, leaf_spans, map_leaves
+from im2json.jsontext import Reading, answer_start, leaf_spans, map_leaves, read
 from im2json.records import Prediction
-from im2json.scoring.normal import fields, normal_items
+from im2json.scoring.normal import fields, key_path, normal_items
 
 Array = NDArray[np.float64]
 
@@ -50,10 +50,11 @@ def leaf_confidence(
         logprobs: of each token, in nats; minus infinity for a token that the model did not write.
         reading: of the text, if it was read before.
     """
+    reading = read(text) if reading is None else reading
     spans = leaf_spans(text, reading)
     if spans is None:
         return None
-    ends = [0]  # of the leaves, in the order of the text
+    ends = [answer_start(text, reading)]  # and those of the leaves, in the order of the text
     map_leaves(spans, lambda span: ends.append(span[1]))
     ends.sort()
 
@@ -93,7 +94,7 @@ def _pairs(value: Any, confidence: Any, path: str) -> Iterator[tuple[str, str, f
     """Yield `normal.fields` of a document as parsed, each with its confidence."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _pairs(inner, confidence[key], f"{path}.{key}" if path else key)
+            yield from _pairs(inner, confidence[key], key_path(path, key))
     elif isinstance(value, list):
         for item, sure in zip(value, confidence, strict=True):
             yield from (pair for pair in _pairs(item, sure, path) if pair[1] or isinstance(item, dict))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from im2json.errors import UserError
 from im2json.files import read_json, write_json
-from im2json.jsontext import load_json, parse
+from im2json.jsontext import dumps, load_json, parse_target
 from im2json.records import Prediction
 from im2json.runs import RunFolder
 from im2json.scoring.confidence import Calibration, calibration_error, judge_leaves
@@ -54,8 +53,8 @@ def score_files(predictions: Path, targets: Path | None, split: str, show: Probl
     """Score the rows of a file, or of two files joined by id. Memory grows with the ids alone.
 
     A row has `prediction` (or `text`), which is a text, an object, or null for no prediction; `target`, which is an
-    object or the text of one; and `id`, a text or a whole number, which may be missing if the targets are in the same
-    file. In a run's own predictions.jsonl, only the rows of `split` after training count.
+    object or the text of one, and is unwrapped as in training; and `id`, a text or a whole number, which may be missing
+    if the targets are in the same file. In a run's own predictions.jsonl only the rows of `split` after training count.
 
     Args:
         show: called for each row that cannot be scored, which is left out.
@@ -246,17 +245,13 @@ def _prediction(row: Row) -> str:
         return ""
     if not isinstance(value, str | dict):
         raise UserError("a prediction is a text, an object or null")
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else dumps(value)
 
 
 def _target(row: Row) -> dict[str, Any]:
     if "target" not in row:
         raise UserError("no target")
-    value = row["target"]
-    target = parse(value if isinstance(value, str) else json.dumps(value))
-    if target is None:
-        raise UserError("a target is a JSON object, or the text of one")
-    return target
+    return parse_target(row["target"], "a target is a JSON object, or the text of one")
 
 
 def _other_stage(row: Row, split: str) -> bool:

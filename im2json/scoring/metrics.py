@@ -1,8 +1,11 @@
 """Score one prediction against its target.
 
 A document is taken apart in two ways. Fields are the (path, leaf) pairs of Donut's normal form, without list positions
-(`im2json.scoring.normal`); Donut's F1 counts them. Positioned values keep the list positions, where an object counts as
-a list of one item, and are compared as parsed, so that numbers compare as numbers.
+(`im2json.scoring.normal`); Donut's F1 counts them, with paths that are joined as Donut does. Positioned values keep the
+list positions, where an object counts as a list of one item, and are compared as parsed: text is never a number.
+
+Only an answer that is an empty object is right for a target without a value. Anything that is no whole object counts
+there as a document with one wrong value.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 
 from im2json.catalogue import METRICS
-from im2json.jsontext import Reading, canonical, read, scoring_text
-from im2json.scoring.normal import fields, normal_items
+from im2json.jsontext import Reading, number_text, read, scoring_text
+from im2json.scoring.normal import dotted, fields, key_path, normal_items
 from im2json.scoring.tree import tree_edit_accuracy
 
 Array = NDArray[Any]
@@ -42,6 +45,10 @@ SUMS = (
 
 The counts of keys predicted and wanted equal those of fields.
 """
+
+
+NO_ANSWER = {"": "?"}
+"""What an answer that is no object counts as where the target has no value: nothing of it is right."""
 
 
 def from_sums(sums: Array) -> dict[str, Array]:
@@ -85,14 +92,18 @@ def score(prediction: str | Reading, target: dict[str, Any]) -> Array:
         raise ValueError(f"a target is a JSON object, not {type(target).__name__}")
     strict = reading.how == "strict"
     document = reading.value or {}
-    predicted_fields, wanted_fields = fields(normal_items(document)), fields(normal_items(target))
+    predicted, wanted = normal_items(document), normal_items(target)
+    if not wanted and not predicted and (reading.value is None or reading.truncated):
+        document = NO_ANSWER
+        predicted = normal_items(document)
+    predicted_fields, wanted_fields = fields(predicted, dotted), fields(wanted, dotted)
     accuracy, similarity = value_scores(positioned_values(document), positioned_values(target))
     return np.array([
         1,
         matches(predicted_fields, wanted_fields),
         len(predicted_fields),
         len(wanted_fields),
-        matches((path for path, _ in predicted_fields), (path for path, _ in wanted_fields)),
+        matches((path for path, _ in fields(predicted)), (path for path, _ in fields(wanted))),
         strict,
         reading.how == "repaired",
         strict and same_value(document, target),
@@ -100,8 +111,13 @@ def score(prediction: str | Reading, target: dict[str, Any]) -> Array:
         jaccard(key_paths(document), key_paths(target)),
         accuracy,
         similarity,
-        Levenshtein.normalized_distance(scoring_text(document), scoring_text(target)),
+        1.0 if document is NO_ANSWER else edit_distance(document, target),
     ])  # fmt: skip
+
+
+def edit_distance(document: dict[str, Any], target: dict[str, Any]) -> float:
+    """Return the Levenshtein distance of the key-sorted texts, over the length of the longer."""
+    return Levenshtein.normalized_distance(scoring_text(document), scoring_text(target))
 
 
 def matches(predicted: Iterable[Any], wanted: Iterable[Any]) -> int:
@@ -111,7 +127,7 @@ def matches(predicted: Iterable[Any], wanted: Iterable[Any]) -> int:
 
 
 def key_paths(document: dict[str, Any]) -> set[str]:
-    """Return the paths of all keys of a document, inner ones too, without list positions."""
+    """Return the paths of all keys of a document (`key_path`), inner ones too, without list positions."""
     found: set[str] = set()
     _key_paths(document, "", found)
     return found
@@ -120,7 +136,7 @@ def key_paths(document: dict[str, Any]) -> set[str]:
 def _key_paths(value: Any, path: str, found: set[str]) -> None:
     if isinstance(value, dict):
         for key, inner in value.items():
-            here = f"{path}\0{key}"
+            here = key_path(path, key)
             found.add(here)
             _key_paths(inner, here, found)
     elif isinstance(value, list):
@@ -133,25 +149,29 @@ def jaccard(a: set[str], b: set[str]) -> float:
     return len(a & b) / len(a | b) if a or b else 1.0
 
 
-def positioned_values(document: dict[str, Any]) -> dict[str, Any]:
-    """Return position -> scalar as parsed. A position is all keys and list indices that lead to the scalar."""
-    found: dict[str, Any] = {}
-    _positioned_values(document, "", found)
+Position = tuple[int | str, ...]
+"""All keys and list indices that lead to a scalar."""
+
+
+def positioned_values(document: dict[str, Any]) -> dict[Position, Any]:
+    """Return position -> scalar as parsed."""
+    found: dict[Position, Any] = {}
+    _positioned_values(document, (), found)
     return found
 
 
-def _positioned_values(value: Any, position: str, found: dict[str, Any]) -> None:
+def _positioned_values(value: Any, position: Position, found: dict[Position, Any]) -> None:
     for index, item in enumerate(value if isinstance(value, list) else [value]):
         if isinstance(item, dict):
             for key, inner in item.items():
-                _positioned_values(inner, f"{position}\0{index}\0{key}", found)
+                _positioned_values(inner, (*position, index, key), found)
         elif isinstance(item, list):
-            _positioned_values(item, f"{position}\0{index}\0", found)
+            _positioned_values(item, (*position, index), found)
         else:
-            found[f"{position}\0{index}"] = item
+            found[*position, index] = item
 
 
-def value_scores(predicted: dict[str, Any], wanted: dict[str, Any]) -> tuple[float, float]:
+def value_scores(predicted: dict[Position, Any], wanted: dict[Position, Any]) -> tuple[float, float]:
     """Return the share of equal values and the mean similarity, over the positions that both documents have.
 
     If they have none in common, both are 0.0, or 1.0 if both documents are empty.
@@ -164,11 +184,16 @@ def value_scores(predicted: dict[str, Any], wanted: dict[str, Any]) -> tuple[flo
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Return whether two parsed JSON values are equal: key order does not matter, 1 equals 1.0, true is not 1."""
+    """Return whether two parsed JSON values are equal: key order does not matter, 1 equals 1.0, true is not 1.
+
+    Numbers are compared as decimals, all of their digits.
+    """
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same_value(value, b[key]) for key, value in a.items())
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(same_value, a, b))
+    if is_number(a) and is_number(b):
+        return number_text(a) == number_text(b)
     return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
 
 
@@ -180,10 +205,10 @@ def similarity(a: Any, b: Any) -> float:
     """
     if is_number(a) and is_number(b):
         try:
-            return 1.0 if a == b else max(0.0, 1.0 - abs(a - b) / max(abs(a), abs(b)))
+            return 1.0 if same_value(a, b) else max(0.0, 1.0 - abs(a - b) / max(abs(a), abs(b)))
         except OverflowError:  # an integer beyond the range of floats against a float
             return 0.0
-    a, b = (value if isinstance(value, str) else canonical(value) for value in (a, b))
+    a, b = (value if isinstance(value, str) else scoring_text(value) for value in (a, b))
     return float(Levenshtein.normalized_similarity(a, b))
 
 

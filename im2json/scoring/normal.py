@@ -6,6 +6,7 @@ confuses values:
 
 - 0 and false are kept, and false and true are written as in JSON (Donut drops the first two and writes
   "True");
+- numbers that are equal are written alike: 1000.0, 1e3 and 1000 are "1000" (Donut writes "1000.0" for the first two);
 - a list that holds objects and scalars keeps both (Donut keeps the scalars alone), and booleans as well;
 - lists within a list are spliced into it (Donut drops them);
 - a value that contains the characters "<leaf>" is a value like any other.
@@ -16,9 +17,11 @@ of white space alone is an empty leaf, but is dropped if it is in a list.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from im2json.jsontext import MAX_DEPTH
+from im2json.jsontext import MAX_DEPTH, number_text
 
 Normal = dict[str, list[Any]]
 """An object in normal form: key -> items, each a str (a leaf) or a Normal (a row)."""
@@ -69,7 +72,7 @@ def _sorted_keys(value: dict[str, Any]) -> list[str]:
 
 
 def leaf_text(value: Any) -> str:
-    """Return a number or a boolean as its JSON text.
+    """Return a number or a boolean as JSON text that all equal values share.
 
     Raises:
         ValueError: if it is neither.
@@ -79,21 +82,48 @@ def leaf_text(value: Any) -> str:
     if value is False:
         return "false"
     if isinstance(value, int | float):
-        return str(value)
+        return number_text(value)
     raise ValueError(f"a document holds JSON values only, not {type(value).__name__}")
 
 
-def fields(items: list[Any]) -> list[tuple[str, str]]:
-    """Return the (path, leaf) pairs of a document in normal form. A path is its keys, joined by dots."""
+def dotted(path: str, key: str) -> str:
+    """Return the path of a key within `path`, as Donut joins them: it may be that of another key, too."""
+    return f"{path}.{key}" if path else key
+
+
+def key_path(path: str, key: str) -> str:
+    """Return the path of a key within `path`, which no other key has.
+
+    Keys are joined by dots. A key that holds a dot is quoted as in JSON (`total."unit.price"`), and so is one that is
+    empty or begins with a quote or a parenthesis.
+    """
+    quoted = "." in key or key[:1] in ("", '"', "(")
+    return dotted(path, json.dumps(key, ensure_ascii=False) if quoted else key)
+
+
+def fields(items: list[Any], join: Callable[[str, str], str] = key_path) -> list[tuple[str, str]]:
+    """Return the (path, leaf) pairs of a document in normal form. `join` makes the path of a key within another."""
     found: list[tuple[str, str]] = []
-    _collect(items, "", found)
+    _collect(items, "", join, found)
     return found
 
 
-def _collect(items: list[Any], path: str, found: list[tuple[str, str]]) -> None:
+def _collect(items: list[Any], path: str, join: Callable[[str, str], str], found: list[tuple[str, str]]) -> None:
     for item in items:
         if isinstance(item, str):
             found.append((path, item))
         else:
             for key, values in item.items():
-                _collect(values, f"{path}.{key}" if path else key, found)
+                _collect(values, join(path, key), join, found)
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the (path, value) pairs of a document as parsed, in its own order and without list positions."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, key_path(path, key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from leaves(inner, path)
+    else:
+        yield path, value

@@ -21,7 +21,7 @@ from genson import SchemaBuilder
 from genson.schema.strategies import Object
 
 from im2json.errors import UserError
-from im2json.jsontext import MAX_DEPTH, load_json
+from im2json.jsontext import MAX_DEPTH, Number, dumps, load_json, map_leaves, number_text
 
 Schema = dict[str, Any]
 NOTES = {"$schema", "$id", "$comment", "title", "description", "default", "examples"}
@@ -36,10 +36,6 @@ BY_TYPE = {
     "boolean": set(),
     "null": set(),
 }
-TYPES_OF = {
-    dict: ["object"], list: ["array"], str: ["string"], float: ["number"], int: ["integer", "number"],
-    bool: ["boolean"], type(None): ["null"],
-}  # fmt: skip
 ONE_OF = ("anyOf", "enum", "const", "type")
 
 
@@ -62,8 +58,13 @@ def induce(targets: Iterable[dict[str, Any]]) -> Schema:
     builder = _Builder(schema_uri="https://json-schema.org/draft/2020-12/schema")
     builder.add_schema({"type": "object"})
     for target in targets:
-        builder.add_object(target)
+        builder.add_object(map_leaves(target, _plain))
     return _closed(builder.to_schema())
+
+
+def _plain(leaf: Any) -> Any:
+    """Return a leaf in the types that genson knows."""
+    return json.loads(leaf.text) if isinstance(leaf, Number) else leaf
 
 
 def _closed(schema: Schema) -> Schema:
@@ -161,13 +162,20 @@ def _wrong_values(schema: Schema, pointer: str) -> Iterator[str]:
             yield f"{pointer}/{name} is not a list with something in it"
     listed = schema["enum"] if isinstance(schema.get("enum"), list) else []
     for value in [*listed, *([schema["const"]] if "const" in schema else [])]:
-        if "type" in schema and not any(name in list(types_of(schema)) for name in TYPES_OF[type(value)]):
-            yield f"{pointer}: {json.dumps(value)} is not of the type that stands beside it"
+        if "type" in schema and not any(name in list(types_of(schema)) for name in _types_of_value(value)):
+            yield f"{pointer}: {dumps(value)} is not of the type that stands beside it"
     least, most = schema.get("minItems", 0), schema.get("maxItems")
     if not _whole(least) or not (most is None or (_whole(most) and most >= least)):
         yield f"{pointer}: minItems and maxItems are whole numbers, the first not above the second"
     elif "array" in types_of(schema) and "items" not in schema and most != 0:
         yield f"{pointer} is an array without items: say what may stand in it"
+
+
+def _types_of_value(value: Any) -> list[str]:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return ["number"] if "." in number_text(value) or "e" in number_text(value) else ["integer", "number"]
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return [names[type(value)]]
 
 
 def _whole(value: Any) -> bool:

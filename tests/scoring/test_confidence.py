@@ -99,6 +99,21 @@ def test_leaves_are_right_as_often_as_field_f1_has_matches(seed):
     assert sum(leaf.right for leaf in leaves) == matches(pairs, fields(normal_items(target)))
 
 
+@pytest.mark.parametrize("before", ["so: ", '<think>{"a": "draft"}</think>', "[1] {x} "])
+def test_what_precedes_the_answer_says_nothing_of_its_leaves(before):
+    answer = "{'a': 1,500, \"b\": [NaN, 'x\ny']}"
+    text = before + answer
+    logprobs = [-9.0] * len(before) + [0.0] * len(answer)
+    assert leaf_confidence(text, range(len(text)), logprobs) == {"a": 1.0, "b": [1.0, 1.0]}
+    assert map_leaves(leaf_spans(text), lambda span: text[slice(*span)]) == {"a": "1,500", "b": ["NaN", "'x\ny'"]}
+
+
+def test_a_key_with_a_dot_is_judged_by_itself():
+    row = {"text": '{"a.b":"1","a":{"b":"2"}}', "confidence": {"a.b": 0.5, "a": {"b": 0.5}}, "target": {"a.b": "1"}}
+    leaves = judge_leaves(prediction({**row, "id": "a"}))
+    assert [(leaf.path, leaf.right) for leaf in leaves] == [('"a.b"', True), ("a.b", False)]
+
+
 def test_a_row_without_confidence_is_named():
     with pytest.raises(ValueError, match="'x' has no confidence"):
         judge_leaves(prediction({"text": '{"a":["1","2"]}', "confidence": {"a": [0.5]}, "target": {}}))

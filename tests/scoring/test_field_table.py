@@ -42,6 +42,17 @@ def test_by_hand() -> None:
     assert rows["tax"] == ("tax", 0, 1, 0.0, None, 0.0, None)
 
 
+def test_paths_tell_keys_with_dots_from_keys_within_keys() -> None:
+    documents = [
+        {"a.b": "1"}, {"a": {"b": "1"}}, {'"a': {'b"': "1"}}, {"": {"a": {"b": "1"}}}, {"a": {"": {"b": "1"}}},
+        {'"a.b"': "1"}, {"(other)": "1"}, {"a": [{"b.": [{".": "1"}]}]},
+    ]  # fmt: skip
+    paths = ['"a.b"', "a.b", '"\\"a".b"', '"".a.b', 'a."".b', '"\\"a.b\\""', '"(other)"', 'a."b."."."']
+    assert [[row.path for row in table([(one, one)]).compute()] for one in documents] == [[path] for path in paths]
+    found = table([(said, target) for said in documents for target in documents])
+    assert {row.path: row.f1 for row in found.compute()} == dict.fromkeys(paths, 1 / 8)
+
+
 def test_the_rows_add_up_to_the_field_metrics() -> None:
     evaluator, found = StreamingEvaluator(), FieldTable()
     rng = random.Random(9)

@@ -45,10 +45,10 @@ ONE_ROW = {"menu": {"nm": "tea", "price": "5.10"}, "total": {"total_price": 12.0
 
 
 def test_field_metrics_by_hand() -> None:
-    got = scores(ONE_ROW, TARGET)  # hit: menu.nm tea; 12.0 is not Donut's 12
-    assert got["field_precision"] == pytest.approx(1 / 4)
-    assert got["field_recall"] == pytest.approx(1 / 5)
-    assert got["field_f1"] == pytest.approx(2 / 9)
+    got = scores(ONE_ROW, TARGET)  # hits: menu.nm tea and 12.0, which is the number 12
+    assert got["field_precision"] == pytest.approx(2 / 4)
+    assert got["field_recall"] == pytest.approx(2 / 5)
+    assert got["field_f1"] == pytest.approx(4 / 9)
     assert got["key_f1"] == pytest.approx(2 * 3 / 9)  # nm, price and total_price of 4 and 5
 
 
@@ -100,8 +100,41 @@ def test_what_cannot_be_read_is_scored_as_empty(text: str) -> None:
     assert got["json_validity"] == 0.0
     assert empty["json_validity"] == 1.0
     assert got | {"json_validity": 1.0} == empty
-    assert scores(text, {})["exact_match"] == 0.0
-    assert scores(text, {})["field_f1"] == scores(text, {})["ted_accuracy"] == 1.0
+
+
+WORST = {name: 0.0 if metric.higher_is_better else 1.0 for name, metric in METRICS.items()} | {"json_repaired": 0.0}
+
+
+@pytest.mark.parametrize("target", [{}, {"total": None}, {"menu": [], "total": ""}])
+def test_only_an_empty_object_is_right_for_a_target_without_values(target: dict[str, object]) -> None:
+    for text in ("", "Rp1, _ ] oops", "[]", "null", "<think>{}"):
+        assert scores(text, target) == WORST
+    for text in ("{", '{"total": '):  # what is cut off is no empty object
+        assert scores(text, target) == WORST | {"json_repaired": 1.0}
+    assert scores('{"a": 1}', target)["field_f1"] == scores('{"a": 1}', target)["ted_accuracy"] == 0.0
+    for text in ("{}", '{"total": null}', "There is nothing: {}."):
+        assert scores(text, target)["field_f1"] == scores(text, target)["ted_accuracy"] == 1.0
+    assert scores(json.dumps(target), target)["exact_match"] == 1.0
+
+
+def test_blank_targets_do_not_hide_answers_that_cannot_be_read() -> None:
+    evaluator = StreamingEvaluator()
+    for text in ("{}", "oops", '{"a": "x"}'):
+        evaluator.update(text, {"a": "x"} if "x" in text else {})
+    got = evaluator.compute()
+    assert got["ted_accuracy"] == pytest.approx(2 / 3)
+    assert got["field_f1"] == pytest.approx(2 / 3)  # of the text that is no object, one field counts as wrong
+    assert (got["field_precision"], got["field_recall"]) == (0.5, 1.0)
+
+
+def test_a_key_with_a_dot_is_another_than_keys_within_keys_except_for_donuts_f1() -> None:
+    got = scores({"a.b": "x"}, {"a": {"b": "x"}})
+    assert got["field_f1"] == got["field_precision"] == got["field_recall"] == 1.0
+    assert got["key_f1"] == got["structure_similarity"] == got["value_accuracy"] == got["exact_match"] == 0.0
+    assert got["ted_accuracy"] < 1
+    for other in ({"": {"a": {"b": "x"}}}, {'"a': {'b"': "x"}}, {"a\0b": "x"}, {"a": {"": {"b": "x"}}}):
+        got = scores(other, {"a": {"b": "x"}})
+        assert got["key_f1"] == got["value_accuracy"] == 0.0
 
 
 @pytest.mark.parametrize(

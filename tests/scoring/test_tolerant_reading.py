@@ -26,8 +26,44 @@ def test_strict_json_is_left_alone(text: str) -> None:
 REPAIRED = {
     "fence": ('```json\n{"a": 1}\n```', {"a": 1}),
     "words": ('Here you are: {"a": [1, 2]}. Anything {else}?', {"a": [1, 2]}),
+    "braces in words": ('As in {template} and [1] and {"x"} and {{}, I read {"a": 1}. See {this}.', {"a": 1}),
+    "a brace and a quote in words": ('From {"total} on: {"a": 1}', {"a": 1}),
+    "doubled braces": ('{{"a": 1}}', {"a": 1}),
+    "a closing brace too many": ('{"a": {"b": 1}}}', {"a": {"b": 1}}),
+    "two answers": ('{"a": 1}\n{"a": 2}', {"a": 2}),
+    "two fences": ('```json\n{"a": 1}\n```\nBetter:\n```json\n{"a": 2}\n```', {"a": 2}),
+    "a second answer that is cut": ('{"a": 1} {"b": ', {"a": 1}),
+    "a second answer that is broken": ('{"a": 1} {"b": {"c": 2} "d"}', {"a": 1}),
+    "a broken answer first": ('{"b": {"c": 2} "d"} {"a": 1}', {"a": 1}),
+    "a thought": ('<think>{"a": "draft"}</think>{"a": 1}', {"a": 1}),
+    "a thought begun in the prompt": ('maybe {"a": {"b": 2, hm</think>\n\n{"a": 1}', {"a": 1}),
+    "a thought after the answer": ('{"a": 1}<think>or {"a": 2}?', {"a": 1}),
+    "a thought in a value": ('so: {"a": "<think>", "b": "</think>"}', {"a": "<think>", "b": "</think>"}),
+    "a thought of braces": ('<THINK>{{"a": [</THINK> {"a": 1}', {"a": 1}),
     "trailing commas": ('{"a": [1, 2,], "b": 3,}', {"a": [1, 2], "b": 3}),
     "literals": ('{"a": True, "b": None, "c": [False]}', {"a": True, "b": None, "c": [False]}),
+    "line breaks": ("{\"a\": \"x\ny\t\r\0z\", 'b': 'x\ny\t\r\0z'}", {"a": "x\ny\t\r\0z", "b": "x\ny\t\r\0z"}),
+    "escapes": (
+        r"""{"a": "C:\path\xe9\u00e9\'\"\\", 'b': 'C:\path\xe9\u00e9\U0001f600\'\"\\'}""",
+        {"a": "C:\\pathéé'\"\\", "b": "C:\\pathéé😀'\"\\"},
+    ),
+    "numbers": (
+        '{"a": 007, "b": .5, "c": 5., "d": +3, "e": -.5, "f": 0x1F, "g": 1_000, "h": [-00, +1.50e3]}',
+        {"a": 7, "b": 0.5, "c": 5, "d": 3, "e": -0.5, "f": 31, "g": 1000, "h": [0, 1500]},
+    ),
+    "commas in numbers": (
+        '{"a": 1,500, "b": -12,345,678.90,"c": 1,23,456.5, "d": [1,500]}',
+        {"a": 1500, "b": -12345678.9, "c": 123456.5, "d": [1, 500]},
+    ),
+    "no numbers": (
+        '{"a": NaN, "b": [-Infinity, inf, nan], "c": undefined, "d": "x"}',
+        {"a": None, "b": [None, None, None], "c": None, "d": "x"},
+    ),
+    "nearly numbers": (
+        '{"a": 2020-01-31, "b": 1.2.3, "c": 12,5, "d": 1.234,50, "e": 5kg}',
+        {"a": "2020-01-31", "b": "1.2.3", "c": "12,5", "d": "1.234,50", "e": "5kg"},
+    ),
+    "numbers too large": ('{"a": 1e999, "b": ' + "9" * 5_000 + "}", {"a": "1e999", "b": "9" * 5_000}),
     "single quotes": (r"""{'a': 'it\'s "so"', "b": 'x'}""", {"a": 'it\'s "so"', "b": "x"}),
 }
 
@@ -47,6 +83,11 @@ TRUNCATED = {
     '{"a": 1, "b"': {"a": 1},
     '{"a": 1, "b":': {"a": 1},
     '{"a": 1, "b": tr': {"a": 1},
+    '{"a": 1, "b": -Inf': {"a": 1},
+    '{"a": 1, "b": +': {"a": 1},
+    '{"a": 1, "b": 2,5': {"a": 1, "b": 2},
+    'so {"a" is {"a": 1': {"a": 1},
+    '<think>{"a": 2}</think>{"a": 1': {"a": 1},
     '{"a": 1.': {"a": 1},
     '{"a": 1, ': {"a": 1},
     "{": {},
@@ -76,7 +117,12 @@ def is_part(part: object, whole: object) -> bool:
     return str(whole).startswith(str(part).removesuffix(".0")) or part == whole
 
 
-UNREADABLE = ["", "words", "12", "[]", '[{"a": 1}]', '{"a" 1}', '{"a": 1]', '{"a": NaN}', '{"a": 00}', '{"a": b}']
+UNREADABLE = [
+    "", "words", "12", "[]", '[{"a": 1}]', '{"a" 1}', '{"a": 1]', '{"a": b}', '{"a": "5" 6"}', '{"a": 1 {"b": 2}}',
+    '{"a": [{"b": 1} {"b": 2}, {"b": 3}], "c": 4}', '```json\n[{"a": 1}, {"a": 2}]\n```', 'Here: [{"a": 1}, {"a": 2}]',
+    '["x", {"a": 1}]', '[{"a": 1} {"a": 2}]', '[{"a": 1}, {"a": ', '<think>{"a": 1}', '<think>{"a": 1}</think> none',
+    '{"a": 1</think>', "{'a', 'b'}", '{"a": }', '{"a": , "b": 1}', '{"a": 1,, "b": 2}', '{"a": -}', '{"a": .}',
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", UNREADABLE)
@@ -85,6 +131,16 @@ def test_what_is_no_object_stays_unreadable(text: str) -> None:
 
 
 HOSTILE = {
+    "braces": "{" * 900_000,
+    "braces and quotes": '{"' * 8_000,
+    "lists in lists": "[1," * 8_000,
+    "lists of nothing": "[{}," * 8_000,
+    "cut objects in words": '{"a" ' * 8_000,
+    "broken objects": '{"a":{"b":1}x' * 4_000,
+    "thoughts": "<think>" * 100_000,
+    "thoughts that end": '</think>{"a":' * 4_000,
+    "commas": '{"a":' + "1,222" * 150_000,
+    "escapes": "{'" + "\\x4" * 4_000,
     "objects": '{"a":' * 100_000,
     "lists": '{"a":' + "[" * 100_000,
     "bare lists": "[" * 100_000,
@@ -94,7 +150,7 @@ HOSTILE = {
     "quotes": "{" + "'" * 900_000,
     "escaped quotes": '{"a":\'' + "\\'" * 400_000,
     "digits": '{"a":' + "9" * 900_000,
-    "values": '{"a":[' + "1," * 40_000,
+    "values": '{"a":[' + "1," * 8_000,
     "infinity": '{"a":Infinity}',
     "noise": "{" + "".join(random.Random(0).choices("{}[]\",:\\ 1ax'\ud800", k=500_000)),
 }
