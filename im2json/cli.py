@@ -192,7 +192,7 @@ def resumable(path: Path) -> Iterator[None]:
 
 def resume_advice(path: Path) -> str:
     """Return the command that resumes a run."""
-    return f"go on with {command_line('train.py', '--resume', path)}"
+    return f"go on with {command_line('im2json', 'train', '--resume', path)}"
 
 
 LESS_MEMORY = (

@@ -474,4 +474,4 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     import difflib
 
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else "train.py --help lists the options"
+    return f"did you mean {close[0]!r}?" if close else "im2json train --help lists the options"

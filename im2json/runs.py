@@ -216,7 +216,7 @@ def check_output(output: str | None) -> None:
     run = RunFolder(Path(output))
     check_folder(run.path)
     if run.done:
-        look = command_line("evaluate.py", output)
+        look = command_line("im2json", "evaluate", output)
         raise UserError(f"--output {output} holds a finished run: choose another folder, or see {look}")
     if run.config.exists():
         more = command_line("--resume", output)

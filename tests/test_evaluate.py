@@ -271,7 +271,7 @@ def test_against_needs_the_same_examples(cli, runs, tmp_path):
     (tmp_path / "nowhere").mkdir()
     (tmp_path / "nowhere" / "config.json").touch()
     empty = clear_error(cli("evaluate", a.path, "--against", tmp_path / "nowhere"))
-    assert "holds no predictions of the test split after training: `evaluate.py" in empty
+    assert "holds no predictions of the test split after training: `im2json evaluate" in empty
 
 
 def test_a_runs_own_predictions_file(cli, runs):

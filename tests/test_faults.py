@@ -129,7 +129,7 @@ def test_a_run_that_may_not_write_further_stops_in_one_line(base_args, whole, re
     assert process.returncode == 1, errors
     assert "Traceback" not in errors, errors[errors.index("Traceback") :]
     (said,) = (line for line in errors.splitlines() if line.startswith("Error: "))
-    assert f"go on with train.py --resume {run.path}" in said
+    assert f"go on with im2json train --resume {run.path}" in said
     assert run.config.exists()
     resume(run)
     outcomes[-1] = survives(run, whole)
@@ -149,7 +149,7 @@ def test_a_signal_to_all_processes_reaches_workers_too_and_saves(base_args, whol
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
-    assert errors.splitlines()[-1].endswith(f"go on with train.py --resume {run.path}")
+    assert errors.splitlines()[-1].endswith(f"go on with im2json train --resume {run.path}")
     resume(run)
     outcomes[-1] = survives(run, whole)
 
@@ -192,7 +192,9 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(base_args, whol
     assert printed.count("exitcode  : -9") == 1  # or the launcher had to kill the other one, after 30 s
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in printed
     (said,) = (line for line in printed.splitlines() if line.startswith("Error: "))
-    assert said == (f"Error: process 1 of 2 was lost; what was saved is kept: go on with train.py --resume {run.path}")
+    assert said == (
+        f"Error: process 1 of 2 was lost; what was saved is kept: go on with im2json train --resume {run.path}"
+    )
     assert not run.done
     assert max(row["step"] for row in read_lines(run.metrics_file)) == 3  # none was taken without the other process
     launch("train", "--resume", run.path)
@@ -236,7 +238,7 @@ def test_a_request_to_stop_is_heeded_by_all_processes(base_args, whole_of_two, t
     wait_for((run.checkpoints / "step-2").exists, process)
     process.send_signal(signal.SIGTERM)
     printed = "".join(process.communicate(timeout=300))
-    assert printed.count(f"Error: interrupted: go on with train.py --resume {run.path}\n") == 2, printed
+    assert printed.count(f"Error: interrupted: go on with im2json train --resume {run.path}\n") == 2, printed
     assert "terminate called" not in printed  # as where a thread is left in a collective
     assert not run.done
     launch("train", "--resume", run.path)

@@ -645,7 +645,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
         signalled(patch, 3, number)
         result = cli("train", *base_args, *RESUMED, *seldom, "--output", run.path)
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == f"Error: interrupted: go on with train.py --resume {run.path}"
+    assert result.stderr.splitlines()[-1] == f"Error: interrupted: go on with im2json train --resume {run.path}"
     assert complete_checkpoints(run.checkpoints)[-1].name in ("step-3", "step-4")
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     resume(run, "--save-every", 1)
@@ -820,7 +820,7 @@ def test_what_the_system_refuses_is_one_line(cli, resume, base_args, uninterrupt
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, call, refuse)
         error = clear_error(cli("train", *base_args, *RESUMED, "--output", run.path))
-    assert os.strerror(code) in error and error.endswith(f"go on with train.py --resume {run.path}")
+    assert os.strerror(code) in error and error.endswith(f"go on with im2json train --resume {run.path}")
     assert_same_runs(resume(run), uninterrupted)
 
 

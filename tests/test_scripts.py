@@ -559,7 +559,7 @@ def test_help_lists_every_option_group_by_group(cli):
 def test_an_output_that_holds_a_run(finished, cli, base_args, tmp_path):
     before = sorted(finished.path.rglob("*"))
     error = clear_error(cli("train", *base_args, "--output", finished.path))
-    assert "holds a finished run" in error and f"evaluate.py {finished.path}" in error
+    assert "holds a finished run" in error and f"im2json evaluate {finished.path}" in error
     assert "finished" in clear_error(cli("train", "--resume", finished.path))
     assert sorted(finished.path.rglob("*")) == before
     unfinished = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))

@@ -1,4 +1,4 @@
-"""What train.py --check says of a data set, without training."""
+"""What `im2json check` says of a data set, without training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Score generated text on a split: train.py calls this every N steps, evaluate.py repeats it."""
+"""Score generated text on a split: training calls this every N steps, `im2json evaluate` repeats it."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class Evaluation:
                 key, make_decoder, self.collator, examples, self.accelerator, self.settings, on_predictions
             )
         if self.accelerator.is_main_process:
-            if stage != "during":  # evaluate.py repeats these
+            if stage != "during":  # `im2json evaluate` repeats these
                 keep_lines(run.predictions_file, lambda row: (row["stage"], row["split"]) != (stage, split))
             with aside.open("rb") as lines, run.predictions_file.open("ab") as predictions:
                 shutil.copyfileobj(lines, predictions)

@@ -101,7 +101,7 @@ def validation_answers(run: RunFolder) -> list[Prediction]:
     if not answers:
         raise UserError(
             f"{run.path} holds no answers on validation to compare with, or none but those held to a schema: "
-            f"`{command_line('evaluate.py', run.path, '--split', 'validation', '--no-constrain')}` makes them"
+            f"`{command_line('im2json', 'evaluate', run.path, '--split', 'validation', '--no-constrain')}` makes them"
         )
     return list(answers.values())
 

@@ -52,8 +52,8 @@ class Extractor:
     """Reads pictures of documents as JSON.
 
     Text is generated as in an evaluation: on the base with the weights that its 4-bit ones stand for and LoRA merged
-    in, at the run's precision. The answers are those of `evaluate.py` but where two tokens are equally likely up to
-    rounding, which depends on the other pictures in the batch.
+    in, at the run's precision. The answers are those of `im2json evaluate`, except where two tokens are equally likely
+    up to rounding, which depends on the other pictures in the batch.
 
     Args:
         model: plain weights, in eval mode (see model.lora.merged_copy).

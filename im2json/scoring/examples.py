@@ -109,7 +109,7 @@ def kept_predictions(run: RunFolder, split: str, stage: str = "after") -> list[P
     if not kept:
         raise UserError(
             f"{run.path} holds no predictions of the {split} split {stage} training: "
-            f"`{command_line('evaluate.py', run.path, '--split', split)}` makes them"
+            f"`{command_line('im2json', 'evaluate', run.path, '--split', split)}` makes them"
         )
     return kept
 
@@ -146,7 +146,10 @@ def calibrate(run: RunFolder, step: int) -> Calibration | None:
 
 
 def calibration_predictions(run: RunFolder, step: int) -> list[Prediction]:
-    """Return the validation predictions of `step` that have a confidence: those of evaluate.py, or else of training."""
+    """Return the validation predictions of `step` that have a confidence.
+
+    They are those of `im2json evaluate` or, if it was not run on that split, of training.
+    """
     kept = [prediction for prediction in run.predictions("validation", step=step) if prediction.has_confidence]
     return [prediction for prediction in kept if prediction.stage == "after"] or kept
 
@@ -163,7 +166,7 @@ def read_calibration(run: RunFolder) -> tuple[Calibration, int] | None:
     try:
         return Calibration(float(stored["slope"]), float(stored["intercept"])), int(stored["fitted_on"]["step"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{run.calibration} does not hold a calibration: evaluate.py writes it") from error
+        raise UserError(f"{run.calibration} does not hold a calibration: `im2json evaluate` writes it") from error
 
 
 def _rows(path: Path, problem: Problem) -> Iterator[tuple[str, Row]]:

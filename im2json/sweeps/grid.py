@@ -19,8 +19,8 @@ from im2json.text import is_path
 
 PARTS = ("preset", "base", "grid", "ablate", "seeds")
 NOT_HERE = {
-    "output": "sweep.py names the run folders itself",
-    "test": "sweep.py scores the test split once, for the winner",
+    "output": "a sweep names the run folders itself",
+    "test": "a sweep scores the test split once, for the winner",
 }
 """Options that a grid may not set, and why."""
 Values = dict[str, Any]
@@ -32,7 +32,7 @@ class Point:
 
     id: str  # follows from the options that decide the result, so it is the same in any grid
     config: TrainConfig
-    flags: list[str]  # of train.py, for this config
+    flags: list[str]  # of `im2json train`, for this config
     resume_flags: list[str]  # those of options that do not affect the result, which --resume accepts again
     axis_values: Values  # axis -> value as written in the grid ("2r" for alpha)
     setting: str  # the differences from the base in words; the same for all seeds
@@ -182,7 +182,7 @@ def _point(base: Values, variant: Variant, seed: Values, preset: str | None) -> 
 
 
 def _resolve(given: Values, preset: str | None) -> TrainConfig:
-    """Return the config that train.py would resolve a point's values to."""
+    """Return the config that `im2json train` would resolve a point's values to."""
     return TrainConfig.resolve(fresh_options({**_with_alpha(given, preset), "test": False}, preset), preset)
 
 
@@ -211,7 +211,7 @@ def _times(alpha: str) -> float:
 
 
 def _flags(given: Values, config: TrainConfig, preset: str) -> list[str]:
-    """Return the flags that give train.py this config: the given values, and all that differ from the preset."""
+    """Return the flags that give `im2json train` this config: the given values, and all that differ from the preset."""
     usual = TrainConfig.resolve({}, preset).flat()
     flags = ["--preset", preset]
     for name, value in config.flat().items():
@@ -221,7 +221,7 @@ def _flags(given: Values, config: TrainConfig, preset: str) -> list[str]:
 
 
 def _flag(name: str, value: Any) -> list[str]:
-    """Return the flag that gives train.py this value."""
+    """Return the flag that gives `im2json train` this value."""
     flag = flag_name(name)
     if value is None:
         return []

@@ -70,7 +70,7 @@ class WinnerScores:
     point: str  # the winner's id
     before: Mapping[str, float]
     after: Mapping[str, float]
-    more: Mapping[str, Any] = field(default_factory=dict)  # all else that evaluate.py --json prints
+    more: Mapping[str, Any] = field(default_factory=dict)  # all else that `im2json evaluate --json` prints
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> WinnerScores:

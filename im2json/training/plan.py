@@ -1,4 +1,4 @@
-"""The report of train.py --plan on a run that is not begun: its size, its memory, and from a few steps its time."""
+"""The report of im2json plan on a run that is not begun: its size, its memory, and from a few steps its time."""
 
 from __future__ import annotations
 

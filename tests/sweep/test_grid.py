@@ -134,8 +134,8 @@ MISTAKES = {
     '{"base": {"dataset": "a\\ud800"}}': r"base.dataset: 'a\ud800' holds a character that no command line can",
     '{"grid": {"threads": [1, 2]}}': "grid.threads: it does not change the result; it belongs into base",
     '{"grid": {"metric": ["key_f1"]}}': "grid.metric: points are ranked by one metric; it belongs into base",
-    '{"base": {"output": "there"}}': "base.output: leave it out, sweep.py names the run folders itself",
-    '{"base": {"test": true}}': "base.test: leave it out, sweep.py scores the test split once, for the winner",
+    '{"base": {"output": "there"}}': "base.output: leave it out, a sweep names the run folders itself",
+    '{"base": {"test": true}}': "base.test: leave it out, a sweep scores the test split once, for the winner",
     '{"base": {"eval_every": 0}}': "eval_every: 0 leaves nothing to rank the points by: at least 1",
     '{"base": {"r": 8}, "grid": {"r": [8]}}': "r is in base (or --set) and an axis of grid: leave one out",
     '{"base": {"seed": 1}, "seeds": [1]}': "base.seed and seeds: leave one out",
@@ -164,7 +164,7 @@ def test_a_mistake_in_set_is_one_line_too(cli, tmp_path):
     for given, message in {
         "steps": "--set steps: expected NAME=VALUE, like steps=50",
         "steps=many": "--set steps: 'many' is not a whole number",
-        "output=there": "--set output: leave it out, sweep.py names the run folders itself",
+        "output=there": "--set output: leave it out, a sweep names the run folders itself",
         "r=9": "r is in base (or --set) and an axis of grid: leave one out",
     }.items():
         assert clear_error(cli("sweep", tmp_path / "g.json", "--set", given)).endswith(message)
