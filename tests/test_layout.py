@@ -221,6 +221,21 @@ def test_names_that_may_be_splits_stop(tmp_path, name):
     assert "(1 rows): " in str(caught.value) and str(caught.value).endswith("?")
 
 
+def test_splits_that_the_names_of_pictures_say(tmp_path):
+    names = ["train_1", "Train-2", "train3", "val_1", "test_001"]
+    write_pairs(tmp_path / "a", **dict.fromkeys(names, "."))
+    assert list(loaded(tmp_path / "a")[0].values()) == [["Train-2", "train3", "train_1"], ["val_1"], ["test_001"]]
+    write_pairs(tmp_path / "b", **dict.fromkeys([*names, "other"], "."))
+    with pytest.raises(
+        UserError, match=r"5 of 6 pictures begin with the name of a split, such as \S+, and others do not"
+    ):
+        load_splits(str(tmp_path / "b"))
+    write_pairs(tmp_path / "c", test_1="x", train="x", test="x", trained_3="x", val="x", valued_1="x")
+    assert sum(map(len, loaded(tmp_path / "c")[0].values())) == 6
+    write_rows(tmp_path / "d" / "metadata.jsonl", "train_1.png", "val_1.png", "test_1.png")
+    assert list(loaded(tmp_path / "d")[0].values()) == [["train_1.png"], ["val_1.png"], ["test_1.png"]]
+
+
 def test_a_tree_of_each_split_is_not_paired_with_the_other(tmp_path):
     write_pairs(tmp_path, one="train/img:test/key", two="train", three="train", four="train")
     with pytest.raises(UserError, match=r"2 of 5 rows .*\n.*one\.png: has no one\.json.*\n.*one\.json: has no picture"):
@@ -250,6 +265,14 @@ def test_json_lines_named_by_split(tmp_path):
     assert f"read alone; --dataset {tmp_path}/a reads test.jsonl, validation.jsonl as splits, too" in notes[0]
 
 
+def test_json_lines_that_name_no_split_are_named_themselves(tmp_path):
+    write_rows(tmp_path / "receipts.jsonl", "1.png", "2.png", "3.png")
+    with pytest.raises(
+        UserError, match=r"but 4 \(3 \.png, 1 \.jsonl: .*to read receipts\.jsonl, pass --dataset .*/recei"
+    ):
+        load_splits(str(tmp_path))
+
+
 def test_parquet_files_by_name(tmp_path):
     write_parquet(tmp_path / "a", **{"TRAIN__0": 2, "TRAIN__1": 1, "Val__0": 1, "data__x_test": 2, "more": 3})
     splits, notes = loaded(tmp_path / "a")
@@ -258,7 +281,7 @@ def test_parquet_files_by_name(tmp_path):
         "validation": ["Val/00"],
         "test": ["data/x_test0", "data/x_test1"],
     }
-    assert notes == [f"{tmp_path}/a: split more is not used: 3 rows (--train-split more trains on them)"]
+    assert notes == [f"{tmp_path}/a: splits not used: more (3 rows); --train-split NAME trains on one of them"]
     write_parquet(tmp_path / "b", one=3, two=2)
     assert sum(map(len, loaded(tmp_path / "b")[0].values())) == 5
     write_parquet(tmp_path / "c", **{"train__test": 2})
@@ -299,7 +322,7 @@ def test_splits_of_a_saved_data_set_in_any_case(tmp_path):
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
     found, notes = loaded(tmp_path / "set")
     assert found == {"train": ["1", "2"], "validation": ["3"], "test": ["4"]}
-    assert "split extra is not used: 1 rows" in notes[0]
+    assert "splits not used: extra (1 rows)" in notes[0]
 
 
 # --- rows, files and folders that are not used
@@ -333,7 +356,7 @@ def test_what_is_not_used_is_named(tmp_path):
         f"{tmp_path}: files not used, as no row names them: 4 "
         "(2 .jpg, 1 .csv, 1 .png: other/7.jpg, other/deep/8.jpg, train.csv, ...)",
         f"{tmp_path}: hidden files passed over: 1 (1 .png: .hidden/9.png)",
-        f"{tmp_path}: split more is not used: 1 rows (--train-split more trains on them)",
+        f"{tmp_path}: splits not used: more (1 rows); --train-split NAME trains on one of them",
     ]
 
 

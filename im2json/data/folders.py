@@ -60,10 +60,9 @@ def open_folder(root: Path, given: Mapping[str, str | None], columns: Columns, n
     parquet = [name for name in tree.files if suffix_of(name) == ".parquet"]
     whole = root.resolve()
     used: set[str] = set()
-    if any(os.path.basename(name) == METADATA for name in tree.files):
+    if metadata := {name for name in tree.files if os.path.basename(name).lower() == METADATA}:
         refuse_all_but(COLUMN_OPTIONS, given, str(root))
-        files = [name for name in tree.files if os.path.basename(name) == METADATA or name in named]
-        opened = _open_imagefolder(root, tree, files, columns, notes, used)
+        opened = _open_imagefolder(root, tree, sorted(metadata | set(named)), columns, notes, used)
     elif "dataset_dict.json" in tree.files or "state.json" in tree.files:
         refuse_all_but(COLUMN_OPTIONS, given, str(root))
         used |= {name for name in tree.files if suffix_of(name) in (".arrow", ".json")}
@@ -87,7 +86,7 @@ def open_lines(path: Path, columns: Columns, notes: list[str]) -> dict[str, Rows
     if _is_named_by_split(path.name) and beside:
         notes.append(f"{path}: read alone; --dataset {path.parent} reads {', '.join(sorted(beside))} as splits, too")
     lines = read_lines(path, columns)
-    groups = group_by_split(str(path), ((line, [line.file_name]) for line in lines))
+    groups = group_by_split(str(path), ((line, _picture(line), "") for line in lines))
     return {name: FolderRows(path.parent, group) for name, group in (groups or {"train": []}).items()}
 
 
@@ -118,7 +117,7 @@ def _open_imagefolder(
     """Return the rows of JSON-lines files. A file in a folder that names no split is a split of the folder's name."""
     by_file = _nearest_lines(root, {name: read_lines(root / name, columns) for name in files}, notes)
     groups: dict[str, list[Line]] = {}
-    sorted_by_path: list[tuple[Line, list[str]]] = []
+    by_path: list[tuple[Line, str | None, str]] = []
     for name, lines in by_file.items():
         folder, stem = os.path.dirname(name), os.path.splitext(name)[0]
         named = split_of(PurePosixPath(stem).parts)[0]  # the file's own name says a split as a folder's does
@@ -126,11 +125,11 @@ def _open_imagefolder(
         for line in lines:
             used |= {os.path.join(folder, line.file_name), _path_of(folder, line)}
             if named or not folder or split_of(folders_of(line.file_name))[0]:
-                sorted_by_path.append((line, [f"{stem}/{METADATA}", line.file_name]))
+                by_path.append((line, _picture(line), f"{stem}/{METADATA}"))
             else:
                 groups[folder].append(line)
     used |= set(files)
-    for split, lines in group_by_split(str(root), sorted_by_path).items():
+    for split, lines in group_by_split(str(root), by_path).items():
         groups.setdefault(split, []).extend(lines)
     if any(os.path.dirname(name) for name in files):
         _refuse_folders_without_rows(root, tree, used)
@@ -154,6 +153,10 @@ def _nearest_lines(root: Path, by_file: Mapping[str, list[Line]], notes: list[st
     return nearest
 
 
+def _picture(line: Line) -> str | None:
+    return line.file_name if line.problem is None else None
+
+
 def _path_of(folder: str, line: Line) -> str:
     return (PurePosixPath(folder) / line.file_name.replace("\\", "/")).as_posix()
 
@@ -175,12 +178,14 @@ def _open_pairs(root: Path, tree: Tree, given: Mapping[str, str | None], used: s
     lines = read_pairs(root, tree.files)
     if all(line.problem for line in lines):
         held = f", but {by_suffix(tree.files)}" if tree.files else ""
+        if rows := [name for name in tree.files if suffix_of(name) == ".jsonl"]:
+            held += f" (to read {rows[0]}, pass --dataset {root / rows[0]})"
         raise UserError(f"{root}: holds neither {METADATA} nor Parquet files{held}; {FOLDER_HELP}")
     refuse_all_but((), given, str(root))
     used |= {name for name in tree.files if suffix_of(name) == ".json" or names_document(name)}
     used |= {line.file_name for line in lines}
-    ways = ((line, [line.file_name, os.path.relpath(line.where, root)]) for line in lines)
-    return {name: FolderRows(root, group) for name, group in group_by_split(str(root), ways).items()}
+    groups = group_by_split(str(root), ((line, line.file_name, os.path.relpath(line.where, root)) for line in lines))
+    return {name: FolderRows(root, group) for name, group in groups.items()}
 
 
 # --- what is not used

@@ -180,11 +180,8 @@ def _three_splits(available: Mapping[str, Rows], dataset: str, train_split: str,
         if there is not None:
             used.add(there)
             splits[role] = StoredSplit(role, _not_empty(available[there], dataset, there))
-    notes += [
-        f"{dataset}: split {name} is not used: {len(rows)} rows (--train-split {name} trains on them)"
-        for name, rows in available.items()
-        if name not in used
-    ]
+    if unused := [f"{name} ({len(rows)} rows)" for name, rows in available.items() if name not in used]:
+        notes.append(f"{dataset}: splits not used: {', '.join(unused)}; --train-split NAME trains on one of them")
     missing = [role for role in ("validation", "test") if role not in splits]
     splits |= _cut(_not_empty(available[train], dataset, train), missing, dataset, train, notes)
     return {role: splits[role] for role in ALIASES}

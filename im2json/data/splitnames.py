@@ -26,6 +26,10 @@ _NEUTRAL = frozenset((
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
+_BEGINNING = re.compile(rf"({'|'.join(sorted(ROLES, key=len, reverse=True))})(?=[-_ ]*\d|[-_])", re.IGNORECASE)
+"""Of the name of a picture that says its split, as test_001.png does and test.png does not."""
+
+
 class SplitName(NamedTuple):
     """The split that a name stands for, and how surely."""
 
@@ -72,27 +76,56 @@ def split_of(folders: Iterable[str]) -> tuple[str | None, _Doubt | None]:
     return role, None
 
 
-def group_by_split(root: str, items: Iterable[tuple[Item, Sequence[str]]]) -> dict[str, list[Item]]:
+def group_by_split(root: str, items: Iterable[tuple[Item, str | None, str]]) -> dict[str, list[Item]]:
     """Sort items into splits by the folders on the way to their files, below `root`. Those that name none are train.
 
+    Where the pictures of all those are called as test_001.png is, their names tell.
+
+    Args:
+        items: each with its picture, if that is known, and with another file, such as the one that names the picture.
+
     Raises:
-        UserError: where folders may or may not name a split, or name two, with how to lay the files out.
+        UserError: where names may or may not say a split, or say two, with how to lay the files out.
     """
-    groups: dict[str, list[Item]] = defaultdict(list)
+    items = list(items)
     doubts: Counter[_Doubt] = Counter()
-    for item, files in items:
-        role, doubt = split_of(folder for file in files for folder in folders_of(file))
+    roles: list[str | None] = []
+    for _, picture, other in items:
+        role, doubt = split_of((*folders_of(picture or ""), *folders_of(other)))
+        roles.append(role)
         if doubt is not None:
             doubts[doubt] += 1
-        groups[role or "train"].append(item)
     if doubts:
         lines = [f"{doubt.folder} ({count} rows): {doubt.reading}?" for doubt, count in doubts.items()]
-        raise UserError(
-            listed(
-                f"{root}: the names of these folders leave open whether their rows are for training. Rename each to "
-                "the split that it holds (train, validation or test), or move it into a folder of that name",
-                lines,
-                5,
-            )
+        title = (
+            f"{root}: the names of these folders leave open whether their rows are for training. Rename each to the "
+            "split that it holds (train, validation or test), or move it into a folder of that name"
         )
+        raise UserError(listed(title, lines, 5))
+    flat = [picture for (_, picture, _), role in zip(items, roles) if role is None and picture is not None]
+    begun = _by_beginning(root, flat, set(roles))
+    groups: dict[str, list[Item]] = defaultdict(list)
+    for (item, picture, _), role in zip(items, roles):
+        groups[role or begun.get(picture or "", "train")].append(item)
     return dict(groups)
+
+
+def _by_beginning(root: str, pictures: Sequence[str], others: set[str | None]) -> dict[str, str]:
+    """Return the splits of pictures that are in no split's folder, if all their names say one, and not all the same.
+
+    Args:
+        others: splits that folders name.
+
+    Raises:
+        UserError: where half of the names or more say a split, but not all.
+    """
+    found = {picture: _BEGINNING.match(PurePosixPath(picture.replace("\\", "/")).name) for picture in pictures}
+    begun = {picture: ROLES[match[1].lower()] for picture, match in found.items() if match is not None}
+    if len({*begun.values(), *others} - {None}) < 2 or 2 * len(begun) < len(found):
+        return {}
+    if len(begun) < len(found):
+        raise UserError(
+            f"{root}: {len(begun)} of {len(found)} pictures begin with the name of a split, such as "
+            f"{next(iter(begun))}, and others do not. Move those of each split into a folder train, validation or test"
+        )
+    return begun

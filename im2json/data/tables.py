@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -93,7 +94,7 @@ def load_parquet(root: Path, names: Sequence[str], config: str | None, used: set
             for split, files in splits.items()
         }
         folder = links_to({link: path for group in links.values() for link, path in group.items()})
-        data_files = {split: [str(folder / link) for link in group] for split, group in links.items()}
+        data_files = {split: [glob.escape(str(folder / link)) for link in group] for split, group in links.items()}
         return datasets.load_dataset("parquet", data_files=data_files)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         if isinstance(error, UserError):
