@@ -116,6 +116,16 @@ def test_a_name_in_another_normal_form_is_found(tmp_path):
         read_file(folder / "thé.png", "thé.png")
 
 
+def test_pairs_whose_names_differ_in_their_normal_form(tmp_path):
+    picture_folder(tmp_path, ["b", "c", "d", NFC[:-4], NFD[:-4]])
+    assert sum(map(len, load_splits(str(tmp_path)).values())) == 5  # each with the exact one
+    (tmp_path / f"{NFC[:-4]}.json").unlink()
+    (tmp_path / NFD).unlink()
+    splits = load_splits(str(tmp_path))
+    check_split(*splits.values())
+    assert sum(map(len, splits.values())) == 4
+
+
 # --- byte-order marks
 
 

@@ -32,7 +32,7 @@ def read_pairs(root: Path, files: Iterable[str]) -> list[Line]:
     """
     left = [name for name in files if _is_json(name) or looks_like_document(root / name)]
     lines: dict[str, Line] = {}
-    for key in (_path, _without_trees, _without_splits):
+    for key in (_exact_path, _path, _without_trees, _without_splits):
         groups: dict[tuple[str, ...], tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
         for name in left:
             groups[key(name)][_is_json(name)].append(name)
@@ -50,10 +50,13 @@ def _is_json(name: str) -> bool:
     return suffix_of(name) == ".json"
 
 
-def _path(name: str) -> tuple[str, ...]:
+def _exact_path(name: str) -> tuple[str, ...]:
     """Return the folders on the way to a file, and its name without its suffix."""
-    name = unicodedata.normalize("NFC", name)  # a picture and its .json may come from different systems
     return (*folders_of(name), PurePosixPath(name.replace("\\", "/")).stem)
+
+
+def _path(name: str) -> tuple[str, ...]:
+    return _exact_path(unicodedata.normalize("NFC", name))  # a picture and its .json may come from different systems
 
 
 def _without_trees(name: str) -> tuple[str, ...]:
