@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import clear_error, write_dataset
 from PIL import Image
@@ -218,6 +219,15 @@ def test_files_of_several_pages_are_named(check, data):
     first.save(data / "train" / "0.png", "TIFF", save_all=True, append_images=[second, first])
     first.save(data / "test" / "1.png", "GIF", save_all=True, append_images=[second])
     note = "files with several pages, of which the first is read: 2\n  train/0.png: 3 pages\n  test/1.png: 2 pages"
+    assert note in checked(data).notes()
+    said, _ = check("--dataset", data)
+    assert note in said
+
+
+def test_pictures_that_had_to_be_scaled_are_named(check, data):
+    Image.fromarray(np.full((9, 9), 4000, np.uint16)).save(data / "train" / "0.png")
+    how = "its values go up to 4000, and 4095 is taken for white"
+    note = f"pictures of more than 8 bits that use a part of their range: 1\n  train/0.png: {how}"
     assert note in checked(data).notes()
     said, _ = check("--dataset", data)
     assert note in said

@@ -8,10 +8,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from PIL import Image
 
 from im2json.data.example import Split
+from im2json.data.modes import reading_note
 from im2json.data.pictures import count_pages
 from im2json.data.stored import StoredSplit, bad_rows, listed
 from im2json.errors import UserError
@@ -25,6 +27,7 @@ class Checkup:
     problems: dict[str, list[str]]  # a bad row each, by split
     copies: list[list[tuple[str, str]]]  # split and id of the rows that show the same picture, pixel by pixel
     pages: dict[str, int]  # by row, where its picture's file has more than the first page, which is read
+    scaled: dict[str, str]  # by row, where its picture's values had to be scaled: how
 
     @property
     def bad(self) -> list[str]:
@@ -54,6 +57,11 @@ class Checkup:
         files = [f"{row}: {count} pages" for row, count in self.pages.items()]
         return listed(f"files with several pages, of which the first is read: {len(files)}", files, 5)
 
+    def scaled_note(self) -> str:
+        """Return a note that names the rows whose picture had to be scaled."""
+        pictures = [f"{row}: {how}" for row, how in self.scaled.items()]
+        return listed(f"pictures of more than 8 bits that use a part of their range: {len(pictures)}", pictures, 5)
+
     def notes(self) -> list[str]:
         """Return notes for readers of the results: the rows left out, and what is learned as well as tested."""
         notes = []
@@ -63,6 +71,8 @@ class Checkup:
             notes.append(listed(f"pictures in more than one split, which flatters scores: {len(shared)}", shared, 5))
         if self.pages:
             notes.append(self.pages_note())
+        if self.scaled:
+            notes.append(self.scaled_note())
         return notes
 
 
@@ -91,16 +101,19 @@ def examine(splits: Iterable[Split], on_row: Callable[[], object] | None = None)
     alike: dict[bytes, list[tuple[StoredSplit, int]]] = defaultdict(list)
     same: dict[bytes, list[tuple[StoredSplit, int]]] = defaultdict(list)
     pages: dict[str, int] = {}
+    scaled: dict[str, str] = {}
     # Pillow lets go of the interpreter while it decodes, so threads are enough.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for (split, i), outcome in zip(positions, pool.map(lambda each: _open(*each), positions)):
             if isinstance(outcome, str):
                 bad[split.name][i] = outcome
             else:
-                digest, count = outcome
-                alike[digest].append((split, i))
-                if count > 1:
-                    pages[split.rows.id(split.chosen[i])] = count
+                id = split.rows.id(split.chosen[i])
+                alike[outcome.look].append((split, i))
+                if outcome.pages > 1:
+                    pages[id] = outcome.pages
+                if outcome.note is not None:
+                    scaled[id] = outcome.note
             if on_row is not None:
                 on_row()
         # Hashing every pixel would make this half as slow again; few pictures are worth it, and opened twice.
@@ -113,19 +126,27 @@ def examine(splits: Iterable[Split], on_row: Callable[[], object] | None = None)
         {name: list(problems.values()) for name, problems in bad.items()},
         [[(split.name, split.rows.id(split.chosen[i])) for split, i in group] for group in same.values() if group[1:]],
         pages,
+        scaled,
     )
 
 
-def _open(split: StoredSplit, i: int) -> tuple[bytes, int] | str:
-    """Return a digest that tells a row's picture from nearly all others, and the number of its file's pages; or a line
-    on what is wrong with the row."""
+class _Opened(NamedTuple):
+    """What is known of a row's picture."""
+
+    look: bytes  # tells it from nearly all others
+    pages: int  # of its file
+    note: str | None  # on how it was read
+
+
+def _open(split: StoredSplit, i: int) -> _Opened | str:
+    """Return what a row's picture looks like, or a line on what is wrong with the row."""
     try:
         picture = split[i].image
         pages = count_pages(split.rows.picture(split.chosen[i])[0])
     except UserError as error:
         return str(error)
     digest = repr(picture.size).encode() + _digest(picture.resize((64, 64), Image.Resampling.NEAREST))
-    return digest, pages
+    return _Opened(digest, pages, reading_note(picture))
 
 
 def _digest(picture: Image.Image) -> bytes:

@@ -59,8 +59,8 @@ def diagnose(
 
 
 def rows_report(checkup: Checkup) -> str:
-    """Return a table of the rows by split, then every bad row, every picture that occurs twice, and files of several
-    pages."""
+    """Return a table of the rows by split, then bad rows, pictures that occur twice or were scaled, and files of more
+    pages than one."""
     repeated = checkup.copies_within()
     counts = [
         [name, len(split), len(checkup.problems[name]), repeated.get(name, 0)] for name, split in checkup.splits.items()
@@ -72,6 +72,8 @@ def rows_report(checkup: Checkup) -> str:
     parts.append(listed(f"pictures in more than one split: {len(shared)}", shared, None))
     if checkup.pages:
         parts.append(checkup.pages_note())
+    if checkup.scaled:
+        parts.append(checkup.scaled_note())
     return "\n\n".join(parts)
 
 
