@@ -121,10 +121,13 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
     quiet_libraries()
     from rows import Rows
 
+    from im2json.data.check import examine
     from im2json.data.collate import Collator
-    from im2json.data.lengths import TargetLengths
+    from im2json.data.example import RunSplit
+    from im2json.data.lengths import TargetMeter
+    from im2json.data.splits import RunSplits
     from im2json.inference.settings import DecodeSettings
-    from im2json.model.base import load_processor
+    from im2json.model.base import load_positions, load_processor
     from im2json.model.loading import load_adapted
     from im2json.options import TrainConfig
     from im2json.training.strategy import choose_strategy, strategy_note
@@ -137,10 +140,11 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
     accelerator, precision = start_accelerator(config)
     rows: Any = Rows(EXAMPLES * steps // EPOCHS, resolution)
     collator = Collator(load_processor(str(model)), config.data.prompt)
-    splits = {"train": rows, "validation": rows}
-    lora, lengths = load_adapted(config.model, precision, accelerator.device, 0), TargetLengths.count(splits, collator)
-    settings = DecodeSettings(lengths.new_token_limit(None), config.decode.eval_batch_size)
-    space = Workspace(config, accelerator, precision, splits, collator, lengths, lora, settings, {})
+    checkup = examine([rows], TargetMeter(collator, load_positions(str(model))))
+    data = RunSplits({name: RunSplit(name, checkup.rows["train"]) for name in ("train", "validation")}, checkup)
+    lora = load_adapted(config.model, precision, accelerator.device, 0)
+    settings = DecodeSettings(data.lengths.new_token_limit(None), config.decode.eval_batch_size)
+    space = Workspace(config, accelerator, precision, data, collator, lora, settings, {})
     work = space.workload()
     strategy = choose_strategy(work)
     print(strategy_note(strategy, work))

@@ -1,14 +1,17 @@
-"""The typed lines of a run's files: predictions.jsonl, metrics.jsonl and result.json."""
+"""The typed lines of a run's files: predictions.jsonl, metrics.jsonl, splits.json and result.json."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from im2json.errors import UserError
 from im2json.jsontext import Reading, read
+
+SPLITS = ("train", "validation", "test")
 
 
 class EvaluationKey(NamedTuple):
@@ -144,3 +147,44 @@ class RunResult:
         names = ("step", "best_step", "validation", "test", "trainable", "total", "examples", "target_tokens")
         more = ("skipped_updates", "seconds", "examples_per_second", "peak_memory_bytes")
         return {name: getattr(self, name) for name in names + more}
+
+
+class Content(NamedTuple):
+    """What an example holds, as digests: equal contents are the same example, whatever its name is."""
+
+    picture: str  # of the bytes of the picture file
+    target: str  # of the text to learn
+
+    @classmethod
+    def of(cls, picture: bytes, target: str) -> Content:
+        """Return the first 16 digits of the SHA-256 of each."""
+        return cls(*(hashlib.sha256(data).hexdigest()[:16] for data in (picture, target.encode())))
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """Which example was in which split when a run began, as splits.json has it."""
+
+    splits: dict[str, dict[str, Content]]  # train, validation and test -> id -> content, in the splits' order
+    left_out: dict[str, Content]  # examples of the test split that are trained on
+
+    @classmethod
+    def from_json(cls, stored: Any, where: str) -> SplitRecord:
+        """Return the record of splits.json.
+
+        Raises:
+            UserError: if the file was not written by a run.
+        """
+        try:
+            contents = {
+                name: {id: Content(*digests.split()) for id, digests in stored[name].items()}
+                for name in (*SPLITS, "left_out")
+            }
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{where} does not hold a run's splits ({error})") from error
+        return cls({name: contents[name] for name in SPLITS}, contents["left_out"])
+
+    def to_json(self) -> dict[str, dict[str, str]]:
+        """Return the object that splits.json holds: the two digests of an example are one text."""
+        parts = {**self.splits, "left_out": self.left_out}
+        return {name: {id: " ".join(content) for id, content in part.items()} for name, part in parts.items()}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from im2json.errors import UserError
 from im2json.files import read_json, sha256
-from im2json.options import LANGUAGE_MODULES, OPTIONS, PRESETS, TrainConfig, flag_name
+from im2json.options import LANGUAGE_MODULES, OPTIONS, PRESETS, TrainConfig, TrainOptions, flag_name
+from im2json.records import Content
 from im2json.runs import (
     ADAPTER_CONFIG,
     WEIGHTS,
@@ -21,11 +23,14 @@ from im2json.runs import (
     home_of,
     step_of,
 )
+from im2json.text import command_line
 
 PATHS = {"model": "tiny", "dataset": "receipts", "adapter": None, "schema": None}
 """The options that may be paths, each with the one value that is none."""
 WARM_START_OPTIONS = ("prompt", "letterbox")
 """What --adapter takes from the adapter unless it is given."""
+SHOWN = 5
+"""Examples that an error names."""
 READING_OPTIONS = ("model", "quant", "precision", "prompt", "letterbox", "max_new_tokens", "constrain", "check_sum")
 """The options that decide what is read in a picture, besides the adapter."""
 
@@ -75,10 +80,68 @@ def _check_length(run: RunFolder, before: TrainConfig, after: TrainConfig) -> No
     elif after.train.steps <= done:
         if run.done:
             raise UserError(f"{finished} --steps above {done}.")
-        if after.train.steps < done:
-            raise UserError(
-                f"--resume {run.path}: --steps {after.train.steps} is less than the {done} that the run has taken"
+        check_end(run, after.train, after.train.steps)
+
+
+def check_end(run: RunFolder, options: TrainOptions, total: int) -> None:
+    """Refuse to resume a run to an end that it has passed.
+
+    Args:
+        total: the steps that the run would have.
+
+    Raises:
+        UserError: if it has taken more.
+    """
+    checkpoint = run.latest_checkpoint()
+    done = step_of(checkpoint) if checkpoint else 0
+    if total < done:
+        wanted = f"--epochs {options.epochs:g} ({total} steps)" if options.steps is None else f"--steps {total}"
+        raise UserError(f"--resume {run.path}: {wanted} is less than the {done} steps that the run has taken")
+
+
+def check_unchanged(run: RunFolder, dataset: str, lost: Mapping[str, Mapping[str, str]], total: int) -> None:
+    """Refuse to resume a run whose examples are not what they were.
+
+    Args:
+        lost: by split, the id of each example that is gone or has changed, and what became of it.
+        total: how many examples the run began with.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    fates = [f"{id} ({fate})" for split in lost.values() for id, fate in split.items()]
+    if fates:
+        more = f" and {len(fates) - SHOWN} more" if len(fates) > SHOWN else ""
+        raise UserError(
+            f"--resume {run.path}: its data changed since it began ({len(fates)} of {total} examples): "
+            f"{', '.join(fates[:SHOWN])}{more}; put {dataset} back as it was, or start a new run "
+            f"({command_line('--adapter', run.path)} goes on from its best)"
+        )
+
+
+def trained_contents(adapter: Path, notes: list[str]) -> set[Content]:
+    """Return what an adapter was trained on, by its run and by those whose adapters it began with.
+
+    Where the folder of one of these runs is not at hand, or keeps no splits.json, `notes` gets a line that says so.
+    """
+    contents: set[Content] = set()
+    seen: list[Path] = []
+    following: Path | None = adapter
+    while following is not None and following not in seen:
+        seen.append(following)
+        folders = (following, following.parent, following.parent.parent)  # RUN, RUN/adapter, RUN/checkpoints/step-N
+        run = next((run for run in map(RunFolder, folders) if run.splits.is_file()), None)
+        record = None if run is None else run.read_splits()
+        if run is None or record is None:
+            notes.append(
+                f"--adapter {following}: no splits.json says what it was trained on, so rows that this run is tested "
+                "on may be among that"
             )
+            break
+        contents.update(record.splits["train"].values())
+        before = run.read_config().model.adapter
+        following = None if before is None else Path(before)
+    return contents
 
 
 def fresh_options(given: dict[str, Any], preset: str | None = None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A run folder: what lies in it, who may write to it, and what a run that stopped finds there.
 
 runs/NAME/config.json        every resolved option, versions, git revision
+          splits.json        which example was in which split when the run began (records.SplitRecord)
           schema.json        the JSON Schema of the training targets, or --schema; edit it as you like
           metrics.jsonl      a line per step or evaluation (records.LogLine)
           predictions.jsonl  a line per evaluated example (records.Prediction)
@@ -31,7 +32,7 @@ from typing import Any, TypeVar
 from im2json.errors import UserError
 from im2json.files import damage, keep_lines, lock, not_ours, read_json, read_lines, write_json
 from im2json.options import TrainConfig
-from im2json.records import LogLine, Prediction, RunResult
+from im2json.records import LogLine, Prediction, RunResult, SplitRecord
 from im2json.text import command_line, is_utf8
 
 HUB_NAME = r"(?!\.)[\w.-]+/[\w.-]+"  # owner/name, of a model or data set
@@ -59,6 +60,10 @@ class RunFolder:
     @property
     def schema(self) -> Path:
         return self.path / "schema.json"
+
+    @property
+    def splits(self) -> Path:
+        return self.path / "splits.json"
 
     @property
     def metrics_file(self) -> Path:
@@ -122,6 +127,14 @@ class RunFolder:
             UserError: if result.json was not written by a run.
         """
         return RunResult.from_json(read_json(self.result), str(self.result)) if self.done else None
+
+    def read_splits(self) -> SplitRecord | None:
+        """Return what splits.json holds, or None if the run was begun by a version that did not write it.
+
+        Raises:
+            UserError: if splits.json was not written by a run.
+        """
+        return SplitRecord.from_json(read_json(self.splits), str(self.splits)) if self.splits.exists() else None
 
     @property
     def kept_step(self) -> int:
@@ -266,8 +279,10 @@ def new_run(config: TrainConfig) -> RunFolder:
     return RunFolder(path)
 
 
-def claim_new(run: RunFolder, config: TrainConfig, data: dict[str, str], processes: int = 1) -> None:
-    """Begin a new run: write its config.json, with the folder locked.
+def claim_new(
+    run: RunFolder, config: TrainConfig, splits: SplitRecord, data: dict[str, str], processes: int = 1
+) -> None:
+    """Begin a new run: write its splits.json and config.json, with the folder locked.
 
     Args:
         data: a digest of each split's examples.
@@ -276,6 +291,7 @@ def claim_new(run: RunFolder, config: TrainConfig, data: dict[str, str], process
         UserError: if another process has begun a run in this folder.
     """
     check_output(str(run.path))
+    write_json(run.splits, splits.to_json())
     run.write_config(config, data=data, processes=processes)
 
 

@@ -17,25 +17,28 @@ from accelerate.utils import set_seed
 from peft import PeftModel
 from PIL import Image
 
-from im2json.data.check import check_split
+from im2json.data.check import check_split, examine
 from im2json.data.collate import Collator
-from im2json.data.example import Split
-from im2json.data.lengths import TargetLengths
+from im2json.data.example import RunSplit, Split
+from im2json.data.lengths import TargetLengths, TargetMeter
 from im2json.data.loader import StepLoader
 from im2json.data.order import Order, Share
 from im2json.data.sources import open_splits
+from im2json.data.splits import RunSplits, divide, restore
 from im2json.errors import UserError
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.inference.settings import DecodeSettings
 from im2json.jsontext import canonical
 from im2json.machine import own_cores
-from im2json.model.base import DTYPES, load_processor, positions, resolve_precision
+from im2json.model.base import DTYPES, load_positions, load_processor, resolve_precision
 from im2json.model.features import Features, feature_bytes, is_frozen
 from im2json.model.gpu import precision_note
 from im2json.model.loading import choose_device, load_adapted
 from im2json.model.memory import Setting, Sizes, free_bytes
 from im2json.model.replay import Forward, make_forward
 from im2json.options import TrainConfig
+from im2json.records import Content
+from im2json.resume import check_end, check_unchanged, trained_contents
 from im2json.runs import RunFolder
 from im2json.scoring.checks import parse_checks
 from im2json.scoring.schema import Schema, induce, read_schema
@@ -49,12 +52,16 @@ class Workspace:
     config: TrainConfig
     accelerator: Accelerator
     precision: str  # resolved: bf16, fp16 or fp32
-    splits: dict[str, Split]  # train, validation, test
+    data: RunSplits
     collator: Collator
-    lengths: TargetLengths
     model: PeftModel
     settings: DecodeSettings
     schema: Schema | None  # of the answers; None if the run has one that was not needed
+
+    @property
+    def splits(self) -> dict[str, RunSplit]:
+        """The splits train, validation and test."""
+        return self.data.splits
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -69,8 +76,12 @@ class Workspace:
     @property
     def order(self) -> Order:
         """The order in which the training examples are seen."""
-        options = self.config.train
-        return Order(len(self.splits["train"]), options.batch_size, options.seed, self.lengths.by_split["train"])
+        return order_of(self.config, self.data)
+
+    @property
+    def lengths(self) -> TargetLengths:
+        """How long the targets are."""
+        return self.data.lengths
 
     @property
     def workers(self) -> int:
@@ -156,6 +167,12 @@ class Workspace:
         return features, f"{head} worked out once, in {features.seconds:.1f} s"
 
 
+def order_of(config: TrainConfig, data: RunSplits) -> Order:
+    """Return the order in which a run sees its training examples."""
+    lengths = [row.tokens for row in data.splits["train"].rows]
+    return Order(len(lengths), config.train.batch_size, config.train.seed, lengths)
+
+
 def start_accelerator(config: TrainConfig) -> tuple[Accelerator, str]:
     """Start Accelerate on the GPU, or on the CPU with all its cores, and print a note on the precision if there is one.
 
@@ -208,6 +225,8 @@ def open_workspace(
     *,
     adapter: Path | None = None,
     schema: Path | None = None,
+    resumed: RunFolder | None = None,
+    evaluated: RunFolder | None = None,
 ) -> Workspace:
     """Load and check everything, and print what a reader of the results should know of the data.
 
@@ -215,29 +234,72 @@ def open_workspace(
         accelerator, precision: see `start_accelerator`.
         adapter: the folder to read the adapter from in place of --adapter.
         schema: the file that a run has, or may have, in place of --schema.
+        resumed: the run that goes on, with the very examples that it began with.
+        evaluated: the run whose splits are read, as far as their examples are still there.
 
     Raises:
         UserError: naming the option, file or row that is wrong.
     """
     checks = parse_checks(config.decode.check_sum)
-    accelerator.print(f"reading the data set {config.data.dataset}")
-    notes: list[str] = []
-    checkup = check_split(*open_splits(config.data, notes).values(), skip_bad=config.data.skip_bad)
-    for note in [*notes, *checkup.notes()]:
-        accelerator.print(note)
     collator = Collator(load_processor(config.model.model), config.data.prompt, config.data.letterbox)
-    lengths = TargetLengths.count(checkup.splits, collator)
-    accelerator.print(lengths.summary())
-    wanted, name = _find_schema(config, checkup.splits["train"], schema)
+    found = _open_data(config, accelerator, collator, resumed, evaluated)
+    wanted, name = _find_schema(config, found.splits["train"], schema)
     options = config.model if adapter is None else dataclasses.replace(config.model, adapter=str(adapter))
     weights = precision if options.quant == "none" else options.quant
     accelerator.print(f"loading the model {options.model} (weights in {weights}, computation in {precision})")
     model = load_adapted(options, precision, accelerator.device, config.train.seed)
-    lengths.check(config.data.max_target_tokens, len(collator.prefix_ids), positions(model))
-    limit = lengths.new_token_limit(config.decode.max_new_tokens)
+    limit = found.lengths.new_token_limit(config.decode.max_new_tokens)
     held_to = (wanted, name) if config.decode.constrain and wanted is not None else None
     settings = DecodeSettings.of(config, precision, model, collator, limit, held_to, checks)
-    return Workspace(config, accelerator, precision, checkup.splits, collator, lengths, model, settings, wanted)
+    return Workspace(config, accelerator, precision, found, collator, model, settings, wanted)
+
+
+def _open_data(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    collator: Collator,
+    resumed: RunFolder | None,
+    evaluated: RunFolder | None,
+) -> RunSplits:
+    """Return the splits of a run, and print what a reader of the results should know of them.
+
+    Raises:
+        UserError: if rows are bad or too few, or are not those that a resumed run began with.
+    """
+    accelerator.print(f"reading the data set {config.data.dataset}")
+    meter = TargetMeter(collator, load_positions(config.model.model), config.data.max_target_tokens)
+    notes: list[str] = []
+    found = _find_splits(config, meter, resumed or evaluated, notes)
+    if resumed is not None:
+        check_unchanged(resumed, config.data.dataset, found.lost, found.begun_with)
+        check_end(resumed, config.train, order_of(config, found).total(config.train))
+    if evaluated is None and config.train.test and not len(found.splits["test"]):
+        raise UserError(
+            f"--dataset {config.data.dataset}: every row of the test split has the picture and target of one that is "
+            "trained on; test on others, or pass --no-test"
+        )
+    for note in [*notes, *found.notes()]:
+        accelerator.print(note)
+    accelerator.print(found.lengths.summary())
+    return found
+
+
+def _find_splits(config: TrainConfig, meter: TargetMeter, begun: RunFolder | None, notes: list[str]) -> RunSplits:
+    """Return the splits of a run that begins, or those of a run that has begun."""
+    options, splits = config.data, open_splits(config.data, notes).values()
+    learned: set[Content] = set()
+    if begun is None and config.model.adapter is not None:
+        learned = trained_contents(Path(config.model.adapter), notes)
+    elif begun is not None:
+        record = begun.read_splits()
+        if record is not None:
+            return restore(record, examine(splits, meter))
+        notes.append(
+            f"{begun.path} was begun by an older version, which kept no splits.json: its splits are cut from what "
+            f"{options.dataset} holds now, so rows that it was trained on may be among those it is tested on"
+        )
+    checkup = check_split(*splits, measure=meter, skip_bad=options.skip_bad)
+    return divide(checkup, options.dataset, notes, learned)
 
 
 def _find_schema(config: TrainConfig, train: Split, stored: Path | None) -> tuple[Schema | None, str]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import clear_error
+from helpers import write_dataset
 from PIL import Image
 from transformers import PaliGemmaProcessor
 
 from im2json.data.collate import IGNORE, Collator
 from im2json.data.example import Example
-from im2json.data.lengths import TargetLengths
+from im2json.data.lengths import Measured, TargetLengths, TargetMeter
 from im2json.data.loader import StepLoader
 from im2json.data.order import Order, Share
 from im2json.data.pictures import on_square
@@ -131,8 +132,9 @@ def test_targets_are_never_cut(collator):
 
 def test_lengths_are_counted_and_limits_say_how_many_and_how_long(collator, dataset):
     splits = load_splits(dataset)
-    lengths = TargetLengths.count(splits, collator)
     counted = {name: [len(canonical(t).encode()) + 1 for t in split.targets] for name, split in splits.items()}
+    meter = TargetMeter(collator, 2048)
+    lengths = TargetLengths({name: [meter(t).tokens for t in split.targets] for name, split in splits.items()})
     assert lengths.by_split == counted
     everything = [length for values in counted.values() for length in values]
     longest = max(everything)
@@ -140,36 +142,70 @@ def test_lengths_are_counted_and_limits_say_how_many_and_how_long(collator, data
     assert f"longest {max(counted['train'])}" in lengths.summary().splitlines()[0]
     assert f"of {np.median(counted['train']):.0f} tokens (median)" in lengths.summary().splitlines()[0]
 
-    lengths.check(longest, 10, longest + 10)
-    too_long = sum(length > longest - 5 for length in everything)
-    with pytest.raises(ValueError, match=f"cut {too_long} of {len(everything)} .* the longest needs {longest}"):
-        lengths.check(longest - 5, 10, 2048)
-    with pytest.raises(ValueError, match=rf"of {len(everything)} targets are longer than the model .* {longest} of"):
-        lengths.check(None, 10, longest + 9)
-
     assert lengths.new_token_limit(None) == longest + longest // 8
     assert lengths.new_token_limit(7) == 7
 
 
+def test_a_target_fits_to_the_token_or_its_row_is_refused(collator):
+    target = {"text": "z" * 30}
+    tokens, prefix = len(collator.target_ids(target)), len(collator.prefix_ids)
+    assert TargetMeter(collator, prefix + tokens)(target) == Measured(tokens)
+    assert TargetMeter(collator, 2048, tokens)(target) == Measured(tokens)
+    problem = TargetMeter(collator, prefix + tokens - 1)(target).problem
+    assert problem == f"the target takes {tokens} tokens, and the model holds {tokens - 1} after picture and prompt"
+    problem = TargetMeter(collator, 2048, tokens - 1)(target).problem
+    assert f"the target takes {tokens} tokens, and --max-target-tokens is {tokens - 1}" in problem
+    with pytest.raises(ValueError, match=rf"prompt take {prefix} tokens, and the model holds {prefix + 1};"):
+        TargetMeter(collator, prefix + 1)
+
+
+def with_long_row(folder: Path) -> Path:
+    """Make the fourth target of train take 5,014 tokens."""
+    path = write_dataset(folder) / "train" / "metadata.jsonl"
+    lines = path.read_text().splitlines()
+    lines[3] = json.dumps({"file_name": "3.png", "ground_truth": {"text": "x" * 5000}})
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_check_and_training_name_a_target_that_the_model_cannot_hold(cli, base_args, small_model, tmp_path):
+    rows = with_long_row(tmp_path / "data")
+    said = f"{rows}:4: the target takes 5012 tokens, and the model holds "
+    flags = [*base_args, "--dataset", tmp_path / "data"]
+    page = ("--check", "--model", small_model, "--dataset", tmp_path / "data", "--output", tmp_path / "page.html")
+    assert said in cli("train", *page).output
+    assert cli("train", *page).exit_code == 1 and cli("train", *page, "--skip-bad", 1).exit_code == 0
+    refused = cli("train", *flags, "--output", tmp_path / "run")
+    assert refused.exit_code == 1 and not (tmp_path / "run").exists()
+    assert "1 of 17 rows cannot be used" in refused.stderr and said in refused.stderr
+    left_out = cli("train", *flags, "--skip-bad", 1, "--output", tmp_path / "run", "--steps", 1, "--no-test")
+    assert left_out.exit_code == 0, left_out.output
+    assert "rows left out (--skip-bad): 1 of 17" in left_out.output and said in left_out.output
+
+
 def test_a_limit_is_refused_before_the_first_step(cli, base_args, tmp_path):
-    error = clear_error(cli("train", *base_args, "--max-target-tokens", 40, "--output", tmp_path / "run"))
-    assert "--max-target-tokens 40 would cut" in error
-    assert "the longest needs 43" in error
-    assert not (tmp_path / "run").exists()
+    flags = [*base_args, "--max-target-tokens", 40, "--output", tmp_path / "run"]
+    refused = cli("train", *flags)
+    assert refused.exit_code == 1 and not (tmp_path / "run").exists()
+    assert ".jsonl:8: the target takes 43 tokens, and --max-target-tokens is 40" in refused.stderr
 
 
-def test_a_target_longer_than_the_models_positions_is_refused(cli, base_args, small_model, tmp_path):
-    short = tmp_path / "model"
-    short.mkdir()
-    for path in Path(small_model).iterdir():
-        (short / path.name).write_bytes(path.read_bytes())
-    config = json.loads((short / "config.json").read_text())
-    config["text_config"]["max_position_embeddings"] = 60
-    (short / "config.json").write_text(json.dumps(config))
-    error = clear_error(cli("train", *base_args, "--model", short, "--output", tmp_path / "run"))
-    assert "targets are longer than the model can hold" in error
-    assert "exceed its 60" in error
-    assert not (tmp_path / "run").exists()
+def test_targets_that_the_tokenizer_cannot_write_back_are_named(cli, base_args, small_model, tmp_path):
+    """This tokenizer reads a circled digit as the digit, as others do by NFKC or for want of a token."""
+    model = Path(shutil.copytree(small_model, tmp_path / "model"))
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": {"type": "NFKC"}}))
+    rows = write_dataset(tmp_path / "data") / "train" / "metadata.jsonl"
+    lines = rows.read_text().splitlines()
+    lines[2] = json.dumps({"file_name": "2.png", "ground_truth": {"no": "①"}})
+    rows.write_text("\n".join(lines))
+    flags = ("--model", model, "--dataset", tmp_path / "data", "--output")
+    note = (
+        "targets that the tokenizer cannot write back: 1\n"
+        f"""  {rows}:3: '{{"no":"①"}}' is learned as '{{"no":"1"}}'"""
+    )
+    assert note in cli("train", "--check", *flags, tmp_path / "page.html").output
+    assert note in cli("train", *base_args, *flags, tmp_path / "run", "--steps", 1, "--no-test").output
 
 
 def test_pictures_are_squashed_and_not_cropped(collator):

@@ -715,7 +715,7 @@ def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(train, cli, tmp_p
 def test_an_end_that_was_passed_is_refused(stopped, cli, tmp_path):
     run = RunFolder(Path(shutil.copytree(stopped, tmp_path / "run")))
     error = clear_error(cli("train", "--resume", run.path, "--steps", 2))
-    assert error.endswith("--steps 2 is less than the 3 that the run has taken")
+    assert error.endswith("--steps 2 is less than the 3 steps that the run has taken")
 
 
 def test_a_request_in_the_last_evaluation_is_heeded(cli, resume, base_args, tmp_path, monkeypatch):
@@ -743,7 +743,11 @@ def test_data_that_changed_since_a_run_began_are_refused(train, cli, tmp_path):
     before = rows.read_text()
     rows.write_text(before.replace("37", "38", 1))
     error = clear_error(cli("train", "--resume", run.path))
+    assert "its data changed since it began (1 of 17 examples): train/1.png (its target changed); put" in error
+    run.splits.rename(tmp_path / "splits.json")  # as of a run that an older version began
+    error = clear_error(cli("train", "--resume", run.path))
     assert "the examples or targets of train have changed" in error and str(folder) in error
+    (tmp_path / "splits.json").rename(run.splits)
     rows.write_text(before)
     assert cli("train", "--resume", run.path).exit_code == 0
 

@@ -12,6 +12,7 @@ import pytest
 
 from im2json.files import append_lines, atomically, damage, folder_atomically, keep_lines, read_lines, write_json
 from im2json.options import TrainConfig
+from im2json.records import SplitRecord
 from im2json.resume import fresh_options, resumed_config
 from im2json.runs import (
     RunFolder,
@@ -23,6 +24,8 @@ from im2json.runs import (
     new_run,
     rewind,
 )
+
+NO_SPLITS = SplitRecord({"train": {}, "validation": {}, "test": {}}, {})
 
 
 def config(**values) -> TrainConfig:
@@ -36,7 +39,7 @@ def run(tmp_path) -> RunFolder:
 
 def begun(config: TrainConfig) -> RunFolder:
     run = new_run(config)
-    claim_new(run, config, data={})
+    claim_new(run, config, NO_SPLITS, data={})
     return run
 
 
@@ -86,9 +89,9 @@ def test_an_output_that_holds_a_run_is_refused(run, tmp_path):
 def test_a_folder_that_another_process_took_or_finished_meanwhile_is_refused(tmp_path):
     one, other = config(output=str(tmp_path / "run"), r=8), config(output=str(tmp_path / "run"), r=4)
     run, same = new_run(one), new_run(other)  # both found it free
-    claim_new(run, one, data={})
+    claim_new(run, one, NO_SPLITS, data={})
     with pytest.raises(ValueError, match="holds an unfinished run"):
-        claim_new(same, other, data={})
+        claim_new(same, other, NO_SPLITS, data={})
     assert run.read_config() == one
     claim_stopped(run, one, data={})
     write_json(run.result, {})

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
+from im2json.data.collate import Collator
 from im2json.data.doctor import diagnose
-from im2json.model.base import load_processor
+from im2json.data.lengths import TargetMeter
+from im2json.model.base import load_positions, load_processor
 from im2json.options import TrainConfig
 
 
@@ -15,10 +17,12 @@ def check(config: TrainConfig) -> bool:
     """Print what the data set holds and where it is bad, and write a page of its first examples to --output.
 
     Returns:
-        Whether a run would take the rows, as far as --skip-bad and --max-target-tokens go.
+        Whether a run would take the rows, as far as --skip-bad goes.
 
     Raises:
-        UserError: if the data set or the processor cannot be opened at all.
+        UserError: if the data set or the processor cannot be opened at all, or the data set cannot be split.
     """
     page = Path(config.train.output or f"runs/{Path(config.data.dataset).name}-check.html")
-    return diagnose(config.data, lambda: load_processor(config.model.model), page, click.echo)
+    collator = Collator(load_processor(config.model.model), config.data.prompt, config.data.letterbox)
+    meter = TargetMeter(collator, load_positions(config.model.model), config.data.max_target_tokens)
+    return diagnose(config.data, meter, page, click.echo)

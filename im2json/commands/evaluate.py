@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
+from im2json.errors import UserError
 from im2json.options import TrainConfig
 from im2json.records import EvaluationKey
 from im2json.report.run import write_report
@@ -35,7 +36,12 @@ def evaluate(
     adapter = adapter_folder(run.path)
     accelerator, precision = start_accelerator(config)
     with watched_peers(accelerator, "evaluate once more"):
-        workspace = open_workspace(config, accelerator, precision, adapter=adapter, schema=schema)
+        workspace = open_workspace(config, accelerator, precision, adapter=adapter, schema=schema, evaluated=run)
+        if not len(workspace.splits[split]):
+            raise UserError(
+                f"{run.path}: no example of its {split} split is what it was when the run began; put "
+                f"{config.data.dataset} back as it was"
+            )
         constrained = workspace.settings.grammar is not None
         with locked(run, accelerator.is_main_process):
             evaluation = workspace.evaluation(run, FirstPicture(run.path, split))
@@ -46,7 +52,9 @@ def evaluate(
             }
             alike = [known.constrained == constrained for known in calibration_predictions(run, step)]
             (calibrated,) = broadcast_object_list([run.done and bool(alike) and all(alike)])
-            if not calibrated:  # the run never validated this adapter in this way, or kept no confidence
+            if not calibrated and len(
+                workspace.splits["validation"]
+            ):  # the run never validated this adapter in this way, or kept no confidence
                 evaluation("validation", step, "after")
             if accelerator.is_main_process:
                 calibrate(run, step)

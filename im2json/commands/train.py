@@ -47,7 +47,9 @@ def train(
         # A run that began with --adapter resumes from its own checkpoint; the original adapter may be gone.
         own_adapter = stopped.latest_checkpoint() if stopped and config.model.adapter else None
         own_schema = stopped.schema if stopped else None
-        workspace = open_workspace(config, accelerator, precision, adapter=own_adapter, schema=own_schema)
+        workspace = open_workspace(
+            config, accelerator, precision, adapter=own_adapter, schema=own_schema, resumed=stopped
+        )
         (run,) = broadcast_object_list([stopped or (new_run(config) if accelerator.is_main_process else None)])
         watched.advice = f"what was saved is kept: {resume_advice(run.path)}"
         with resumable(run.path), locked(run, accelerator.is_main_process):
@@ -89,7 +91,7 @@ def claim(run: RunFolder, workspace: Workspace, fresh: bool) -> None:
         return
     data, processes = workspace.fingerprints(), accelerator.num_processes
     if fresh:
-        claim_new(run, workspace.config, data, processes)
+        claim_new(run, workspace.config, workspace.data.record, data, processes)
     elif note := claim_stopped(run, workspace.config, data, processes):
         accelerator.print(note)
 

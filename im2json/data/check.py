@@ -5,148 +5,157 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
 from PIL import Image
 
-from im2json.data.example import Split
+from im2json.data.example import Row, RunSplit, Split
+from im2json.data.lengths import Measured
 from im2json.data.modes import reading_note
 from im2json.data.pictures import count_pages
 from im2json.data.stored import StoredSplit, bad_rows, listed
 from im2json.errors import UserError
+from im2json.jsontext import canonical
+from im2json.records import Content
+
+Measure = Callable[[dict[str, Any]], Measured]
 
 
 @dataclass(frozen=True)
 class Checkup:
-    """What opening every row of a data set's splits showed."""
+    """What opening every row of a data set showed."""
 
-    splits: dict[str, Split]  # without the bad rows
-    problems: dict[str, list[str]]  # a bad row each, by split
-    copies: list[list[tuple[str, str]]]  # split and id of the rows that show the same picture, pixel by pixel
-    pages: dict[str, int]  # by row, where its picture's file has more than the first page, which is read
-    scaled: dict[str, str]  # by row, where its picture's values had to be scaled: how
+    rows: dict[str, list[Row]]  # that can be used, by the split that they were found in
+    problems: dict[str, dict[str, str]]  # by split: the id of each bad row, and what is wrong with it
+    copies: list[list[Row]]  # rows that show the same picture, pixel by pixel
 
     @property
     def bad(self) -> list[str]:
-        return [problem for problems in self.problems.values() for problem in problems]
+        return [problem for problems in self.problems.values() for problem in problems.values()]
 
     @property
     def total(self) -> int:
         """Rows, the bad ones included."""
-        return len(self.bad) + sum(map(len, self.splits.values()))
+        return len(self.bad) + sum(map(len, self.rows.values()))
 
-    def copies_between(self) -> list[str]:
-        """Return a line for each picture that is in more than one split, which says where."""
+    def copies_between(self, splits: Mapping[str, RunSplit]) -> list[str]:
+        """Return a line for each picture that is in more than one of the splits, which says where."""
         return [
             " = ".join(f"{row} ({split})" for split, row in group)
-            for group in self.copies
+            for group in self._copies_in(splits)
             if len({split for split, _ in group}) > 1
         ]
 
-    def copies_within(self) -> dict[str, int]:
+    def copies_within(self, splits: Mapping[str, RunSplit]) -> dict[str, int]:
         """Return how many rows of each split repeat a picture of that split, if any do."""
-        counts = [Counter(split for split, _ in group) for group in self.copies]
-        repeated = {name: sum(max(0, count[name] - 1) for count in counts) for name in self.splits}
+        counts = [Counter(split for split, _ in group) for group in self._copies_in(splits)]
+        repeated = {name: sum(max(0, count[name] - 1) for count in counts) for name in splits}
         return {name: count for name, count in repeated.items() if count}
 
-    def pages_note(self) -> str:
-        """Return a note that names the rows whose file has several pages."""
-        files = [f"{row}: {count} pages" for row, count in self.pages.items()]
-        return listed(f"files with several pages, of which the first is read: {len(files)}", files, 5)
-
-    def scaled_note(self) -> str:
-        """Return a note that names the rows whose picture had to be scaled."""
-        pictures = [f"{row}: {how}" for row, how in self.scaled.items()]
-        return listed(f"pictures of more than 8 bits that use a part of their range: {len(pictures)}", pictures, 5)
-
-    def notes(self) -> list[str]:
-        """Return notes for readers of the results: the rows left out, and what is learned as well as tested."""
-        notes = []
-        if self.bad:
-            notes.append(listed(f"rows left out (--skip-bad): {len(self.bad)} of {self.total}", self.bad, None))
-        if shared := self.copies_between():
-            notes.append(listed(f"pictures in more than one split, which flatters scores: {len(shared)}", shared, 5))
-        if self.pages:
-            notes.append(self.pages_note())
-        if self.scaled:
-            notes.append(self.scaled_note())
-        return notes
+    def _copies_in(self, splits: Mapping[str, RunSplit]) -> list[list[tuple[str, str]]]:
+        """Return the splits and ids of the copies."""
+        place = {row: name for name, split in splits.items() for row in split.rows}
+        return [[(place[row], row.id) for row in group if row in place] for group in self.copies]
 
 
-def check_split(*splits: Split, skip_bad: int = 0, on_row: Callable[[], object] | None = None) -> Checkup:
-    """Open every row of these splits: its target must be a JSON object, its picture must decode to the end.
+def check_split(
+    *splits: Split, measure: Measure | None = None, skip_bad: int = 0, on_row: Callable[[], object] | None = None
+) -> Checkup:
+    """Open every row of these splits as `examine` does, and allow up to `skip_bad` bad ones.
 
-    Up to `skip_bad` rows that are bad are left out. Raises one UserError that lists the bad rows where there are
-    more, 20 at most and a count of the rest, and where a split has no row left. `on_row` is called after each row,
-    for a progress bar. The embedded receipts are drawn by ourselves and passed over.
+    Raises:
+        UserError: if there are more, listing 20 of them and a count of the rest, or if a split has no row left.
     """
-    found = examine(splits, on_row)
+    found = examine(splits, measure, on_row)
     if len(found.bad) > skip_bad:
         raise bad_rows(found.bad, found.total)
-    for name, split in found.splits.items():
-        if len(split) == 0:
-            raise UserError(listed(f"of split {name} no row can be used:", found.problems[name]))
+    for name, rows in found.rows.items():
+        if not rows:
+            raise UserError(listed(f"of split {name} no row can be used:", list(found.problems[name].values())))
     return found
 
 
-def examine(splits: Iterable[Split], on_row: Callable[[], object] | None = None) -> Checkup:
-    """Open every row of these splits, and return what is wrong, without a limit on bad rows."""
+def examine(
+    splits: Iterable[Split],
+    measure: Measure | None = None,
+    on_row: Callable[[], object] | None = None,
+    only: Collection[str] | None = None,
+) -> Checkup:
+    """Open every row of these splits, and return what is wrong, without a limit on bad rows.
+
+    A row's target must be a JSON object that `measure` finds no fault with, and its picture must decode to the end. The
+    pictures of the embedded receipts are drawn by ourselves and not opened.
+
+    Args:
+        on_row: called after each row, for a progress bar.
+        only: the ids of the rows to open. Default: all.
+    """
     splits = list(splits)
-    stored = [split for split in splits if isinstance(split, StoredSplit)]
-    positions = [(split, i) for split in stored for i in range(len(split))]
-    bad: dict[str, dict[int, str]] = {split.name: {} for split in splits}
-    alike: dict[bytes, list[tuple[StoredSplit, int]]] = defaultdict(list)
-    same: dict[bytes, list[tuple[StoredSplit, int]]] = defaultdict(list)
-    pages: dict[str, int] = {}
-    scaled: dict[str, str] = {}
+    rows: dict[str, list[Row]] = {split.name: [] for split in splits}
+    problems: dict[str, dict[str, str]] = {split.name: {} for split in splits}
+    alike: dict[bytes, list[Row]] = defaultdict(list)
+    same: dict[bytes, list[Row]] = defaultdict(list)
     # Pillow lets go of the interpreter while it decodes, so threads are enough.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for (split, i), outcome in zip(positions, pool.map(lambda each: _open(*each), positions)):
-            if isinstance(outcome, str):
-                bad[split.name][i] = outcome
-            else:
-                id = split.rows.id(split.chosen[i])
-                alike[outcome.look].append((split, i))
-                if outcome.pages > 1:
-                    pages[id] = outcome.pages
-                if outcome.note is not None:
-                    scaled[id] = outcome.note
-            if on_row is not None:
-                on_row()
+        for split in splits:
+            over = pool.map if isinstance(split, StoredSplit) else map
+            ids = {i: id for i, id in enumerate(split.ids) if only is None or id in only}
+            for (i, id), each in zip(ids.items(), over(partial(_open, split), ids)):
+                judged = each if isinstance(each, str) else _judge(split, i, id, each, measure)
+                if isinstance(judged, str):
+                    problems[split.name][id] = judged
+                else:
+                    row, look = judged
+                    rows[split.name].append(row)
+                    alike[look].append(row)
+                if on_row is not None:
+                    on_row()
         # Hashing every pixel would make this half as slow again; few pictures are worth it, and opened twice.
-        suspects = [each for group in alike.values() if group[1:] for each in group]
-        for each, key in zip(suspects, pool.map(lambda each: _digest(each[0][each[1]].image), suspects)):
-            same[key].append(each)
-    return Checkup(
-        {split.name: split for split in splits}
-        | {split.name: split.without(bad[split.name]) for split in stored if bad[split.name]},
-        {name: list(problems.values()) for name, problems in bad.items()},
-        [[(split.name, split.rows.id(split.chosen[i])) for split, i in group] for group in same.values() if group[1:]],
-        pages,
-        scaled,
-    )
+        suspects = [row for group in alike.values() if group[1:] for row in group]
+        for row, key in zip(suspects, pool.map(lambda row: _digest(row.split[row.index].image), suspects)):
+            same[key].append(row)
+    return Checkup(rows, problems, [group for group in same.values() if group[1:]])
 
 
-class _Opened(NamedTuple):
-    """What is known of a row's picture."""
+@dataclass(frozen=True)
+class _Opened:
+    """A row whose picture and target could be read."""
 
-    look: bytes  # tells it from nearly all others
-    pages: int  # of its file
-    note: str | None  # on how it was read
+    target: dict[str, Any]
+    content: Content
+    look: bytes  # a digest that tells the picture from nearly all others
+    pages: int = 1  # of the picture's file
+    scaled: str | None = None  # how the values of the picture were scaled
 
 
-def _open(split: StoredSplit, i: int) -> _Opened | str:
-    """Return what a row's picture looks like, or a line on what is wrong with the row."""
+def _open(split: Split, i: int) -> _Opened | str:
+    """Return what a row holds, or a line on what is wrong with it."""
+    if not isinstance(split, StoredSplit):
+        target, source = split.targets[i], split.ids[i].encode()  # all that a receipt's picture is drawn from
+        return _Opened(target, Content.of(source, canonical(target)), source)
     try:
-        picture = split[i].image
-        pages = count_pages(split.rows.picture(split.chosen[i])[0])
+        example, picture = split.read(i)
     except UserError as error:
         return str(error)
-    digest = repr(picture.size).encode() + _digest(picture.resize((64, 64), Image.Resampling.NEAREST))
-    return _Opened(digest, pages, reading_note(picture))
+    image = example.image
+    look = repr(image.size).encode() + _digest(image.resize((64, 64), Image.Resampling.NEAREST))
+    content = Content.of(picture, canonical(example.target))
+    return _Opened(example.target, content, look, count_pages(picture), reading_note(image))
+
+
+def _judge(split: Split, i: int, id: str, opened: _Opened, measure: Measure | None) -> tuple[Row, bytes] | str:
+    """Return a row that could be read and what tells its picture from others, or a line on what is wrong with it."""
+    measured = Measured(0) if measure is None else measure(opened.target)
+    where = split.where(i) if isinstance(split, StoredSplit) else id
+    if measured.problem is not None:
+        return f"{where}: {measured.problem}"
+    altered = None if measured.difference is None else f"{where}: {measured.difference}"
+    row = Row(split, i, id, opened.target, opened.content, measured.tokens, altered, opened.pages, opened.scaled)
+    return row, opened.look
 
 
 def _digest(picture: Image.Image) -> bytes:

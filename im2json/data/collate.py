@@ -89,6 +89,10 @@ class Collator:
         ids = tokenizer(canonical(target), add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [*ids, tokenizer.eos_token_id]
 
+    def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The texts that rows of tokens stand for, without EOS and other special tokens."""
+        return self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Pictures squashed to the square that the tower sees, or with `letterbox` on white; B x 3 x H x W."""
         shown = [on_square(image) if self.letterbox else image for image in images]

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import PaliGemmaProcessor
 
 from im2json.data.check import Checkup, examine
 from im2json.data.collate import IGNORE, Collator
-from im2json.data.example import Example, Split
-from im2json.data.lengths import TargetLengths
+from im2json.data.example import Example, RunSplit
+from im2json.data.lengths import TargetLengths, TargetMeter
 from im2json.data.sources import open_splits
+from im2json.data.splits import RunSplits, divide
 from im2json.data.stored import listed
 from im2json.errors import UserError
 from im2json.options import DataOptions
@@ -27,66 +27,63 @@ PREVIEWS = 6
 """Examples on the page, of train."""
 
 
-def diagnose(
-    options: DataOptions, load_processor: Callable[[], PaliGemmaProcessor], page: Path, say: Callable[[str], object]
-) -> bool:
+def diagnose(options: DataOptions, meter: TargetMeter, page: Path, say: Callable[[str], object]) -> bool:
     """Say all that is known of the data part by part, and write the page; whether a run would take the rows, as far as
-    --skip-bad and --max-target-tokens go.
+    --skip-bad goes.
 
-    Raises UserError where the data set or the processor cannot be opened at all, or `page` is another file.
+    Raises UserError where the data set cannot be opened at all, or `page` is another file; and at the end, when all
+    else is said, where there are too few pictures to cut a missing split from.
     """
     if page.exists() and page.suffix != ".html":
         raise UserError(f"--output {page} exists: with --check it names the .html to write")
-    fits = True
     notes: list[str] = []
-    checkup = examine(open_splits(options, notes).values())
-    rows = rows_report(checkup)
+    checkup = examine(open_splits(options, notes).values(), meter)
+    refused = None
+    try:
+        found = divide(checkup, options.dataset, notes)
+    except UserError as error:
+        found, refused = RunSplits({name: RunSplit(name, rows) for name, rows in checkup.rows.items()}, checkup), error
+    rows = rows_report(checkup, found)
     say("\n".join([*notes, rows]))
-    splits = {name: split for name, split in checkup.splits.items() if len(split)}
+    splits = {name: split for name, split in found.splits.items() if len(split)}
     if splits:
-        collator = Collator(load_processor(), options.prompt, options.letterbox)
-        counted = TargetLengths.count(splits, collator)
-        fits = options.max_target_tokens is None or counted.longest <= options.max_target_tokens
-        lengths = lengths_report(splits, counted, options.max_target_tokens)
+        lengths = lengths_report(splits, found.lengths)
         say("\n".join(["", lengths, "", keys_report(splits)]))
         first = next(iter(splits.values()))
-        previews = (preview(first[i], collator) for i in range(min(PREVIEWS, len(first))))
+        previews = (preview(first[i], meter.collator) for i in range(min(PREVIEWS, len(first))))
         page.parent.mkdir(parents=True, exist_ok=True)
         shown = preview_page(f"{options.dataset}: {first.name}", f"{rows}\n\n{lengths}", previews)
         page.write_text(shown, "utf-8")
         say(f"\npreview  {page}")
-    return len(checkup.bad) <= options.skip_bad and len(splits) == len(checkup.splits) and fits
+    if refused is not None:
+        raise refused
+    return len(checkup.bad) <= options.skip_bad and len(splits) == len(found.splits)
 
 
-def rows_report(checkup: Checkup) -> str:
-    """Return a table of the rows by split, then bad rows, pictures that occur twice or were scaled, and files of more
-    pages than one."""
-    repeated = checkup.copies_within()
+def rows_report(checkup: Checkup, found: RunSplits) -> str:
+    """Return a table of the rows by split, then every bad row, and what else a reader of results should know."""
+    repeated = checkup.copies_within(found.splits)
     counts = [
-        [name, len(split), len(checkup.problems[name]), repeated.get(name, 0)] for name, split in checkup.splits.items()
+        [name, len(split), len(checkup.problems.get(name, ())), repeated.get(name, 0)]
+        for name, split in found.splits.items()
     ]
     parts = [table(counts, ["split", "rows", "bad", "repeated"])]
     if checkup.bad:
         parts.append(listed(f"bad rows: {len(checkup.bad)} of {checkup.total}", checkup.bad, None))
-    shared = checkup.copies_between()
+    shared = checkup.copies_between(found.splits)
     parts.append(listed(f"pictures in more than one split: {len(shared)}", shared, None))
-    if checkup.pages:
-        parts.append(checkup.pages_note())
-    if checkup.scaled:
-        parts.append(checkup.scaled_note())
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *found.warnings()])
 
 
-def lengths_report(splits: Mapping[str, Split], lengths: TargetLengths, limit: int | None) -> str:
-    """Return lines on how long the targets are, the longest one, and what --max-target-tokens would refuse."""
+def lengths_report(splits: Mapping[str, RunSplit], lengths: TargetLengths) -> str:
+    """Return lines on how long the targets are, and the longest one of each split."""
     longest = [
         f"longest of {name}: {split.ids[int(np.argmax(lengths.by_split[name]))]}" for name, split in splits.items()
     ]
-    refused = [] if limit is None else [f"longer than --max-target-tokens {limit}: {lengths.longer_than(limit)}"]
-    return "\n".join([lengths.summary(), *longest, *refused])
+    return "\n".join([lengths.summary(), *longest])
 
 
-def keys_report(splits: Mapping[str, Split]) -> str:
+def keys_report(splits: Mapping[str, RunSplit]) -> str:
     """Return a table of key paths without list positions, with the share of the examples that have each."""
     targets = [target for split in splits.values() for target in split.targets]
     counts = Counter(path for target in targets for path in key_paths(target))

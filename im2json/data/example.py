@@ -1,12 +1,15 @@
-"""What every source of data hands out: an example, and a split of them."""
+"""What every source of data hands out: an example, a split of them, and the rows that a run has of it."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
+
+from im2json.records import Content
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,41 @@ class Split(Protocol):
 
     def __getitem__(self, i: int) -> Example:
         """Decode row `i` (0 <= i < len). Raises IndexError past the end, UserError for a bad row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A row of a data set that a run can use."""
+
+    split: Split  # that it was found in
+    index: int  # there
+    id: str
+    target: dict[str, Any]
+    content: Content
+    tokens: int  # of the target, EOS included; 0 if they were not counted
+    altered: str | None = None  # where the row is, and how what is learned differs from its target
+    pages: int = 1  # of the picture's file, of which the first is read
+    scaled: str | None = None  # how the values of the picture had to be scaled
+
+
+class RunSplit:
+    """A split as a run has it: rows of the data set, with the ids that they had when the run began."""
+
+    def __init__(self, name: str, rows: Sequence[Row], ids: Sequence[str] | None = None) -> None:
+        self.name = name
+        self.rows = rows
+        self.ids = [row.id for row in rows] if ids is None else ids
+
+    @property
+    def targets(self) -> list[dict[str, Any]]:
+        return [row.target for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Example:
+        row = self.rows[i]
+        return dataclasses.replace(row.split[row.index], id=self.ids[i])
 
 
 class FirstExamples:

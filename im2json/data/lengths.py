@@ -1,15 +1,69 @@
-"""How long the targets are in tokens: counted before the first step, so that none is ever cut in silence."""
+"""How long the targets are in tokens, and which of them cannot be learned as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from im2json.data.collate import Collator
-from im2json.data.example import Split
 from im2json.errors import UserError
+from im2json.jsontext import canonical
+from im2json.text import shortened
+
+SHOWN = 30
+"""Characters of a target that a note shows around the first difference."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the tokenizer makes of a target."""
+
+    tokens: int  # EOS included
+    problem: str | None = None  # why the target cannot be learned
+    difference: str | None = None  # what is learned in place of a text that the tokens do not hold
+
+
+class TargetMeter:
+    """Measures targets before the first step, so that none is ever cut or altered in silence."""
+
+    def __init__(self, collator: Collator, positions: int, limit: int | None = None) -> None:
+        """Measure targets for a model.
+
+        Args:
+            positions: how many tokens the model can hold, the prefix included.
+            limit: --max-target-tokens.
+
+        Raises:
+            UserError: if the prefix leaves no position for an answer.
+        """
+        self.collator = collator
+        self.limit = limit
+        self.room = positions - len(collator.prefix_ids)
+        if self.room < 2:
+            raise UserError(
+                f"--prompt {shortened(collator.prompt)!r}: picture and prompt take {len(collator.prefix_ids)} tokens, "
+                f"and the model holds {positions}; shorten the prompt"
+            )
+
+    def __call__(self, target: dict) -> Measured:
+        """Count the tokens of a target, and compare it with what they stand for."""
+        ids = self.collator.target_ids(target)
+        size = f"the target takes {len(ids)} tokens"
+        if self.limit is not None and len(ids) > self.limit:
+            return Measured(len(ids), f"{size}, and --max-target-tokens is {self.limit}; targets are never cut")
+        if len(ids) > self.room:
+            return Measured(len(ids), f"{size}, and the model holds {self.room} after picture and prompt")
+        return Measured(len(ids), difference=_difference(canonical(target), *self.collator.texts([ids])))
+
+
+def _difference(given: str, learned: str) -> str | None:
+    """Return the parts of two texts around their first difference, or None if they are equal."""
+    if given == learned:
+        return None
+    first = next((i for i, (a, b) in enumerate(zip(given, learned)) if a != b), min(len(given), len(learned)))
+    start = max(0, first - SHOWN // 2)
+    return f"{given[start : start + SHOWN]!r} is learned as {learned[start : start + SHOWN]!r}"
 
 
 @dataclass(frozen=True)
@@ -17,12 +71,6 @@ class TargetLengths:
     """Target tokens of every example by split, EOS included."""
 
     by_split: dict[str, list[int]]
-
-    @classmethod
-    def count(cls, splits: Mapping[str, Split], collator: Collator) -> TargetLengths:
-        return cls({
-            name: [len(collator.target_ids(target)) for target in split.targets] for name, split in splits.items()
-        })  # fmt: skip
 
     @property
     def longest(self) -> int:
@@ -34,35 +82,13 @@ class TargetLengths:
             f"{name:<11}{len(lengths):>6} targets of {np.median(lengths):.0f} tokens (median), "
             f"95 % at most {np.percentile(lengths, 95, method='higher'):.0f}, longest {max(lengths)}"
             for name, lengths in self.by_split.items()
+            if lengths
         )
 
     def longer_than(self, limit: int) -> str:
         """Return "N of M": how many targets are longer than `limit`, of all targets."""
         everything = [length for lengths in self.by_split.values() for length in lengths]
         return f"{sum(length > limit for length in everything)} of {len(everything)}"
-
-    def check(self, limit: int | None, prefix: int, positions: int) -> None:
-        """Refuse targets that would not fit.
-
-        Args:
-            limit: --max-target-tokens.
-            prefix: positions that picture and prompt take.
-            positions: how many the model has.
-
-        Raises:
-            UserError: naming how many targets are too long, and the length needed.
-        """
-        if limit is not None and self.longest > limit:
-            raise UserError(
-                f"--max-target-tokens {limit} would cut {self.longer_than(limit)} targets, which are never cut: "
-                f"the longest needs {self.longest}; raise the limit or leave those rows out"
-            )
-        if prefix + self.longest > positions:
-            cut = self.longer_than(positions - prefix)
-            raise UserError(
-                f"{cut} targets are longer than the model can hold: {prefix} positions of picture and prompt and "
-                f"{self.longest} of the longest target exceed its {positions}; leave those rows out"
-            )
 
     def new_token_limit(self, given: int | None) -> int:
         """Return --max-new-tokens, or an eighth more than the longest target."""

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from im2json.data.example import Split
 from im2json.data.folders import COLUMN_OPTIONS, FOLDER_HELP, open_folder, open_lines, refuse_all_but
 from im2json.data.splitnames import ROLES
+from im2json.data.splits import cut
 from im2json.data.stored import ALIASES, Columns, Rows, StoredSplit
 from im2json.data.tables import open_tables
 from im2json.errors import UserError, first_line
 from im2json.options import DataOptions
 
 RECEIPTS = "receipts"
+FORM_OPTIONS = ("dataset_config", "revision", *COLUMN_OPTIONS)
 
 _log = logging.getLogger(__name__)
 
@@ -33,71 +34,68 @@ def load_splits(
     target_column: str | None = None,
     notes: list[str] | None = None,
 ) -> dict[str, Split]:
-    """Return the splits train, validation and test of a data set, none of them empty.
+    """Return the splits train, validation and test of a data set, as a run that begins has them if no row is bad.
 
-    `dataset` is one of
+    A split that is missing is cut from train, see `cut`; open_splits says what `dataset` may be and what is raised.
+    Rows are not checked here, check_split does that.
+    """
+    said: list[str] = [] if notes is None else notes
+    options = DataOptions(dataset, config, revision, train_split, image_column, target_column)
+    splits = open_splits(options, said, seed)
+    train = splits["train"]
+    if isinstance(train, StoredSplit) and len(splits) < len(ALIASES):
+        digests = [_picture_digest(train.rows, row) for row in train.chosen]
+        for name, chosen in cut(digests, splits, dataset, said).items():
+            splits[name] = StoredSplit(name, train.rows, chosen)
+    if notes is None:
+        for note in said:
+            _log.info(note)
+    return {role: splits[role] for role in ALIASES}
+
+
+def open_splits(options: DataOptions, notes: list[str], seed: int = 0) -> dict[str, Split]:
+    """Return train, and those of validation and test that the data set of a run's options has; none of them is empty.
+
+    --dataset is one of
     - receipts: the embedded synthetic ones, drawn from `seed` (./receipts is a folder of that name);
     - a folder in imagefolder form: metadata.jsonl files, such as one in each split's folder, with file_name and target;
     - a JSON-lines file, each line with a picture's path from the file's folder on, and the target;
     - a folder of pictures with a .json of the same name each, which is the target (see read_pairs);
-    - a folder of Parquet files as the hub lays them out, with `config` where it has several;
+    - a folder of Parquet files as the hub lays them out, with --dataset-config where it has several;
     - a folder that `save_to_disk` of `datasets` wrote;
-    - a hub id such as naver-clova-ix/cord-v2, with `config` and `revision` where it has several.
+    - a hub id such as naver-clova-ix/cord-v2, with --dataset-config and --revision where it has several.
 
     Rows belong to the split that a folder on the way to their files names below the data set, whatever its depth, case
     and slash (see splitnames); others to train. Names are taken literally, and linked folders are followed.
 
     Pictures are in the column image or file_name (or the only picture column), targets in ground_truth, target or
-    json, unless `image_column` and `target_column` say otherwise. A target is a JSON object or the text of one;
+    json, unless --image-column and --target-column say otherwise. A target is a JSON object or the text of one;
     gt_parse is unwrapped, and of gt_parses the first is taken. Nothing in it is changed, but for struct
     columns (see ArrowRows).
 
-    A validation or test split that is missing is cut from train, a tenth each, by a hash of the picture's
-    bytes: the same rows whatever the seed and the order, and equal pictures on the same side.
+    What a reader of the results should know is appended to `notes`, a line each.
 
-    What a reader of the results should know is appended to `notes`, a line each, or logged if that is None.
-
-    Rows are not checked here, `check_split` does that. Raises UserError, in one line that says what would be
-    right, where the data set, a split or a column is not there, a split is empty, or something was given for that
-    this form of data does not have.
+    Rows are not checked here. Raises UserError, in one line that says what would be right, where the data set, a split
+    or a column is not there, a split is empty, or something was given for that this form of data does not have.
     """
-    said: list[str] = [] if notes is None else notes
-    given = dict(dataset_config=config, revision=revision, image_column=image_column, target_column=target_column)
-    columns = (image_column, target_column)
+    dataset, columns = options.dataset, (options.image_column, options.target_column)
+    given = {name: getattr(options, name) for name in FORM_OPTIONS}
     if dataset == RECEIPTS:
         refuse_all_but((), given, RECEIPTS)
-        splits = _receipts(train_split, seed, said)
+        return _receipts(options.train_split, seed, notes)
+    path = Path(os.path.expanduser(dataset))
+    if path.is_dir():
+        available = open_folder(path, given, columns, notes)
+    elif path.suffix == ".jsonl" and path.is_file():
+        refuse_all_but(COLUMN_OPTIONS, given, dataset)
+        available = open_lines(path, columns, notes)
+    elif path.exists():
+        raise UserError(f"--dataset {dataset}: is a file, but not one of JSON lines (NAME.jsonl); {FOLDER_HELP}")
+    elif _looks_like_path(dataset):
+        raise UserError(f"--dataset {dataset}: there is no such folder or file; {FOLDER_HELP}")
     else:
-        path = Path(os.path.expanduser(dataset))
-        if path.is_dir():
-            available = open_folder(path, given, columns, said)
-        elif path.suffix == ".jsonl" and path.is_file():
-            refuse_all_but(COLUMN_OPTIONS, given, dataset)
-            available = open_lines(path, columns, said)
-        elif path.exists():
-            raise UserError(f"--dataset {dataset}: is a file, but not one of JSON lines (NAME.jsonl); {FOLDER_HELP}")
-        elif _looks_like_path(dataset):
-            raise UserError(f"--dataset {dataset}: there is no such folder or file; {FOLDER_HELP}")
-        else:
-            available = _open_hub(dataset, config, revision, columns, said)
-        splits = _three_splits(available, dataset, train_split, said)
-    if notes is None:
-        for note in said:
-            _log.info(note)
-    return splits
-
-
-def open_splits(options: DataOptions, notes: list[str]) -> dict[str, Split]:
-    """Return the splits that a run's options ask for, as `load_splits` does."""
-    return load_splits(
-        options.dataset,
-        train_split=options.train_split,
-        config=options.dataset_config,
-        revision=options.revision,
-        image_column=options.image_column,
-        target_column=options.target_column,
-        notes=notes,
-    )
+        available = _open_hub(dataset, options.dataset_config, options.revision, columns, notes)
+    return _by_role(available, dataset, options.train_split, notes)
 
 
 def _receipts(train_split: str, seed: int, notes: list[str]) -> dict[str, Split]:
@@ -165,14 +163,14 @@ def _open_hub(
     return open_tables(loaded, dataset, columns, caches, notes)
 
 
-# --- three splits out of those that are there
+# --- train, validation and test among the splits that are there
 
 
-def _three_splits(available: Mapping[str, Rows], dataset: str, train_split: str, notes: list[str]) -> dict[str, Split]:
+def _by_role(available: Mapping[str, Rows], dataset: str, train_split: str, notes: list[str]) -> dict[str, Split]:
     train = train_split if train_split in available else _of_role(available, ROLES.get(train_split.lower()))
     if train is None:
         raise UserError(f"--train-split {train_split}: {dataset} has no such split; it has {', '.join(available)}")
-    splits: dict[str, Split] = {}
+    splits: dict[str, Split] = {"train": StoredSplit("train", _not_empty(available[train], dataset, train))}
     used = {train}
     for role in ("validation", "test"):
         # what is trained on must not be what is tested on, whatever it is called
@@ -182,9 +180,7 @@ def _three_splits(available: Mapping[str, Rows], dataset: str, train_split: str,
             splits[role] = StoredSplit(role, _not_empty(available[there], dataset, there))
     if unused := [f"{name} ({len(rows)} rows)" for name, rows in available.items() if name not in used]:
         notes.append(f"{dataset}: splits not used: {', '.join(unused)}; --train-split NAME trains on one of them")
-    missing = [role for role in ("validation", "test") if role not in splits]
-    splits |= _cut(_not_empty(available[train], dataset, train), missing, dataset, train, notes)
-    return {role: splits[role] for role in ALIASES}
+    return splits
 
 
 def _of_role(names: Iterable[str], role: str | None) -> str | None:
@@ -199,40 +195,7 @@ def _not_empty(rows: Rows, dataset: str, split: str) -> Rows:
     return rows
 
 
-def _cut(rows: Rows, missing: Sequence[str], dataset: str, train: str, notes: list[str]) -> dict[str, Split]:
-    """Train, and the missing splits cut from it.
-
-    Of the pictures in the order of their hashes, test is the first tenth and validation the last, so that one
-    cut does not depend on the other, and a few new rows move few old ones.
-    """
-    if not missing:
-        return {"train": StoredSplit("train", rows)}
-    groups: dict[str, list[int]] = defaultdict(list)
-    for row in range(len(rows)):
-        groups[_content(rows, row)].append(row)
-    order = sorted(groups)
-    tenth = max(1, round(len(order) / 10))
-    if len(order) < len(missing) + 1:
-        raise UserError(
-            f"--dataset {dataset}: has no {' and no '.join(missing)} split, and the {len(order)} different "
-            f"pictures of {train} are too few to cut it from; at least {len(missing) + 1} are needed"
-        )
-    cuts = {"test": order[:tenth], "validation": order[-tenth:]}
-    parts: dict[str, Split] = {}
-    taken: set[int] = set()
-    for role in missing:
-        chosen = sorted(row for key in cuts[role] for row in groups[key])
-        taken.update(chosen)
-        parts[role] = StoredSplit(role, rows, chosen)
-        notes.append(
-            f"{dataset} has no {role} split: {len(chosen)} of the {len(rows)} rows of {train} "
-            f"are kept for it, chosen by a hash of the picture"
-        )
-    parts["train"] = StoredSplit("train", rows, [row for row in range(len(rows)) if row not in taken])
-    return parts
-
-
-def _content(rows: Rows, row: int) -> str:
+def _picture_digest(rows: Rows, row: int) -> str:
     try:
         data, _ = rows.picture(row)
     except UserError:

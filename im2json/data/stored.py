@@ -10,9 +10,9 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -47,6 +47,9 @@ class Rows(Protocol):
     def picture(self, row: int) -> tuple[bytes, str]:
         """Return the bytes of the picture file and the name to use for it in errors."""
 
+    def where(self, row: int) -> str:
+        """Return where the target is, for errors: FILE:LINE, or the row of a table."""
+
 
 class StoredSplit:
     """Some rows of a stored split, in order. Targets are parsed once and held; pictures stay on disk."""
@@ -55,6 +58,7 @@ class StoredSplit:
         self.name = name
         self.rows = rows
         self.chosen: Sequence[int] = range(len(rows)) if chosen is None else chosen
+        self._held: list[dict[str, Any] | str | None] = [None] * len(self.chosen)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -63,39 +67,47 @@ class StoredSplit:
     def ids(self) -> list[str]:
         return [self.rows.id(row) for row in self.chosen]
 
-    @cached_property
-    def _parsed(self) -> list[dict[str, Any] | str]:
-        """Each row's target, or what is wrong with it."""
-        return [_or_problem(self.rows.target, row) for row in self.chosen]
+    def where(self, i: int) -> str:
+        """Return where the target of a row is, for errors."""
+        return self.rows.where(self.chosen[i])
+
+    def _target(self, i: int) -> dict[str, Any] | str:
+        """Return the target of a row, or what is wrong with it. It is parsed once."""
+        held = self._held[i]
+        if held is None:
+            held = self._held[i] = _or_problem(self.rows.target, self.chosen[i])
+        return held
 
     @property
     def targets(self) -> list[dict[str, Any]]:
         """Raises UserError listing the rows whose target is not a JSON object."""
-        targets = [target for target in self._parsed if isinstance(target, dict)]
+        parsed = [self._target(i) for i in range(len(self))]
+        targets = [target for target in parsed if isinstance(target, dict)]
         if len(targets) < len(self):
-            raise bad_rows([problem for problem in self._parsed if isinstance(problem, str)], len(self))
+            raise bad_rows([problem for problem in parsed if isinstance(problem, str)], len(self))
         return targets
 
     def __getitem__(self, i: int) -> Example:
         """Decode a row. Raises UserError naming it if its target or picture is bad, IndexError past the end."""
+        return self.read(i)[0]
+
+    def read(self, i: int) -> tuple[Example, bytes]:
+        """Decode a row as `self[i]` does, and return the bytes of its picture file as well."""
         row = self.chosen[i]
-        target = self._parsed[i]
+        target = self._target(i)
         problems = [] if isinstance(target, dict) else [target]
         try:
-            image = decode_picture(*self.rows.picture(row))
+            data, name = self.rows.picture(row)
+            image = decode_picture(data, name)
         except UserError as error:
             problems.append(str(error))
         if problems:
             raise UserError("; ".join(dict.fromkeys(problems)))
         assert isinstance(target, dict)
-        return Example(self.rows.id(row), image, target)
+        return Example(self.rows.id(row), image, target), data
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
-
-    def without(self, left_out: Collection[int]) -> StoredSplit:
-        """Return the split without these rows, counted as in `self[i]`."""
-        return StoredSplit(self.name, self.rows, [row for i, row in enumerate(self.chosen) if i not in left_out])
 
 
 def _or_problem(read: Callable[[int], dict[str, Any]], row: int) -> dict[str, Any] | str:
@@ -216,6 +228,9 @@ class FolderRows:
         line = self._line(row)
         path = inside(line.folder, line.file_name, line.where)
         return read_file(path, f"{path} ({line.where})"), str(path)
+
+    def where(self, row: int) -> str:
+        return self.lines[row].where
 
     def _line(self, row: int) -> Line:
         line = self.lines[row]

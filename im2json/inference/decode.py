@@ -109,12 +109,7 @@ class Decoder:
 
     def _answer(self, tokens: list[int], logprobs: list[float], limit: int) -> Answer:
         """A row up to EOS or its limit."""
-        tokenizer = self.collator.processor.tokenizer
-        tokens = _until(tokenizer.eos_token_id, tokens[:limit])
-
-        def decode(rows: list[list[int]]) -> list[str]:
-            return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
+        tokens, decode = _until(self.collator.processor.tokenizer.eos_token_id, tokens[:limit]), self.collator.texts
         self.tokens += len(tokens)
         rest = [] if self.grammar is None else self.grammar.rest(tokens)
         logprobs = logprobs[: len(tokens)] + [-math.inf] * len(rest)

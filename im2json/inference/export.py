@@ -7,22 +7,26 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import safe_open
 from transformers import GenerationConfig, PaliGemmaForConditionalGeneration
 
+from im2json.data.check import examine
+from im2json.data.example import RunSplit
 from im2json.data.pictures import on_square
 from im2json.data.sources import open_splits
+from im2json.data.splits import divide, restore
 from im2json.errors import UserError
 from im2json.files import fresh_folder, write_json
 from im2json.inference.extract import Extractor
 from im2json.options import TrainConfig
-from im2json.records import Prediction
+from im2json.records import Prediction, SplitRecord
 from im2json.report.modelcard import model_card
 from im2json.resume import reading_config
 from im2json.runs import ADAPTER_COMPANIONS, USAGE, RunFolder, adapter_folder, check_folder
@@ -45,6 +49,7 @@ class Parity:
     same: int  # texts that are equal
     examples: int
     field_f1: float  # of the exported model's fields, with the run's as the target
+    lost: int = 0  # validation examples with answers of the run that are no longer what they were
 
     @property
     def share(self) -> float:
@@ -52,7 +57,8 @@ class Parity:
 
     def __str__(self) -> str:
         same = f"{self.same} of {self.examples} answers are the run's to the letter"
-        return f"{same}, field F1 between them {self.field_f1:.3f}"
+        lost = f" ({self.lost} left out, because their examples changed since the run began)" if self.lost else ""
+        return f"{same}{lost}, field F1 between them {self.field_f1:.3f}"
 
 
 def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, title: str) -> Parity | None:
@@ -178,27 +184,43 @@ def parity(run: RunFolder, folder: Path, answers: Sequence[Prediction]) -> Parit
         answers: the run's predictions of validation examples.
 
     Raises:
-        UserError: if the data no longer hold these examples, or the folder does not load.
+        UserError: if the data no longer hold any of these examples, or the folder does not load.
     """
     config = run.read_config()
-    texts = _plain_answers(folder, config, [answer.id for answer in answers])
+    validation = _validation_examples(run, config, {answer.id for answer in answers})
+    indices = {id: i for i, id in enumerate(validation.ids)}
+    lost = [answer.id for answer in answers if answer.id not in indices]
+    answers = [answer for answer in answers if answer.id in indices]
+    if not answers:
+        raise UserError(
+            f"{config.data.dataset}: of the {len(lost)} validation examples that the run has answers to, none is what "
+            f"it was when the run began ({lost[0]} is the first); put it back as it was"
+        )
+    texts = _plain_answers(folder, config, (validation[indices[answer.id]].image for answer in answers))
     evaluator = StreamingEvaluator()
     for answer, text in zip(answers, texts):
         evaluator.update(text, answer.document, answer.id)
     same = sum(text == answer.text for answer, text in zip(answers, texts))
-    return Parity(same, len(answers), evaluator.compute()["field_f1"])
+    return Parity(same, len(answers), evaluator.compute()["field_f1"], len(lost))
 
 
-def _plain_answers(folder: Path, config: TrainConfig, ids: Sequence[str]) -> list[str]:
-    split = open_splits(config.data, [])["validation"]
-    indices = {id: i for i, id in enumerate(split.ids)}
-    missing = [id for id in ids if id not in indices]
-    if missing:
-        raise UserError(f"{config.data.dataset}: validation has no {missing[0]}, which the run has an answer to")
+def _validation_examples(run: RunFolder, config: TrainConfig, ids: Collection[str]) -> RunSplit:
+    """Return the validation examples of a run that have one of these ids and are still what they were."""
+    splits, record = open_splits(config.data, []).values(), run.read_splits()
+    if record is None:
+        return divide(examine(splits), config.data.dataset, []).splits["validation"]
+    contents = {id: content for id, content in record.splits["validation"].items() if id in ids}
+    wanted = SplitRecord({"validation": contents}, {})
+    found = restore(wanted, examine(splits, only=ids)).splits["validation"]
+    if len(found) < len(contents):  # some may have another name by now
+        found = restore(wanted, examine(splits)).splits["validation"]
+    return found
+
+
+def _plain_answers(folder: Path, config: TrainConfig, images: Iterable[Image.Image]) -> list[str]:
     with tempfile.TemporaryDirectory() as pictures:
         paths = []
-        for i, id in enumerate(ids):
-            image = split[indices[id]].image
+        for i, image in enumerate(images):
             paths.append(f"{pictures}/{i}.png")
             (on_square(image) if config.data.letterbox else image).save(paths[-1])
         wanted = {"model": str(folder), "prompt": config.data.prompt, "pictures": paths, "batch_size": BATCH}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import BitsAndBytesConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
+from transformers import BitsAndBytesConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from im2json.errors import UserError, first_line
@@ -68,6 +68,15 @@ def load_base(
 def positions(model: Any) -> int:
     """Return how many tokens, the prefix included, the model can hold."""
     return model.config.get_text_config().max_position_embeddings
+
+
+def load_positions(model: str) -> int:
+    """Return the `positions` of a model without loading its weights.
+
+    Raises:
+        UserError: if there is no such model, access to it was not granted, or it is not a PaliGemma.
+    """
+    return _from_pretrained(PaliGemmaConfig, model).get_text_config().max_position_embeddings
 
 
 def plentiful(device: torch.device) -> bool:

@@ -66,7 +66,8 @@ class Tracker:
         self.writer.add_text("config", options, 0)
         self.writer.add_text("target_lengths", "\n".join(f"    {line}" for line in lengths.summary().splitlines()), 0)
         for split, counts in lengths.by_split.items():
-            self.writer.add_histogram(f"target_tokens/{split}", np.asarray(counts), 0)
+            if counts:
+                self.writer.add_histogram(f"target_tokens/{split}", np.asarray(counts), 0)
 
     def picture(self, key: EvaluationKey, index: int, draw: Callable[[], Image.Image]) -> None:
         """Draw and log the picture of an evaluated example in a thread, so that no process waits for it.

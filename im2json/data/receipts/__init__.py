@@ -47,7 +47,7 @@ class Receipts:
     def name(self) -> str:
         return self._split
 
-    @property
+    @functools.cached_property
     def ids(self) -> list[str]:
         return [self._id(index) for index in range(self._count)]
 
