@@ -63,6 +63,8 @@ def fit(
         raise UserError(f"--stop-after {stop_after}: this run has taken {state.step} steps already")
 
     ending = ending_of(state, total, options)
+    if ending is Ending.DONE and evaluation_due(state.step, total, options) and not evaluated(checkpoints):
+        keep_if_best(checkpoints, evaluate(state.step), options)  # resumed to end where it stands
     shown = accelerator.is_main_process
     with progress_bar(total, "training", "step", done=state.step, shown=shown) as bar, StopRequest() as stop:
         first, clock = True, time.perf_counter()
@@ -137,6 +139,11 @@ def advance(state: TrainState, outcome: StepOutcome, examples: int, target_token
 
 def evaluation_due(step: int, total: int, options: TrainOptions) -> bool:
     return options.eval_every > 0 and (step % options.eval_every == 0 or step == total)
+
+
+def evaluated(checkpoints: Checkpoints) -> bool:
+    """Return whether the adapter has been evaluated as it is now, the same on all processes."""
+    return any(gather_object([any(line.step == checkpoints.state.step for line in checkpoints.run.log("validation"))]))
 
 
 def keep_if_best(checkpoints: Checkpoints, metrics: dict[str, float], options: TrainOptions) -> None:
