@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -391,8 +392,14 @@ def test_documents_that_cannot_be_read_are_bad_rows(tmp_path):
 def test_a_folder_of_a_split_without_rows_stops(tmp_path):
     write_rows(tmp_path / "x" / "train" / "metadata.jsonl", "1.png", "2.png", "3.png")
     write_pictures(tmp_path, "x/TEST/deep/4.png")
-    with pytest.raises(UserError, match=r"x/TEST: has no metadata\.jsonl"):
-        load_splits(str(tmp_path))
+    (tmp_path / "y").mkdir()
+    for folder in ("TEST", "val"):
+        with pytest.raises(UserError, match=rf"x/{folder}: has no metadata\.jsonl"):
+            load_splits(str(tmp_path))
+        shutil.rmtree(tmp_path / "x" / folder)
+        (tmp_path / "x" / "val").mkdir(exist_ok=True)
+    (tmp_path / "x" / "val").rmdir()
+    assert sum(map(len, loaded(tmp_path)[0].values())) == 3
 
 
 def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):

@@ -163,7 +163,7 @@ def _path_of(folder: str, line: Line) -> str:
 
 def _refuse_folders_without_rows(root: Path, tree: Tree, used: set[str]) -> None:
     pictures = [name for name in tree.files if names_document(name)]
-    folders = {str(parent) for name in pictures for parent in PurePosixPath(name).parents}
+    folders = {str(parent) for name in pictures for parent in PurePosixPath(name).parents} | set(tree.empty)
     filled = {str(parent) for name in used for parent in PurePosixPath(name).parents}
     for folder in sorted(folders - filled):
         found = split_named(PurePosixPath(folder).name)

@@ -32,6 +32,8 @@ class Tree:
     files: tuple[str, ...]
     hidden: tuple[str, ...]
     """Files whose name, or that of a folder they are in, begins with a dot."""
+    empty: tuple[str, ...]
+    """Folders without anything in them."""
     unread: tuple[str, ...]
     """Folders that cannot be listed."""
     notes: tuple[str, ...]
@@ -48,6 +50,7 @@ def list_tree(root: str | os.PathLike[str]) -> Tree:
     above = {_identity(folder) for folder in Path(os.path.realpath(base)).parents}
     entered: dict[tuple[int, int], str] = {}
     files: list[str] = []
+    empty: list[str] = []
     unread: list[str] = []
     notes: list[str] = []
     folders: list[str] = [""]
@@ -69,6 +72,8 @@ def list_tree(root: str | os.PathLike[str]) -> Tree:
         except OSError:
             unread.append(name)
             continue
+        if not children:
+            empty.append(name)
         for child in (os.path.join(name, each) for each in children):
             full = os.path.join(base, child)
             if not os.path.isdir(full):
@@ -79,6 +84,7 @@ def list_tree(root: str | os.PathLike[str]) -> Tree:
     return Tree(
         tuple(sorted(file for file in files if file not in hidden)),
         tuple(sorted(file for file in hidden if not _is_leftover(file))),
+        tuple(sorted(empty)),
         tuple(sorted(unread)),
         tuple(notes),
     )
