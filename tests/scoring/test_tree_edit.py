@@ -1,4 +1,5 @@
 import random
+import tracemalloc
 
 import pytest
 from helpers import calls_of, slow
@@ -78,6 +79,39 @@ def test_trimming_and_batches_change_nothing(cells: int, monkeypatch: pytest.Mon
         assert forest_distance(less_a, less_b) == whole
         trimmed_away += len(a) - len(less_a)
     assert trimmed_away > 100
+
+
+@pytest.mark.parametrize("cells", [1, 40, 200, 1_000])
+def test_documents_that_are_taken_part_by_part_have_the_same_distance(
+    cells: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(cells)
+    for _ in range(15):
+        prediction, target = random_pair(rng)
+        a, b = document_tree(prediction)[1], document_tree(target)[1]
+        with monkeypatch.context() as patch:
+            patch.setattr(forest, "_BATCH_CELLS", cells)
+            found = forest_distance(a, b)
+        assert found == forest_distance(a, b) == oracle_distance(prediction, target), (prediction, target)
+
+
+@pytest.mark.parametrize("before", [{}, {"a": "1"}])
+def test_memory_does_not_grow_with_the_product_of_the_sizes(
+    before: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forest, "_BATCH_CELLS", 1 << 16)
+
+    def rows(cents: str) -> dict[str, object]:
+        return {**before, "menu": [{"nm": f"item {i}", "price": f"{i}.{cents}"} for i in range(200)]}
+
+    nodes = 1 + 5 * 200
+    tracemalloc.start()
+    try:
+        assert tree_edit_distance(rows("00"), rows("50")) == 200
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * nodes * nodes  # bytes; a single table of all pairs of nodes has twice as many
 
 
 def test_equal_ends_of_a_forest_add_nothing() -> None:
