@@ -134,7 +134,9 @@ def alone(rng: random.Random) -> None:
     print(f"500 items against a near copy: {seconds(tree_edit_distance, [near_copy(target)])[0]:.2f} s")
     print(f"500 items, a fifth misread: {seconds(tree_edit_distance, make_pairs(rng, [500]))[0]:.2f} s")
     for rows in (1_000, 2_000):
-        said, target = ({"menu": [{"nm": f"item {i}", "price": f"{i},{j}00"} for i in range(rows)]} for j in (0, 5))
+        said, target = (
+            {"menu": [{"nm": f"item {i}", "cnt": "1", "price": f"{i},{j}00"} for i in range(rows)]} for j in (0, 5)
+        )
         spent = seconds(tree_edit_distance, [(said, target)])[0]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(f"{rows:,} rows with every amount wrong: {spent:.1f} s, the process at most {peak:.0f} MiB")

@@ -86,6 +86,8 @@ def leaf_spans(text: str, reading: Reading | None = None) -> dict[str, Any] | No
 _LANDMARK = re.compile(r"""\{(?=\s*+(?:["'}]|\Z))|\[|<(?P<thought>think|thinking|thought|reasoning)>""", re.IGNORECASE)
 _END_OF_THOUGHT = re.compile(r"</(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 _BRACKET = re.compile(r"[{}\[\]]")
+_PART_OF_MORE = re.compile(r"""["'}\]]\s*[,:]\s*\Z""")
+"""What stands before an object that is a value or an item of something whose own brackets do not match."""
 
 
 def _answer(text: str) -> _Rewriting | None:
@@ -108,16 +110,20 @@ def _answer(text: str) -> _Rewriting | None:
         outcome = found.run()
         is_object = text[found.start] == "{"
         if outcome == "whole":
-            whole = found if is_object else whole
+            whole = found if is_object and not _is_part(found) else whole
             position = found.end
         elif outcome == "cut" and is_object:
-            cut = found
+            cut = cut if _is_part(found) else found
             position = len(text) if found.has_member else found.start + 1
         elif found.has_member:
             position = _behind(text, found)
         else:  # a bracket in words
             position = found.start + 1 if is_object else max(found.end, found.start + 1)
     return whole or cut
+
+
+def _is_part(found: _Rewriting) -> bool:
+    return _PART_OF_MORE.search(found.text, max(0, found.start - 50), found.start) is not None
 
 
 def _begun_thought(text: str) -> int:

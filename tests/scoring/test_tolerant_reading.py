@@ -31,6 +31,8 @@ REPAIRED = {
     "doubled braces": ('{{"a": 1}}', {"a": 1}),
     "a closing brace too many": ('{"a": {"b": 1}}}', {"a": {"b": 1}}),
     "two answers": ('{"a": 1}\n{"a": 2}', {"a": 2}),
+    "a brace too early": ('{"a": {"b": 1}}, "c": {"b": 2}, "c": {"b": 3}}', {"a": {"b": 1}}),
+    "a list without brackets": ('{"a": 1}, {"a": 2}', {"a": 1}),
     "two fences": ('```json\n{"a": 1}\n```\nBetter:\n```json\n{"a": 2}\n```', {"a": 2}),
     "a second answer that is cut": ('{"a": 1} {"b": ', {"a": 1}),
     "a second answer that is broken": ('{"a": 1} {"b": {"c": 2} "d"}', {"a": 1}),
@@ -120,7 +122,8 @@ def is_part(part: object, whole: object) -> bool:
 UNREADABLE = [
     "", "words", "12", "[]", '[{"a": 1}]', '{"a" 1}', '{"a": 1]', '{"a": b}', '{"a": "5" 6"}', '{"a": 1 {"b": 2}}',
     '{"a": [{"b": 1} {"b": 2}, {"b": 3}], "c": 4}', '```json\n[{"a": 1}, {"a": 2}]\n```', 'Here: [{"a": 1}, {"a": 2}]',
-    '["x", {"a": 1}]', '[{"a": 1} {"a": 2}]', '[{"a": 1}, {"a": ', '<think>{"a": 1}', '<think>{"a": 1}</think> none',
+    '["x", {"a": 1}]', '[{"a": 1} {"a": 2}]', '{"a","b":"1"}],"c":{"d": 1}}', '{"a":{"b":1},{"b":2}],"c":{"d": 1}}',
+    '[{"a": 1}, {"a": ', '<think>{"a": 1}', '<think>{"a": 1}</think> none',
     '{"a": 1</think>', "{'a', 'b'}", '{"a": }', '{"a": , "b": 1}', '{"a": 1,, "b": 2}', '{"a": -}', '{"a": .}',
 ]  # fmt: skip
 
@@ -133,6 +136,7 @@ def test_what_is_no_object_stays_unreadable(text: str) -> None:
 HOSTILE = {
     "braces": "{" * 900_000,
     "braces and quotes": '{"' * 8_000,
+    "parts": '"a":{"b":1},' * 4_000,
     "lists in lists": "[1," * 8_000,
     "lists of nothing": "[{}," * 8_000,
     "cut objects in words": '{"a" ' * 8_000,
