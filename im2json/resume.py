@@ -220,10 +220,15 @@ def _adapter_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def evaluated_config(run: RunFolder, given: dict[str, Any]) -> TrainConfig:
     """Return a run's options for evaluating it; the given ones win.
 
+    The longest answer is that of training, whatever the longest target is by now.
+
     Raises:
         UserError: if the folder holds no run, or an option is wrong.
     """
     config = run.read_config().replace(**given)
+    usage = adapter_usage(run.adapter) or {}
+    if config.decode.max_new_tokens is None and "max_new_tokens" in usage:
+        config = config.replace(max_new_tokens=usage["max_new_tokens"])
     _check_schema(given, config)
     return config
 

@@ -105,6 +105,20 @@ def test_refused_where_the_answers_differ(export, in_process, finished, tmp_path
     assert export(tmp_path / "out", "--parity", "0.75", source=run.path).exit_code == 0
 
 
+def test_examples_that_changed_since_the_run_began_are_not_compared(export, in_process, finished, tmp_path):
+    run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    record = json.loads(run.splits.read_text())
+    record["validation"]["validation/0.png"] = "0123456789abcdef 0123456789abcdef"
+    run.splits.write_text(json.dumps(record))
+    result = export(tmp_path / "out", source=run.path)
+    said = "3 of 3 answers are the run's to the letter (1 left out, because their examples changed since the run began)"
+    assert said in result.stdout
+    record["validation"] = dict.fromkeys(record["validation"], "0123456789abcdef 0123456789abcdef")
+    run.splits.write_text(json.dumps(record))
+    error = clear_error(export(tmp_path / "none", source=run.path))
+    assert "of the 4 validation examples that the run has answers to, none is what it was when the run began" in error
+
+
 def test_fields_of_the_two_models_are_compared(export, finished, tmp_path, monkeypatch):
     run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
     lines = [json.loads(line) for line in run.predictions_file.read_text().splitlines()]

@@ -13,7 +13,7 @@ import pytest
 from im2json.files import append_lines, atomically, damage, folder_atomically, keep_lines, read_lines, write_json
 from im2json.options import TrainConfig
 from im2json.records import SplitRecord
-from im2json.resume import fresh_options, resumed_config
+from im2json.resume import evaluated_config, fresh_options, resumed_config
 from im2json.runs import (
     RunFolder,
     check_output,
@@ -237,6 +237,15 @@ def test_resuming_takes_the_options_that_the_run_began_with(run):
     write_json(run.result, {})
     with pytest.raises(ValueError, match="finished"):
         resumed_config(run, {})
+
+
+def test_an_evaluation_writes_answers_as_long_as_those_of_training(run):
+    assert evaluated_config(run, {}).decode.max_new_tokens is None  # an older version did not keep it
+    run.adapter.mkdir()
+    write_json(run.adapter / "im2json.json", {"max_new_tokens": 77})
+    assert evaluated_config(run, {}).decode.max_new_tokens == 77
+    run.write_config(config(max_new_tokens=5))
+    assert evaluated_config(run, {}).decode.max_new_tokens == 5
 
 
 def test_resuming_with_the_relative_path_that_the_run_began_with(tmp_path, monkeypatch):

@@ -47,7 +47,8 @@ class RunSplits:
     def notes(self) -> list[str]:
         """Return what readers of the results should know: rows that are left out, and what flatters scores."""
         gone = [f"{id}: {fate}" for fates in self.lost.values() for id, fate in fates.items()]
-        bad = [problem for problem in self.checkup.bad if not any(line.endswith(problem) for line in gone)]
+        said = {fate for fates in self.lost.values() for fate in fates.values()}
+        bad = [problem for problem in self.checkup.bad if problem not in said]
         shared = self.checkup.copies_between(self.splits)
         notes = [
             _counted("rows left out (--skip-bad)", bad, None, self.checkup.total),
