@@ -96,14 +96,17 @@ def score(prediction: str | Reading, target: dict[str, Any]) -> Array:
     if not wanted and not predicted and (reading.value is None or reading.truncated):
         document = NO_ANSWER
         predicted = normal_items(document)
-    predicted_fields, wanted_fields = fields(predicted, dotted), fields(wanted, dotted)
+    predicted_fields, wanted_fields = fields(predicted), fields(wanted)
+    keys_matched = matches((path for path, _ in predicted_fields), (path for path, _ in wanted_fields))
+    if any('"' in path for path, _ in [*predicted_fields, *wanted_fields]):  # else Donut's paths are the same
+        predicted_fields, wanted_fields = fields(predicted, dotted), fields(wanted, dotted)
     accuracy, similarity = value_scores(positioned_values(document), positioned_values(target))
     return np.array([
         1,
         matches(predicted_fields, wanted_fields),
         len(predicted_fields),
         len(wanted_fields),
-        matches((path for path, _ in fields(predicted)), (path for path, _ in fields(wanted))),
+        keys_matched,
         strict,
         reading.how == "repaired",
         strict and same_value(document, target),
@@ -188,6 +191,8 @@ def same_value(a: Any, b: Any) -> bool:
 
     Numbers are compared as decimals, all of their digits.
     """
+    if isinstance(a, str) or isinstance(b, str):
+        return bool(a == b)
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same_value(value, b[key]) for key, value in a.items())
     if isinstance(a, list) and isinstance(b, list):

@@ -97,8 +97,9 @@ def key_path(path: str, key: str) -> str:
     Keys are joined by dots. A key that holds a dot is quoted as in JSON (`total."unit.price"`), and so is one that is
     empty or begins with a quote or a parenthesis.
     """
-    quoted = "." in key or key[:1] in ("", '"', "(")
-    return dotted(path, json.dumps(key, ensure_ascii=False) if quoted else key)
+    if "." in key or key[:1] in ("", '"', "("):
+        key = json.dumps(key, ensure_ascii=False)
+    return f"{path}.{key}" if path else key
 
 
 def fields(items: list[Any], join: Callable[[str, str], str] = key_path) -> list[tuple[str, str]]:
