@@ -24,7 +24,7 @@ from im2json.data.sources import load_splits
 from im2json.inference.attention import grouped, grouped_attention
 from im2json.inference.constrain import Grammar
 from im2json.inference.decode import Answer, Decoder, _Batch, generate
-from im2json.inference.evaluate import _Share, evaluate_split
+from im2json.inference.evaluate import _share_batches, evaluate_split
 from im2json.inference.settings import DecodeSettings
 from im2json.jsontext import canonical
 from im2json.records import EvaluationKey, Prediction
@@ -376,8 +376,8 @@ def test_each_example_has_its_limit(small_model, collator, many, accelerator):
 @pytest.mark.parametrize("total", [0, 1, 7, 23])
 def test_processes_share_every_window_out(many, total, processes, monkeypatch):
     monkeypatch.setattr(room, "WINDOW", 2)
-    targets = many.targets
-    shares = [list(_Share(total, 3, rank, processes).batches(targets)) for rank in range(processes)]
+    targets = many.targets[:total]
+    shares = [list(_share_batches(targets, 3, rank, processes)) for rank in range(processes)]
     assert len({sum(ends for _, ends in share) for share in shares}) == 1
     windows: list[list[list[int]]] = []  # of each window, the examples of each process
     for share in shares:
@@ -463,7 +463,7 @@ def test_nothing_to_write(small_model, collator, many, accelerator):
 
 def test_a_process_without_examples(small_model, collator, many, accelerator, monkeypatch):
     """The second of two, of a split of one example."""
-    monkeypatch.setattr(room, "_Share", lambda total, size, rank, processes: _Share(total, size, 1, 2))
+    monkeypatch.setattr(room, "_share_batches", lambda targets, size, *_: _share_batches(targets, size, 1, 2))
     model = make_model(small_model, "gemma")
     rows, metrics = predicted(model, collator, FirstExamples(many, 1), accelerator, batch_size=4)
     assert rows == [] and metrics["num"] == 0

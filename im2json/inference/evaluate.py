@@ -61,11 +61,11 @@ def evaluate_split(
     """
     evaluator, total = StreamingEvaluator(), len(split)
     bar = progress_bar(total, f"{key.split} {key.stage}", "ex", shown=accelerator.is_main_process, keep=False)
-    done, share = 0, _Share(total, settings.batch_size, accelerator.process_index, accelerator.num_processes)
-    limit = settings.max_new_tokens
+    shared = _share_batches(split.targets, settings.batch_size, accelerator.process_index, accelerator.num_processes)
+    done, limit = 0, settings.max_new_tokens
     predictions: dict[int, Prediction] = {}  # of the present window
     with bar as progress, loading_threads(accelerator.device) as loading, ThreadPoolExecutor(1) as scoring:
-        batches = _loading(loading, split, collator, share.batches(split.targets))
+        batches = _loading(loading, split, collator, shared)
         coming: Loading | None = next(batches, None)
         written: tuple[list[int], list[Labelled], list[Answer]] | None = None
         scored: Future[dict[int, Prediction]] | None = None
@@ -209,31 +209,25 @@ class Evaluation:
         return next((each.text for each in self.run.predictions(split, "before") if each.id == id), None)
 
 
-@dataclass(frozen=True)
-class _Share:
-    """The part of a split's first `total` examples that one process writes."""
+def _share_batches(
+    targets: Sequence[dict[str, Any]], batch_size: int, rank: int, processes: int
+) -> Iterator[tuple[list[int], bool]]:
+    """Yield the batches of a split that one process writes, and whether each is the last of its window, of which all
+    processes have equally many.
 
-    total: int
-    batch_size: int
-    rank: int
-    processes: int
-
-    def batches(self, targets: Sequence[dict[str, Any]]) -> Iterator[tuple[list[int], bool]]:
-        """Yield batches, and whether each is the last of its window, of which all processes have equally many.
-
-        A window is held in memory until it can be put into the split's order again. Within it, examples whose targets
-        are equally long are written together, the longest first: a batch takes as long as its longest text, and what
-        fits is known from the first batch on. They are dealt out in turn, so that all processes get some of each
-        length and come to the window's end together.
-        """
-        window = WINDOW * self.batch_size * self.processes
-        for start in range(0, self.total, window):
-            end = min(start + window, self.total)
-            order = sorted(range(start, end), key=lambda i: len(canonical(targets[i])), reverse=True)
-            mine = order[self.rank :: self.processes]
-            for first in range(0, max(1, len(mine)), self.batch_size):
-                last = first + self.batch_size
-                yield mine[first:last], last >= len(mine)
+    A window is held in memory until it can be put into the split's order again. Within it, examples whose targets are
+    equally long are written together, the longest first: a batch takes as long as its longest text, and what fits is
+    known from the first batch on. They are dealt out in turn, so that all processes get some of each length and come to
+    the window's end together.
+    """
+    window = WINDOW * batch_size * processes
+    for start in range(0, len(targets), window):
+        end = min(start + window, len(targets))
+        order = sorted(range(start, end), key=lambda i: len(canonical(targets[i])), reverse=True)
+        mine = order[rank::processes]
+        for first in range(0, max(1, len(mine)), batch_size):
+            last = first + batch_size
+            yield mine[first:last], last >= len(mine)
 
 
 def _loading(
