@@ -108,22 +108,22 @@ class LogLine:
         return {"step": self.step, "split": self.split, **stage, "values": self.values, "time": self.time}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a finished run leaves in result.json."""
+    """What a finished run leaves in result.json, in the order of keys that the file has always had."""
 
     step: int  # the last
     best_step: int | None  # None if the run was never validated
     validation: Mapping[str, float]  # metrics at the best step
-    trainable: int  # weights
-    seconds: float  # spent in steps
-    peak_memory_bytes: int  # of the process that took the most
     test: Mapping[str, Mapping[str, float]] | None = None  # before and after; None with --no-test
+    trainable: int  # weights
     total: int = 0  # weights
     examples: int = 0  # seen in training
     target_tokens: int = 0  # seen in training
     skipped_updates: int = 0  # that fp16 left out because of an overflow
+    seconds: float  # spent in steps
     examples_per_second: float | None = None
+    peak_memory_bytes: int  # of the process that took the most
 
     @property
     def kept_step(self) -> int:
@@ -141,12 +141,6 @@ class RunResult:
             return cls(**{field.name: stored[field.name] for field in dataclasses.fields(cls) if field.name in stored})
         except TypeError as error:
             raise UserError(f"{where} is not what a finished run writes ({error}). Remove it to run again.") from None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the object that result.json holds, in the order of keys that the file has always had."""
-        names = ("step", "best_step", "validation", "test", "trainable", "total", "examples", "target_tokens")
-        more = ("skipped_updates", "seconds", "examples_per_second", "peak_memory_bytes")
-        return {name: getattr(self, name) for name in names + more}
 
 
 class Content(NamedTuple):

@@ -33,11 +33,29 @@ def one(train: Callable[..., RunFolder], flags, tmp_path_factory) -> RunFolder:
     return train(tmp_path_factory.mktemp("one") / "run", *flags)
 
 
+# Has each process say which files of the run it opens for writing, makes or renames.
+WATCHED = """
+import os, sys
+
+def watch(event, given):
+    writes = event in ("os.mkdir", "os.rename") or event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if writes and f"{os.sep}run{os.sep}" in str(given[0]):
+        os.write(1, f"process {os.environ['RANK']} writes {given[0]}\\n".encode())
+
+sys.addaudithook(watch)
+"""
+
+
+def writers(printed: str) -> set[str]:
+    return {line.split()[1] for line in printed.splitlines() if line.startswith("process ") and " writes " in line}
+
+
 @pytest.fixture(scope="module")
 def two(base_args, flags, tmp_path_factory) -> RunFolder:
     run = RunFolder(tmp_path_factory.mktemp("two") / "run")
-    printed = launch("train", "--output", run.path, *base_args, *flags)
+    printed = launch("train", "--output", run.path, *base_args, *flags, before=WATCHED)
     assert printed.count("run folder: ") == 1
+    assert writers(printed) == {"0"}
     return run
 
 
@@ -140,7 +158,8 @@ def assert_like(run: RunFolder, whole: RunFolder) -> None:
 def test_two_processes_resume_a_run_of_one(one, tmp_path):
     """As if the machine had grown: the number of processes changes nothing."""
     run = stopped_after_two(one, tmp_path / "run")
-    printed = launch("train", "--resume", run.path)
+    printed = launch("train", "--resume", run.path, before=WATCHED)
+    assert writers(printed) == {"0"}
     assert printed.count("begun on 1 process, goes on with 2: 4 examples a step, all processes together, as") == 1
     assert_like(run, one)
 
@@ -156,8 +175,9 @@ def test_one_process_resumes_a_run_of_two(one, two, resume, tmp_path, capsys):
 def test_two_processes_evaluate_a_finished_run(one, tmp_path):
     run = RunFolder(Path(shutil.copytree(one.path, tmp_path / "run")))
     before = list(read_lines(run.predictions_file))
-    printed = launch("evaluate", run.path)
+    printed = launch("evaluate", run.path, before=WATCHED)
     assert printed.count("test split, generated text") == 1
+    assert writers(printed) == {"0"}
     assert sorted(map(str, read_lines(run.predictions_file))) == sorted(map(str, before))
 
 

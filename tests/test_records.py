@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -23,7 +24,7 @@ def test_lines_of_a_run_survive_their_records(finished):
     stored = json.loads(finished.result.read_text())
     result = finished.read_result()
     assert result is not None
-    assert json.dumps(result.to_json()) == json.dumps(stored)
+    assert json.dumps(dataclasses.asdict(result)) == json.dumps(stored)
     assert result.kept_step == finished.kept_step == stored["best_step"]
 
 

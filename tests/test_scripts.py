@@ -22,10 +22,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from im2json.cli import resume_advice
 from im2json.files import append_lines, read_lines
 from im2json.jsontext import parse
 from im2json.model.base import load_processor
 from im2json.options import OPTIONS, TrainConfig, flag_name
+from im2json.report.table import before_after_table
 from im2json.runs import RunFolder, locked
 from im2json.scoring import METRICS, StreamingEvaluator
 
@@ -313,34 +315,74 @@ def test_the_same_command_works_twice_and_gives_the_same(cli, base_args, tmp_pat
     assert_same_files(one, other, (weights,))
 
 
-def test_the_closing_words_say_where_everything_is(cli, base_args, tmp_path):
-    result = cli("train", *base_args, "--output", tmp_path / "run")
-    assert result.exit_code == 0
-    assert "text generated for the 3 examples of the test split:" in result.stdout
-    last = result.stdout.splitlines()[-3:]
-    run = tmp_path / "run"
-    assert [line.split("  ", 1)[1].strip() for line in last] == [
-        str(run / "report.html"),
-        f"tensorboard --logdir {tmp_path}",
-        f"im2json extract {run} PICTURES",
+def opening(run: RunFolder) -> list[str]:
+    """What a run of base_args prints before its first evaluation."""
+    options = run.read_config()
+    lengths = "targets of 38 tokens (median), 95 % at most 43, longest 43"
+    return [
+        f"reading the data set {options.data.dataset}",
+        *(f"{split:<12}{count:>5} {lengths}" for split, count in COUNTS.items()),
+        f"loading the model {options.model.model} (weights in fp32, computation in fp32)",
+        f"run folder: {run.path}   watch it: tensorboard --logdir {run.path.parent}",
     ]
-    for line in ("train ", "validation", "test "):
-        assert any(text.startswith(line) and "targets of" in text for text in result.stdout.splitlines())
-    assert "step    2  validation during" in result.output
 
 
-def test_each_phase_says_what_happens_now(cli, base_args, small_model, dataset, tmp_path):
-    said = cli("train", *base_args, "--output", tmp_path / "run").stdout.splitlines()
-    phases = [
-        f"reading the data set {dataset}",
-        f"loading the model {small_model} (weights in fp32, computation in fp32)",
-        f"run folder: {tmp_path / 'run'}   watch it: tensorboard --logdir {tmp_path}",
+def evaluated(run: RunFolder, stage: str, step: int) -> str:
+    """The line of one evaluation."""
+    (line,) = (line for line in run.log(stage=stage) if line.step == step)
+    names = ("field_f1", "ted_accuracy", "json_validity", "exact_match", "edit_distance")
+    values = "  ".join(f"{name} {line.values[name]:.3f}" for name in names)
+    return f"step    {step}  {line.split} {stage:<7} {values}"
+
+
+def closing(run: RunFolder, report: object) -> list[str]:
+    return [
+        "",
+        f"look at the answers    {report}",
+        f"look at the curves     tensorboard --logdir {run.path.parent}",
+        f"read new pictures      im2json extract {run.path} PICTURES",
+    ]
+
+
+def test_a_run_prints_these_lines_and_no_others(cli, base_args, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    first = cli("train", *base_args, "--output", run.path, "--stop-after", 2)
+    second = cli("train", "--resume", run.path)
+    result = json.loads(run.result.read_text())
+    best = result["best_step"]
+    validating = "4 examples, scoring 4 examples of the validation split every 2 steps"
+    assert first.stdout.splitlines() == [
+        *opening(run),
         "scoring the base model on 3 examples of the test split",
-        "training for 4 steps of 4 examples, scoring 4 examples of the validation split every 2 steps",
+        evaluated(run, "before", 0),
+        f"training for 4 steps of {validating}",
+        evaluated(run, "during", 2),
+        f"left after step 2: {resume_advice(run.path)}",
     ]
-    positions = [said.index(phase) for phase in phases]
-    assert positions == sorted(positions)
-    assert any(re.fullmatch("scoring the adapter of step [24] on 3 examples of the test split", line) for line in said)
+    assert second.stdout.splitlines() == [
+        *opening(run),
+        f"training for 2 more steps of {validating}",
+        evaluated(run, "during", 4),
+        f"scoring the adapter of step {best} on 3 examples of the test split",
+        evaluated(run, "after", best),
+        f"4 steps in {result['seconds']:.0f} s, best adapter from step {best}",
+        "",
+        "text generated for the 3 examples of the test split:",
+        *before_after_table(**result["test"]).splitlines(),
+        *closing(run, run.report),
+    ]
+
+
+def test_a_run_without_evaluations_says_that_it_kept_the_last_adapter(cli, base_args, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    done = cli("train", *base_args, "--output", run.path, "--eval-every", 0, "--no-test")
+    seconds = json.loads(run.result.read_text())["seconds"]
+    assert done.stdout.splitlines() == [
+        *opening(run),
+        "training for 4 steps of 4 examples, without scoring the validation split",
+        f"4 steps in {seconds:.0f} s, the last adapter",
+        *closing(run, f"im2json evaluate {run.path}"),
+    ]
 
 
 def test_no_test_leaves_the_test_split_alone(train, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -169,7 +170,7 @@ def conclude(
     tracker.hyperparameters(state.validation, state.kept_step, after or ())
     tracker.flush()
     if main_process:
-        write_json(run.result, result.to_json())
+        write_json(run.result, dataclasses.asdict(result))
     return result
 
 

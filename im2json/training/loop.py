@@ -167,9 +167,7 @@ def save_due(step: int, ending: Ending | None, options: TrainOptions) -> bool:
     if ending in (Ending.ASKED, Ending.PAUSED):
         return True
     every = options.eval_every if options.save_every is None else options.save_every
-    if options.save_every == 0:
-        return False
-    return ending is not None or (every > 0 and step % every == 0)
+    return options.save_every != 0 and (ending is not None or (every > 0 and step % every == 0))
 
 
 def report(

@@ -133,9 +133,7 @@ class Update:
         return loss
 
 
-def sum_over_processes(
-    values: torch.Tensor, parameters: list[torch.nn.Parameter], accelerator: Accelerator
-) -> torch.Tensor:
+def sum_over_processes(values: torch.Tensor, parameters: list[torch.nn.Parameter], accelerator: Accelerator) -> None:
     """Sum the gradients and a few values over all processes, in place. values: (n,)
 
     Nothing else goes over the wire. A process that a short last step left without examples takes part with zeros.
@@ -144,7 +142,6 @@ def sum_over_processes(
         for parameter in parameters:
             torch.distributed.all_reduce(parameter.grad)
         torch.distributed.all_reduce(values)
-    return values
 
 
 def check_labels(batches: list[Batch], collator: Collator) -> None:
