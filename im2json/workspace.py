@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
 from peft import PeftModel
 from PIL import Image
 
@@ -196,7 +195,6 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, str]:
         accelerator.print(note)
     # `accelerate launch` sets OMP_NUM_THREADS to 1 unless told otherwise, which would leave cores idle.
     torch.set_num_threads(config.train.threads or (own_cores() if device.type == "cpu" else min(own_cores(), 4)))
-    set_seed(config.train.seed)
     return accelerator, precision
 
 

@@ -37,7 +37,7 @@ def paligemma(resolution: int) -> Sizes:
 
 
 def setting(**changes: object) -> Setting:
-    usual = Setting("bf16", "nf4", 8, True, False, 2, TEXT, VISION)
+    usual = Setting("bf16", "nf4", 8, True, 2, TEXT, VISION)
     return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
 
 
@@ -79,9 +79,8 @@ def test_what_is_kept_is_what_autograd_saves(small_model, batch: Batch, options)
         _hidden = model.get_base_model().model(**inputs, use_cache=False).last_hidden_state
     measured = sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in own)
     examples, positions = inputs["input_ids"].shape
-    kept = forecast(
-        Sizes.of(model.config), Setting.of(config, "fp32", model, checkpointing), Load(examples, positions, 1, 1, 1)
-    ).kept
+    setting = dataclasses.replace(Setting.of(config, "fp32", model), checkpointing=checkpointing)
+    kept = forecast(Sizes.of(model.config), setting, Load(examples, positions, 1, 1, 1)).kept
     assert kept == pytest.approx(measured, rel=0.03)
 
 
@@ -95,7 +94,7 @@ def long(batch: Batch) -> dict[str, torch.Tensor]:
 def test_lora_weights_are_counted_as_they_are(small_model):
     for modules in ("q_proj,down_proj", "language", DEFAULT_TARGET_MODULES):
         model, config = adapted(small_model, target_modules=modules)
-        one = Setting.of(config, "fp32", model, False)
+        one = Setting.of(config, "fp32", model)
         trainable, total = count_parameters(model)
         parts = forecast(Sizes.of(model.config), one, Load(1, 10, 1, 1, 1))
         assert parts.lora == trainable * (4 + 4 + 8)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import COUNTS, reset_accelerate
+from run_files import read_rows
 from test_memory import paligemma, setting
 
-from im2json.model.memory import MARGIN
+from im2json.model.memory import MARGIN, Setting
 from im2json.options import TrainConfig
 from im2json.training.strategy import ENOUGH, RECORDED, Strategy, Workload, choose_strategy, strategy_note
+from im2json.workspace import open_workspace, start_accelerator
 
 GIB = 2**30
 LENGTHS = [90, 120, 180, 180, 200, 240, 300, 400] * 20
@@ -94,3 +99,27 @@ def test_what_was_given_is_taken_and_processes_share_a_step():
     assert "a step's 4 examples 4 at a time, no gradient checkpointing, launch single" in (
         strategy_note(choose_strategy(four), four) or ""
     )
+
+
+@pytest.mark.parametrize(("batch_size", "eval_batch"), [(3, 3), (16, COUNTS["validation"])])
+def test_a_workspace_knows_what_its_run_computes(small_model, dataset, batch_size, eval_batch):
+    """The small model reads a token a byte, and one more ends a target; 4 image tokens and BOS begin the prefix."""
+    given = {"model": small_model, "dataset": dataset, "quant": "none", "optimizer": "adamw", "r": 4, "threads": 1}
+    given |= {"batch_size": 4, "epochs": 3, "eval_batch_size": batch_size, "max_new_tokens": 7, "prompt": "read."}
+    config = TrainConfig.resolve({**given, "target_modules": "q_proj,down_proj"})
+    reset_accelerate()
+    work = open_workspace(config, *start_accelerator(config)).workload()
+    tokens = {split: target_tokens(Path(dataset, split, "metadata.jsonl")) for split in COUNTS}
+    assert work.config == config
+    assert (work.sizes.text.hidden, work.sizes.vision.hidden) == (64, 64)
+    assert work.setting == Setting("fp32", "none", 4, True, 8, ("down_proj", "q_proj"), ("q_proj",))
+    assert work.target_lengths == tokens["train"]
+    assert work.longest_target == max(map(max, tokens.values()))
+    assert work.prefix == 4 + 1 + len("read.\n")
+    assert (work.eval_batch, work.max_new_tokens) == (eval_batch, 7)
+    assert (work.processes, work.steps, work.free_bytes) == (1, 9, None)
+
+
+def target_tokens(metadata: Path) -> list[int]:
+    targets = [json.loads(row["ground_truth"])["gt_parse"] for row in read_rows(metadata)]
+    return [len(json.dumps(target, separators=(",", ":"))) + 1 for target in targets]

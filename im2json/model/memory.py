@@ -90,22 +90,15 @@ class Setting:
     quant: str  # nf4 or none: of the weights as they lie in memory
     r: int
     dropout: bool
-    checkpointing: bool
     moment_bytes: int  # of the optimizer, both moments of a weight together
     text_targets: tuple[str, ...]  # linear layers with LoRA, by the last part of their names
     vision_targets: tuple[str, ...]
+    checkpointing: bool = False
     compiled: bool = False  # the layers
 
     @classmethod
-    def of(
-        cls,
-        config: TrainConfig,
-        precision: str,
-        model: torch.nn.Module,
-        checkpointing: bool = False,
-        compiled: bool = False,
-    ) -> Setting:
-        """Return the setting of a model that has its LoRA layers already."""
+    def of(cls, config: TrainConfig, precision: str, model: torch.nn.Module) -> Setting:
+        """Return the setting of a model that has its LoRA layers already, as far as options and model tell."""
         adapted = [name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name]
         text, vision = (
             tuple(sorted({name.rsplit(".", 1)[-1] for name in adapted if tower in name}))
@@ -113,8 +106,8 @@ class Setting:
         )
         packed = any(parameter.dtype == torch.uint8 for parameter in model.parameters())
         return cls(
-            precision, "nf4" if packed else "none", config.model.r, config.model.dropout > 0, checkpointing,
-            8 if config.train.optimizer == "adamw" else 2, text, vision, compiled,
+            precision, "nf4" if packed else "none", config.model.r, config.model.dropout > 0,
+            8 if config.train.optimizer == "adamw" else 2, text, vision,
         )  # fmt: skip
 
     @property
