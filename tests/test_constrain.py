@@ -40,7 +40,7 @@ def tiny() -> Collator:
 
 def grammar(schema: dict[str, Any]) -> Grammar:
     tokenizer = tiny().processor.tokenizer
-    return Grammar(schema, tokenizer, len(tokenizer))
+    return Grammar(schema, tokenizer, len(tokenizer), "schema")
 
 
 def accepts(grammar: Grammar, document: dict[str, Any]) -> bool:

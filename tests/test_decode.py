@@ -205,7 +205,7 @@ SCHEMA = induce([{"nm": "a", "n": [1, None]}, {"nm": "b", "sub": {"x": True}, "n
 
 @pytest.fixture(scope="module")
 def grammar(model, collator) -> Grammar:
-    return Grammar(SCHEMA, collator.processor.tokenizer, model.lm_head.out_features)
+    return Grammar(SCHEMA, collator.processor.tokenizer, model.lm_head.out_features, "schema")
 
 
 @torch.no_grad()
@@ -247,7 +247,7 @@ def test_a_grammar_is_followed(model, collator, pixels, grammar, size):
 def test_a_grammar_is_followed_where_there_is_room_for_more(small_model, collator, pixels):
     """What a GPU does: a masked cache of full length, rows that are not needed, steps after all have ended."""
     model = make_model(small_model, "gemma")
-    held = Grammar(SCHEMA, collator.processor.tokenizer, model.lm_head.out_features)
+    held = Grammar(SCHEMA, collator.processor.tokenizer, model.lm_head.out_features, "schema")
     rows = []
     with grouped(model.model.language_model.config):
         batch = _Batch.make(model, collator, 5, len(collator.prefix_ids) + 64, whole=True, grammar=held)

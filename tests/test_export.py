@@ -134,7 +134,9 @@ def test_fields_of_the_two_models_are_compared(export, finished, tmp_path, monke
     result = export(tmp_path / "out", "--parity", "0.25", source=run.path)
     assert result.exit_code == 0, result.output
     said = "1 of 4 answers are the run's to the letter, field F1 between them 0.714"  # 2 * 5 / (8 + 6)
-    assert said in result.stdout and said in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert said in result.stdout and said in card
+    assert "\nlibrary_name: transformers\n" in card and "\n# out\n" in card
 
 
 def test_answers_held_to_a_schema_are_not_compared_and_the_card_says_so(export, finished, tmp_path):
@@ -173,6 +175,8 @@ def test_the_adapter_alone(export, finished, dataset, tmp_path):
     for path in finished.adapter.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
     assert (tmp_path / "out" / "schema.json").read_bytes() == finished.schema.read_bytes()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\nlibrary_name: peft\n" in card and "\n# out\n" in card
     picture = f"{dataset}/test/0.png"
     (mine,) = im2json.Extractor.from_run(tmp_path / "out")([picture])
     (wanted,) = im2json.Extractor.from_run(finished.path)([picture])

@@ -302,7 +302,8 @@ def test_a_grammar_is_followed_by_a_replayed_graph(tmp_path: Path, kind: str) ->
 
     model, collator = decoding_model(tmp_path, kind, "float32")
     schema = induce([{"total": "1", "menu": [{"nm": "a"}]}, {"total": "2", "n": 1}])
-    decoder = Decoder(model, collator, Grammar(schema, collator.processor.tokenizer, model.lm_head.out_features))
+    grammar = Grammar(schema, collator.processor.tokenizer, model.lm_head.out_features, "schema")
+    decoder = Decoder(model, collator, grammar)
     limits = [9 + i * 5 % 38 for i in range(14)]
 
     def answers() -> list[tuple[list[int], str]]:

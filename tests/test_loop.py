@@ -561,7 +561,9 @@ def test_a_run_stopped_before_its_last_word_keeps_its_best_adapter(train, resume
     last = run.checkpoints / "step-6" / "adapter_model.safetensors"
     assert_same(load_file(last), best, equal=False)
     shutil.copyfile(last, weights)
+    shutil.copytree(run.checkpoints / "step-4", run.checkpoints / "step-3")  # as if it had not come to dropping this
     resume(run)
+    assert [path.name for path in complete_checkpoints(run.checkpoints)] == ["step-4", "step-6"]
     assert json.loads(run.result.read_text())["best_step"] == 2
     assert_same(load_file(weights), best)
     assert_same(metrics(run), logged)
@@ -883,6 +885,20 @@ def test_tensorboard_shows_a_resumed_run_as_one(stopped, resume, tmp_path):
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Scalars("validation/edit_distance")] == [2, 4, 6]
     assert [path for path in run.tensorboard.iterdir() if path.is_dir()] == []
+
+
+def test_what_comes_before_a_checkpoint_is_shown_once_it_is_there(train, tmp_path, monkeypatch):
+    """A run that is killed right after it resumes there, and logs nothing of it again."""
+    shown, save = [], Checkpoints.save
+
+    def saving(self: Checkpoints) -> None:
+        events = EventAccumulator(str(self.run.tensorboard)).Reload()
+        shown.append((self.state.step, [event.step for event in events.Scalars("train/loss")]))
+        save(self)
+
+    monkeypatch.setattr(Checkpoints, "save", saving)
+    train(tmp_path / "run", "--steps", 2, "--save-every", 1, "--eval-every", 0, "--no-test")
+    assert shown == [(1, [1]), (2, [1, 2])]
 
 
 @pytest.mark.parametrize(

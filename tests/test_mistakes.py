@@ -34,6 +34,9 @@ TRAIN = "train --model {model} --output {tmp}/new --precision fp32 --quant none 
 MISTAKES = {
     # files of a run
     "resume what is no run": Mistake("train --resume {tmp}", "--resume {tmp} is not a run folder"),
+    "resume into another folder": Mistake(
+        "train --resume {run} --steps 9 --output {tmp}/new", "--resume {run} goes on in that folder: leave --output out"
+    ),
     "resume a config that was cut": Mistake("train --resume {run}", f"config.json: {NOT_JSON}", "{run}/config.json"),
     "resume a config of something else": Mistake(
         "train --resume {run}", "config.json does not hold a run's options", "{run}/config.json", b"[1]"

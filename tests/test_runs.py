@@ -13,7 +13,7 @@ import pytest
 from im2json.files import append_lines, atomically, damage, folder_atomically, keep_lines, read_lines, write_json
 from im2json.options import TrainConfig
 from im2json.records import SplitRecord
-from im2json.resume import evaluated_config, fresh_options, resumed_config
+from im2json.resume import evaluated_config, fresh_options, reading_digest, resumed_config
 from im2json.runs import (
     RunFolder,
     check_output,
@@ -260,3 +260,27 @@ def test_resuming_with_the_relative_path_that_the_run_began_with(tmp_path, monke
 def test_resuming_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is not a run folder: it has no config\.json"):
         resumed_config(RunFolder(tmp_path / "nowhere"), {})
+
+
+def test_the_digest_of_what_reads_a_picture_is_that_of_earlier_versions(tmp_path):
+    """Rows that they wrote are gone on with. It differs where one of these files or an option differs."""
+    for name in ("adapter_model.safetensors", "calibration.json", "schema.json"):
+        (tmp_path / name).write_text("{}")
+    given = {"adapter": str(tmp_path), "schema": str(tmp_path / "schema.json")}
+    plain, held = ({**given, "constrain": constrain} for constrain in (False, True))
+
+    def digest(values: dict[str, object]) -> str:
+        return reading_digest(TrainConfig.from_values(values))
+
+    assert (digest(plain), digest(held)) == ("165dcf0a3870", "8912090acba2")
+    assert digest({**plain, "prompt": "read."}) != digest(plain) == digest({**plain, "r": 9, "eval_batch_size": 1})
+    before = [digest(plain), digest(held)]
+    for name, matters in (
+        ("schema.json", [False, True]),
+        ("calibration.json", [True, True]),
+        ("adapter_model.safetensors", [True, True]),
+    ):
+        (tmp_path / name).write_text("[]")
+        after = [digest(plain), digest(held)]
+        assert [one != other for one, other in zip(before, after)] == matters
+        before = after

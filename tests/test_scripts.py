@@ -44,6 +44,8 @@ def test_config_json(finished, small_model, dataset):
     assert (stored["options"]["r"], stored["options"]["alpha"]) == (4, 8.0)
     assert stored["versions"]["torch"] == importlib.metadata.version("torch")
     assert TrainConfig.from_values(stored["options"]) == finished.read_config()
+    # what runs of earlier versions hold of the same data, or they could not be resumed
+    assert stored["data"] == {"train": "f7460fcae25c24fc", "validation": "57001d815bd26315", "test": "899488f333345e84"}
 
 
 def test_metrics_jsonl(finished):
@@ -347,7 +349,8 @@ def closing(run: RunFolder, report: object) -> list[str]:
 def test_a_run_prints_these_lines_and_no_others(cli, base_args, tmp_path):
     run = RunFolder(tmp_path / "run")
     first = cli("train", *base_args, "--output", run.path, "--stop-after", 2)
-    second = cli("train", "--resume", run.path)
+    assert "training:  50%" in first.stderr and " 2/4 [" in first.stderr  # which sweep.py reads
+    second = cli("train", "--resume", run.path, "--output", run.path)
     result = json.loads(run.result.read_text())
     best = result["best_step"]
     validating = "4 examples, scoring 4 examples of the validation split every 2 steps"

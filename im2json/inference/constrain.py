@@ -32,7 +32,7 @@ class Grammar:
         UserError: if llguidance is not installed, or does not support what the schema asks for.
     """
 
-    def __init__(self, schema: Schema, tokenizer: PreTrainedTokenizerFast, size: int, name: str = "schema") -> None:
+    def __init__(self, schema: Schema, tokenizer: PreTrainedTokenizerFast, size: int, name: str) -> None:
         try:
             import llguidance
             import llguidance.hf
