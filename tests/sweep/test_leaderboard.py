@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -200,6 +201,32 @@ def test_a_sweep_runs_what_is_not_done_and_says_what_failed(cli, tmp_path, monke
     assert json.loads((sweep / "summary.json").read_text())["missing"] == []
     result = run(backend := AtOnce({}, scores))
     assert (result.exit_code, backend.started, backend.scored) == (0, [], [])
+
+
+def test_a_sweep_that_is_stopped_ranks_what_has_finished_and_scores_nothing(cli, tmp_path, monkeypatch):
+    class Stopped(AtOnce):
+        """One point at a time; during the first comes SIGTERM."""
+
+        def has_capacity(self, running: list[Job]) -> bool:
+            return not running
+
+        def start(self, job: Job, running: list[Job]) -> bool:
+            signal.raise_signal(signal.SIGTERM)
+            return super().start(job, running)
+
+        def stop(self, job: Job, at_once: bool) -> None:
+            assert not at_once
+
+    monkeypatch.setattr("im2json.sweeps.scheduler.POLL_SECONDS", 0)
+    backend = Stopped({"r=8": [True, False]}, Output(0, "{}"))
+    monkeypatch.setattr("im2json.commands.sweep.Local", lambda *_: backend)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "g.json").write_text('{"grid": {"r": [8, 16]}}')
+    result = cli("sweep", tmp_path / "g.json", "--output", tmp_path / "sweep")
+    assert (result.exit_code, backend.started, backend.scored) == (130, ["r=8"], [])
+    assert "interrupted: the same command goes on" in result.stderr
+    stored = json.loads((tmp_path / "sweep" / "summary.json").read_text())
+    assert ([setting["config"] for setting in stored["settings"]], stored["missing"]) == (["r=8"], ["r=16"])
 
 
 class Page(HTMLParser):
