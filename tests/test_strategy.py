@@ -108,7 +108,8 @@ def test_a_workspace_knows_what_its_run_computes(small_model, dataset, batch_siz
     given |= {"batch_size": 4, "epochs": 3, "eval_batch_size": batch_size, "max_new_tokens": 7, "prompt": "read."}
     config = TrainConfig.resolve({**given, "target_modules": "q_proj,down_proj"})
     reset_accelerate()
-    work = open_workspace(config, *start_accelerator(config)).workload()
+    space = open_workspace(config, *start_accelerator(config))
+    work = space.workload()
     tokens = {split: target_tokens(Path(dataset, split, "metadata.jsonl")) for split in COUNTS}
     assert work.config == config
     assert (work.sizes.text.hidden, work.sizes.vision.hidden) == (64, 64)
@@ -118,6 +119,9 @@ def test_a_workspace_knows_what_its_run_computes(small_model, dataset, batch_siz
     assert work.prefix == 4 + 1 + len("read.\n")
     assert (work.eval_batch, work.max_new_tokens) == (eval_batch, 7)
     assert (work.processes, work.steps, work.free_bytes) == (1, 9, None)
+    for checkpointing in (False, True):
+        model = space.forward(Strategy("single", checkpointing, 2), work).model
+        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) is checkpointing
 
 
 def target_tokens(metadata: Path) -> list[int]:

@@ -164,7 +164,7 @@ def conclude(
         target_tokens=state.target_tokens,
         skipped_updates=state.skipped,
         seconds=round(state.seconds, 3),
-        examples_per_second=round(state.examples / state.seconds, 3) if state.seconds else None,
+        examples_per_second=round(state.examples / state.seconds, 3),
         peak_memory_bytes=max(gather_object([peak_memory_bytes()])),
     )
     tracker.hyperparameters(state.validation, state.kept_step, after or ())
