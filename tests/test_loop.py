@@ -771,14 +771,18 @@ def test_a_layer_that_no_gradient_reaches_is_refused(cli, base_args, tmp_path, m
     assert "no gradient reaches 1 of" in error and "lora_B" in error and "--target-modules" in error
 
 
-@pytest.mark.parametrize("wrong", ["prompt learned", "EOS left out"])
+@pytest.mark.parametrize("wrong", ["prompt learned", "prompt taken for the target", "a token left out", "EOS left out"])
 def test_labels_that_are_not_the_target_are_refused(cli, base_args, tmp_path, monkeypatch, wrong):
     original = Collator.__call__
 
     def collate(self: Collator, examples: Any) -> Batch:
         batch = original(self, examples)
-        if wrong == "prompt learned":
-            batch.labels[0, len(self.prefix_ids) - 1] = 5
+        first = len(self.prefix_ids)
+        if wrong.startswith("prompt"):
+            batch.labels[0, first - 1] = 5
+            batch.inputs["token_type_ids"][0, first - 1] = int("taken" in wrong)
+        elif wrong == "a token left out":
+            batch.labels[0, first] = -100
         else:
             batch.labels[batch.labels == self.processor.tokenizer.eos_token_id] = -100
         return batch

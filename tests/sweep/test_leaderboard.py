@@ -141,7 +141,8 @@ def test_two_sweeps_at_their_end_score_the_test_split_once(tmp_path):
 
 
 class AtOnce:
-    """A backend whose points end as soon as they are started. Those in `answers` are done then, the others fail."""
+    """A backend whose points, none of which is to pause, end as soon as they are started. Those in `answers` are done
+    then, the others fail."""
 
     def __init__(self, answers: dict[str, list[bool]], score: Output, said: str = "") -> None:
         self.answers = answers
@@ -154,6 +155,7 @@ class AtOnce:
         return True
 
     def start(self, job: Job, running: list[Job]) -> bool:
+        assert job.stop_after is None
         self.started.append(job.point.name)
         job.log.write_text("Error: on purpose\n")
         if job.point.name in self.answers:
