@@ -891,17 +891,23 @@ def test_tensorboard_shows_a_resumed_run_as_one(stopped, resume, tmp_path):
     assert [path for path in run.tensorboard.iterdir() if path.is_dir()] == []
 
 
-def test_what_comes_before_a_checkpoint_is_shown_once_it_is_there(train, tmp_path, monkeypatch):
-    """A run that is killed right after it resumes there, and logs nothing of it again."""
+def test_pictures_of_an_evaluation_are_drawn_before_its_checkpoint_is_there(train, tmp_path, monkeypatch):
+    """A run that is killed right after the checkpoint resumes there, and draws none of them again."""
     shown, save = [], Checkpoints.save
 
     def saving(self: Checkpoints) -> None:
         events = EventAccumulator(str(self.run.tensorboard)).Reload()
-        shown.append((self.state.step, [event.step for event in events.Scalars("train/loss")]))
+        shown.append((self.state.step, [event.step for event in events.Images("validation_during/0")]))
         save(self)
 
+    def drawing(*given: Any) -> Any:
+        time.sleep(0.3)
+        return draw(*given)
+
+    draw = evaluating.prediction_panel
+    monkeypatch.setattr(evaluating, "prediction_panel", drawing)
     monkeypatch.setattr(Checkpoints, "save", saving)
-    train(tmp_path / "run", "--steps", 2, "--save-every", 1, "--eval-every", 0, "--no-test")
+    train(tmp_path / "run", "--steps", 2, "--eval-every", 1, "--no-test")
     assert shown == [(1, [1]), (2, [1, 2])]
 
 
