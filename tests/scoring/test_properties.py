@@ -114,7 +114,8 @@ def test_a_text_that_is_cut_short_is_never_an_error(document: dict[str, Any], da
     assert (reading.value is None) == (reading.how == "unreadable")
     if reading.value is not None:
         assert reading.truncated
-        assert tree_edit_distance(reading.value, {}) <= tree_edit_distance(document, {})
+        longest = tree_edit_distance(document, {}) + 1  # without its exponent, 1.5e16 has a point
+        assert tree_edit_distance(reading.value, {}) <= longest
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
