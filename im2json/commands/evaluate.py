@@ -52,9 +52,8 @@ def evaluate(
             }
             alike = [known.constrained == constrained for known in calibration_predictions(run, step)]
             (calibrated,) = broadcast_object_list([run.done and bool(alike) and all(alike)])
-            if not calibrated and len(
-                workspace.splits["validation"]
-            ):  # the run never validated this adapter in this way, or kept no confidence
+            # If not, the run never validated this adapter in this way, or kept no confidence.
+            if not calibrated and len(workspace.splits["validation"]):
                 evaluation("validation", step, "after")
             if accelerator.is_main_process:
                 calibrate(run, step)
