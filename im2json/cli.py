@@ -133,9 +133,10 @@ def user_errors(interrupted: str = "nothing was lost") -> Iterator[None]:
     IM2JSON_TRACEBACK=1 shows the traceback of these too. Ctrl-C and SIGTERM exit with 130 and print what the
     KeyboardInterrupt says, or else `interrupted`.
     """
-    for stream in (sys.stdout, sys.stderr):  # a name that is not UTF-8, or a terminal that is not, must not end a run
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            # A name that is not UTF-8, or a terminal that is not, must not end a run; a file keeps the order of both.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
     try:
@@ -240,10 +241,8 @@ def quick_start() -> Iterator[None]:
 def quiet_libraries() -> None:
     """Leave the terminal to what the run itself says, and the cores to whoever works.
 
-    Call it before torch and transformers are imported. In a file, stdout and stderr keep their order.
+    Call it before torch and transformers are imported.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)
     for name, value in {
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",

@@ -139,10 +139,14 @@ def _next_process(connection: socket.socket) -> dict[str, Any]:
     for end, stream in ((os.open(os.devnull, os.O_RDONLY), 0), (out, 1), (err, 2)):
         os.dup2(end, stream)
         os.close(end)
-    # those of the server remember whether its own could seek
+    use_streams()
+    return json.loads(received)
+
+
+def use_streams() -> None:
+    """Open sys.stdout and sys.stderr anew: those from before a dup2 remember whether they could seek."""
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
-    return json.loads(received)
 
 
 IMPORTED = (

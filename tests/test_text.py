@@ -63,7 +63,7 @@ def test_files_of_ours_hold_any_name_as_utf_8_and_give_it_back(tmp_path):
 def test_a_run_on_a_folder_whose_name_is_not_utf_8(train, cli, tmp_path):
     folder = tmp_path / LATIN1
     for split, names in {"train": [LATIN1, "b", "c", "d"], "validation": ["e"], "test": [f"{LATIN1} 2"]}.items():
-        picture_folder(folder / split, names)
+        picture_folder(folder / split, names, target=split)
     run = train(tmp_path / "run", "--dataset", folder, "--steps", 1, "--eval-every", 1)
     assert run.read_config().data.dataset == str(folder)
     assert {row.id for row in run.predictions("test")} == {f"test/{LATIN1} 2.png"}

@@ -90,6 +90,7 @@ def start_sweep(grid: Path, output: Path, *flags: str) -> subprocess.Popen:
 FORKING = """
 import os, signal, subprocess, sys, tempfile, traceback
 import im2json.sweeps.processes as processes
+from forks import use_streams
 from im2json.app import main
 
 class Forked:
@@ -105,6 +106,7 @@ class Forked:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.dup2(stdout.fileno(), 1)
             os.dup2(1 if stderr == subprocess.STDOUT else stderr.fileno(), 2)
+            use_streams()
             main(arguments[arguments.index("im2json") + 1 :])
         except SystemExit as end:
             status = end.code or 0
