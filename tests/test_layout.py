@@ -14,6 +14,7 @@ from PIL import Image
 
 from im2json.data.check import check_split
 from im2json.data.sources import load_splits
+from im2json.data.splitnames import SplitName, split_named
 from im2json.errors import UserError
 
 NAMES = [
@@ -204,6 +205,60 @@ def test_splits_of_pairs(tmp_path, train, validation, test):
     assert loaded(root)[0] == {"train": ["one"], "validation": ["two"], "test": ["three"]}
 
 
+SURE = {
+    "train": "train trainset train_images TRAININGset trainingdata trains trainA",
+    "validation": "val valset devset VALSET val2017 validation-set validsplit devs",
+    "test": "test testset TESTset TestSet testdata testimages tests test_set testfiles1 testDocs testimgs datatest",
+}
+"""Names by the split that they surely stand for."""
+
+
+@pytest.mark.parametrize("role", SURE)
+def test_names_that_stand_for_a_split(role):
+    found = {name: split_named(name) for name in SURE[role].split()}
+    assert {name: split and split.role for name, split in found.items()} == dict.fromkeys(found, role)
+    assert all(split is not None and split.sureness > 0 for split in found.values())
+
+
+@pytest.mark.parametrize(
+    ("role", "names"),
+    [
+        ("validation or test", ["holdout", "held-out", "Held Out", "HoldOut", "holdoutset", "unseen", "hold_out_3"]),
+        ("train or test", ["train_test", "traintest", "TrainTest", "train-test-split"]),
+        ("train or validation or test", ["train_holdout", "train_val_test"]),
+        ("train", ["trainval", "train_val", "training-manuals"]),
+        ("validation", ["validate"]),
+        ("test", ["blood-test", "receiptsTest"]),
+    ],
+)
+def test_names_that_may_stand_for_a_split(role, names):
+    assert {name: split_named(name) for name in names} == dict.fromkeys(names, SplitName(role, 0))
+
+
+def test_words_that_only_contain_the_name_of_a_split():
+    words = (
+        "latest testimonials contest attest trainee trainer constraint devices invalid value evaluated household_out"
+    )
+    assert [word for word in words.split() if split_named(word) is not None] == []
+
+
+@pytest.mark.parametrize("name", ["holdout", "train_test", "unseen"])
+def test_parquet_files_whose_names_leave_their_split_open(tmp_path, name):
+    write_parquet(tmp_path, train=1, **{name: 1})
+    with pytest.raises(UserError, match=rf"{name}\.parquet: leaves open which split it is of; rename it"):
+        load_splits(str(tmp_path))
+
+
+def test_test_rows_behind_glued_names_are_not_trained_on(tmp_path):
+    write_parquet(tmp_path / "a", trainset=2, valset=1, testset=1)
+    assert loaded(tmp_path / "a")[0] == {
+        "train": ["trainset0", "trainset1"], "validation": ["valset0"], "test": ["testset0"],
+    }  # fmt: skip
+    write_rows(tmp_path / "b" / "metadata.jsonl", "train_images/1.png", "holdout/2.png")
+    with pytest.raises(UserError, match=r"holdout \(1 rows\): validation or test\?"):
+        load_splits(str(tmp_path / "b"))
+
+
 @pytest.mark.parametrize(
     "name", ["latest", "testimonials", "contest", "devices", "training-manuals", "invalid", "trainval"]
 )
@@ -214,7 +269,9 @@ def test_names_that_are_no_splits(tmp_path, name):
     assert len(notes) == 2 and all("are kept for it, chosen by" in note for note in notes)
 
 
-@pytest.mark.parametrize("name", ["blood-test", "receipts_test", "Test Certificates", "train/test", "test/deep/val"])
+@pytest.mark.parametrize(
+    "name", ["blood-test", "receipts_test", "Test Certificates", "holdout", "train/test", "test/deep/val"]
+)
 def test_names_that_may_be_splits_stop(tmp_path, name):
     write_pairs(tmp_path, one="other", two=f"other/{name}", three="other/more", four="other")
     with pytest.raises(UserError, match=r"leave open whether their rows are for training\. Rename each") as caught:

@@ -25,9 +25,16 @@ _NEUTRAL = frozenset((
 
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
+_ROLE = "|".join(sorted(ROLES, key=len, reverse=True))
+_PART = "|".join(sorted({*ROLES, *_NEUTRAL, "s"}, key=len, reverse=True))
+_GLUED = re.compile(rf"(?:{_PART})*?(?:{_ROLE})(?:{_PART})*")
+"""Matches a split's name without anything between it and neutral words: testset, valimages, traintest."""
 
-_BEGINNING = re.compile(rf"({'|'.join(sorted(ROLES, key=len, reverse=True))})(?=[-_ ]*\d|[-_])", re.IGNORECASE)
-"""Of the name of a picture that says its split, as test_001.png does and test.png does not."""
+_HELD_OUT = re.compile(rf"\b(?:(?:hold|held) ?out|unseen)(?:{_PART})?\b")
+"""Matches words for a split that is not for training, but do not say whether it is validation or test."""
+
+_BEGINNING = re.compile(rf"({_ROLE})(?=[-_ ]*\d|[-_])", re.IGNORECASE)
+"""Matches the beginning of a picture's name that says its split: test_001.png, but not test.png."""
 
 
 class SplitName(NamedTuple):
@@ -35,19 +42,37 @@ class SplitName(NamedTuple):
 
     role: str
     sureness: int
-    """2: the very name, such as Val. 1: with neutral words, such as test_set. 0: with others, such as blood-test."""
+    """2: the very name, such as Val. 1: with neutral words, such as test_set. 0: with others, such as blood-test.
+
+    At 0, the role may also be several ones, such as "train or test" for train_test.
+    """
 
 
 def split_named(name: str) -> SplitName | None:
-    """Return the split that the name of a folder or file (without its suffix) stands for, if it is one."""
+    """Return the split that the name of a folder or file (without its suffix) stands for, if it is one.
+
+    Only whole words count, and those that consist of a split's name and neutral words: testset, but not latest.
+    """
     if name.strip().lower() in ROLES:
         return SplitName(ROLES[name.strip().lower()], 2)
-    words = [word.lower() for word in _WORD.findall(name)]
+    words = [part for run in re.findall(r"[A-Za-z]+", name) for part in _parts(run)]
     roles = {ROLES[word] for word in words if word in ROLES}
-    if len(roles) != 1:
-        return None
-    sure = all(word in ROLES or word in _NEUTRAL or len(word) == 1 for word in words)
-    return SplitName(roles.pop(), int(sure))
+    if held_out := _HELD_OUT.search(" ".join(words)):
+        roles |= {"validation", "test"}
+    if roles == {"train", "validation"} and held_out is None:
+        return SplitName("train", 0)  # as trainval is used: all but test
+    if not roles:
+        return SplitName("validation", 0) if "validate" in words else None
+    sure = len(roles) == 1 and all(word in ROLES or word in _NEUTRAL or len(word) == 1 for word in words)
+    return SplitName(" or ".join(role for role in ALIASES if role in roles), int(sure))
+
+
+def _parts(run: str) -> list[str]:
+    """Return the words of a run of letters, in lower case: those that are glued together, or else as capitals show."""
+    if _GLUED.fullmatch(run.lower()):
+        return re.findall(_PART, run.lower())
+    words = [word.lower() for word in _WORD.findall(run)]
+    return [part for word in words for part in (re.findall(_PART, word) if _GLUED.fullmatch(word) else [word])]
 
 
 def folders_of(path: str) -> tuple[str, ...]:
@@ -57,8 +82,11 @@ def folders_of(path: str) -> tuple[str, ...]:
 
 
 class _Doubt(NamedTuple):
+    """A folder, or several, whose name leaves open what its rows are for."""
+
     folder: str
     reading: str
+    """The split or splits that the name may stand for."""
 
 
 def split_of(folders: Iterable[str]) -> tuple[str | None, _Doubt | None]:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from im2json.data.splitnames import folders_of, split_named, split_of
-from im2json.data.stored import ArrowRows, Columns, Rows, find_target, inside
+from im2json.data.stored import ALIASES, ArrowRows, Columns, Rows, find_target, inside
 from im2json.errors import UserError, first_line
 
 _CARDS = ("README.md", ".huggingface.yaml")
@@ -134,8 +134,10 @@ def _by_name(root: Path, names: Iterable[str]) -> dict[str, list[str]]:
             parts[os.path.join(folder, stem), shard[3]].add(shard[2])
         own, (role, doubt) = split_named(stem), split_of(folders_of(name))
         roles = {each for each in (role, own and own.role) if each is not None}
-        if len(roles) > 1 or (not roles and doubt is not None):
-            raise UserError(f"{root / name}: leaves open which split it is of; rename it or its folder")
+        if len(roles) > 1 or not roles <= set(ALIASES) or (not roles and doubt is not None):
+            raise UserError(
+                f"{root / name}: leaves open which split it is of; rename it or its folder to train, validation or test"
+            )
         if roles:
             splits[roles.pop()].append(name)
         else:
