@@ -1,8 +1,8 @@
 """Numbers of JSON with the text that a source wrote for them, which says more than a float can hold.
 
 JSON's numbers are decimals. A float keeps the value of most and the spelling of few: 100.00 comes back as 100.0,
-0.00005 as 5e-05, and 12345678901234567.89 as another number. Those are read as a `Number`, a float that keeps its text.
-Integers, and what Python writes as the source did, are plain ints and floats.
+0.00005 as 5e-05, and 12345678901234567.89 as another number. Numbers whose spelling a float would lose are read as
+`Number`, a float that keeps its text. Integers, and what Python writes as the source did, are plain ints and floats.
 """
 
 from __future__ import annotations

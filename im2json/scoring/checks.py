@@ -85,7 +85,7 @@ def _value(value: Any, point: str | None) -> Decimal | None:
     if not is_number(value):
         return amount(value, point) if isinstance(value, str) else None
     text = number_text(value)
-    return None if "e" in text else Decimal(text)  # as a fraction, it could have any number of digits
+    return None if "e" in text else Decimal(text)  # 1e-999999999 as an exact fraction would fill the memory
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -166,15 +166,17 @@ _AMOUNT = re.compile(r"(?:(?<!\w)[.,])?\d+(?:[.,' ]\d+)*")
 _GROUPS = re.compile(
     r"(?!0)\d{1,3}(?:(?P<mark>[.,' ])\d{3})(?:(?P=mark)\d{3})*|(?!0)\d{1,2}(?:(?P<lakh>[.,])\d{2})+(?P=lakh)\d{3}|\d+"
 )
-_MINUS_BEFORE = re.compile(r"(?<!\w)-|-\s*$")
-_MINUS_BEHIND = re.compile(r"-(?!-)|.*[^.,\s-]\s*-\s*$|\s*-\s*$", re.DOTALL)
+_MINUS_BEFORE = re.compile(r"(?<!\w)-|-\s+$")
+_HYPHEN_BEFORE = re.compile(r"\w-$")
+_MINUS_BEHIND = re.compile(r"-(?!-)|.*[^.,:/\s-]\s*-\s*$|\s*-\s*$", re.DOTALL)
 
 
 def amount(text: str, point: str | None = None) -> Decimal | None:
     """Return the only number in a text with any currency around it, or None if there is none or more than one.
 
     Examples are `Rp. 12.500`, `-1,200.50`, `$ 3,5` and `1,23,456.00`. A minus before or behind the number makes it
-    negative, and so do parentheses around it; `,-` stands for no decimals.
+    negative, and so do parentheses around it; `,-`, `/-` and `:-` stand for no decimals. A hyphen between a letter and
+    the number is a minus in `RM-5.00`, but not before plain digits, which may be those of an invoice (`INV-2023`).
 
     Args:
         point: the decimal point, of DECIMAL_POINTS; with another the text may be no amount. If None, it is the first of
@@ -192,5 +194,6 @@ def amount(text: str, point: str | None = None) -> Decimal | None:
     if groups is None or (point and point in whole) or (decimals and not decimals.isdigit()):
         return None
     in_parentheses = "(" in before.rpartition(")")[2] and ")" in behind.partition("(")[0]
-    negative = in_parentheses or _MINUS_BEFORE.search(before) or _MINUS_BEHIND.match(behind)
+    minus_before = _MINUS_BEFORE.search(before) or (_HYPHEN_BEFORE.search(before) and not digits.isdigit())
+    negative = in_parentheses or minus_before or _MINUS_BEHIND.match(behind)
     return Decimal(f"{'-' if negative else ''}{''.join(filter(str.isdigit, whole))}.{decimals or 0}")

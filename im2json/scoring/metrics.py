@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from decimal import MAX_EMAX, MIN_EMIN, Context
 from typing import Any
 
 import numpy as np
@@ -209,12 +210,22 @@ def similarity(a: Any, b: Any) -> float:
     value that is no text counts as its JSON.
     """
     if is_number(a) and is_number(b):
-        try:
-            return 1.0 if same_value(a, b) else max(0.0, 1.0 - abs(a - b) / max(abs(a), abs(b)))
-        except OverflowError:  # an integer beyond the range of floats against a float
-            return 0.0
+        return 1.0 if same_value(a, b) else _ratio(a, b)
     a, b = (value if isinstance(value, str) else scoring_text(value) for value in (a, b))
     return float(Levenshtein.normalized_similarity(a, b))
+
+
+_DECIMALS = Context(prec=30, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[])
+"""Floats would not do: 1e-400 is 0.0 as a float, and 10**400 is too large for one."""
+
+
+def _ratio(a: int | float, b: int | float) -> float:
+    """Return 1 - |a - b| / max(|a|, |b|), or 0 if that is negative, which it is for numbers of unlike signs."""
+    first, second = (_DECIMALS.create_decimal(number_text(number)) for number in (a, b))
+    smaller, larger = sorted((first.copy_abs(), second.copy_abs()))
+    if not larger or first.is_signed() != second.is_signed():
+        return 0.0
+    return float(_DECIMALS.divide(smaller, larger))
 
 
 def is_number(value: Any) -> bool:

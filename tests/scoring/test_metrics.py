@@ -7,6 +7,7 @@ import pytest
 from helpers import calls_of
 from oracles import donut_counts, edited, random_object, random_pair, random_receipt
 
+from im2json.jsontext import loads
 from im2json.scoring import METRICS, StreamingEvaluator
 
 
@@ -81,6 +82,21 @@ def test_value_metrics_by_hand() -> None:
     assert scores({"a": [[1, 2], 3]}, {"a": [[1, 5], 3, 4]})["value_accuracy"] == pytest.approx(2 / 3)
     assert scores({"a": 10**400}, {"a": 1.5})["value_similarity"] == 0.0
     assert scores({"b": 1}, {"a": 1})["value_accuracy"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("predicted", "wanted", "similarity"),
+    [
+        ("1e-400", "0", 0), ("1e-400", "1e-401", 0.1), ("-1e-400", "1e-400", 0), ("1e-400", "10e-401", 1),
+        ("1e-999999999999999999999", "2e-999999999999999999999", 0), ("1e-400", "1e308", 0), ("1e308", "-1e308", 0),
+        ("1" + "0" * 400, "2" + "0" * 400, 0.5), ("1" + "0" * 309, "1e308", 0.1), ("-9.5", "-10", 0.95), ("0", "-3", 0),
+    ],
+)  # fmt: skip
+def test_numbers_beyond_floats_are_compared_as_decimals(predicted: str, wanted: str, similarity: float) -> None:
+    for text, other in ((predicted, wanted), (wanted, predicted)):
+        target = loads(f'{{"a":{other}}}')
+        got = scores(f'{{"a":{text}}}', target)
+        assert got["value_similarity"] == pytest.approx(similarity)
 
 
 def test_edit_distance_by_hand() -> None:
