@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from datetime import date, datetime, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from im2json.data.sources import load_splits
+from im2json.errors import UserError
 from im2json.jsontext import canonical
 
 SPLITS = ("train", "validation", "test")
@@ -48,8 +50,12 @@ STORED: dict[str, tuple[Any, Any]] = {
         ]),
         {"total": 9.3, "rows": [{"half": np.float16(0.1)}, {"half": np.float16(-2.5)}], "none": {"x": None}},
     ),
-    '{"n":[9.3,1e-07]}': (pa.struct([("n", pa.list_(pa.float32(), 2))]), {"n": [9.3, 1e-7]}),
+    '{"n":[9.3,0.0000001]}': (pa.struct([("n", pa.list_(pa.float32(), 2))]), {"n": [9.3, 1e-7]}),
     '{"n":[16777216.0]}': (pa.struct([("n", pa.large_list(pa.float32()))]), {"n": [2.0**24]}),
+    '{"n":[0.00005,10000000000000000000000,1e-30,0.1,12.0,-0.00001]}': (
+        pa.struct([("n", pa.list_(pa.float64()))]),
+        {"n": [0.00005, 1e22, 1e-30, 0.1, 12.0, -1e-05]},
+    ),
     '{"n":9.30,"m":12345678901234567890.12}': (None, {"n": Decimal("9.30"), "m": Decimal("12345678901234567890.12")}),
     '{"n":9223372036854775807,"m":0.1}': (None, {"n": 2**63 - 1, "m": 0.1}),
     TEXT: (None, json.dumps({"gt_parse": None}).replace("null", TEXT)),
@@ -67,6 +73,16 @@ def test_numbers_of_a_table(tmp_path, text, form):
     else:
         datasets.Dataset(table).save_to_disk(tmp_path / "saved")
     assert learned(tmp_path if form == "parquet" else tmp_path / "saved") == {text}
+
+
+@pytest.mark.parametrize("value", [datetime(2026, 1, 31), date(2026, 1, 31), time(12), b"x"])
+def test_a_value_that_json_does_not_have_is_named(tmp_path, value):
+    images = pa.array([{"bytes": picture(i), "path": None} for i in range(3)])
+    targets = pa.array([{"rows": [{"date": value}]}] * 3)
+    pq.write_table(pa.table({"image": images, "target": targets}), tmp_path / "train.parquet")
+    problem = rf"row . of .*: the key rows.date holds a {type(value).__name__}, .*; store the target as JSON text"
+    with pytest.raises(UserError, match=problem):
+        learned(tmp_path)
 
 
 @pytest.mark.parametrize(

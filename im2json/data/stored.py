@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from im2json.data.example import Example
 from im2json.data.pictures import decode_picture
 from im2json.errors import UserError
-from im2json.jsontext import kind_of, load_json, loads, parse_target
+from im2json.jsontext import kind_of, load_json, loads, number_text, parse_target
 from im2json.text import is_path, refuse_utf16, shortened
 
 IMAGE_COLUMNS = ("file_name", "image")
@@ -321,7 +321,8 @@ class ArrowRows:
         return f"{self._prefix}-{row}"
 
     def target(self, row: int) -> dict[str, Any]:
-        return parse_target(_plain(*self._value(self._targets, row)), self.where(row))
+        where = self.where(row)
+        return parse_target(_plain(*self._value(self._targets, row), where), where)
 
     def where(self, row: int) -> str:
         return f"row {row} {self._where}"
@@ -354,21 +355,33 @@ class ArrowRows:
         raise UserError(f"{where}: {name!r} leads out of the data set's folder; store the pictures in the rows")
 
 
-def _plain(value: Any, kind: Any) -> Any:
+def _plain(value: Any, kind: Any, where: str, path: str = "") -> Any:
     """Return an Arrow value as JSON has it: structs without nulls, numbers as the shortest decimal that names them.
 
-    Python's float of a narrow one has digits that were never stored: 9.300000190734863 for 9.3.
+    Python's float of a narrow one has digits that were never stored: 9.300000190734863 for 9.3. An exponent, which
+    Python writes from 1e16 on and below 0.0001, is written out as `number_text` does.
+
+    Raises:
+        UserError: beginning with `where`, if the value at the path of a key is none that JSON has.
     """
     from pyarrow import types
 
     if value is None:
         return None
     if types.is_struct(kind):
-        return {name: _plain(value[name], kind.field(name).type) for name in value if value[name] is not None}
+        return {
+            name: _plain(inner, kind.field(name).type, where, f"{path}.{name}" if path else name)
+            for name, inner in value.items()
+            if inner is not None
+        }
     if isinstance(value, list) and not types.is_map(kind):
-        return [_plain(item, kind.value_type) for item in value]
-    if types.is_float16(kind) or types.is_float32(kind):
-        return float(str(kind.to_pandas_dtype()(value)))
+        return [_plain(item, kind.value_type, where, path) for item in value]
+    if types.is_floating(kind):
+        number = value if types.is_float64(kind) else float(str(kind.to_pandas_dtype()(value)))
+        return loads(number_text(number)) if "e" in repr(number) else number
     if types.is_decimal(kind):
         return loads(f"{value:f}")
+    if path and not isinstance(value, str | int | list):
+        kept = f"holds a {type(value).__name__}, which JSON does not have"
+        raise UserError(f"{where}: the key {path} {kept}; store the target as JSON text")
     return value
