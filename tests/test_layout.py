@@ -323,6 +323,40 @@ def test_json_lines_named_by_split(tmp_path):
     assert f"read alone; --dataset {tmp_path}/a reads test.jsonl, validation.jsonl as splits, too" in notes[0]
 
 
+def write_split_column(file: Path, *splits: object) -> None:
+    write_pictures(file.parent, *(f"{i}.png" for i in range(len(splits))))
+    rows = [{"file_name": f"{i}.png", "target": {"n": str(i)}, "split": split} for i, split in enumerate(splits)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "all.jsonl"])
+def test_a_column_of_lines_that_says_the_split(tmp_path, name):
+    dataset = tmp_path if name == "metadata.jsonl" else tmp_path / name
+    write_split_column(tmp_path / name, "train", "Val", "testset", "train", None)
+    assert loaded(dataset)[0] == {"train": ["0", "3", "4"], "validation": ["1"], "test": ["2"]}
+    write_split_column(tmp_path / name, "train", "holdout", "train")
+    with pytest.raises(
+        UserError, match=r"or in the column split, leave open .*\n  holdout \(1 rows\): validation or test"
+    ):
+        load_splits(str(dataset))
+    write_split_column(tmp_path / name, "a", 1, "b/c")
+    notes = loaded(dataset)[1]
+    assert "3 rows have a column split that names no split (a, 1, b/c) and has no effect" in notes[0]
+
+
+@pytest.mark.parametrize("kind", ["text", "label"])
+def test_a_column_of_a_table_that_says_the_split(tmp_path, kind):
+    values = ["train", "test", "val", "train"]
+    rows = table(list("0123")).add_column("split", values)
+    if kind == "label":
+        rows = rows.class_encode_column("split")
+    rows.to_parquet(tmp_path / "all.parquet")
+    assert loaded(tmp_path)[0] == {"train": ["0", "3"], "validation": ["2"], "test": ["1"]}
+    rows.to_parquet(tmp_path / "test.parquet")
+    (tmp_path / "all.parquet").rename(tmp_path / "train.parquet")
+    assert "column split says train, validation, too; all its rows" in " ".join(loaded(tmp_path)[1])
+
+
 def test_json_lines_that_name_no_split_are_named_themselves(tmp_path):
     write_rows(tmp_path / "receipts.jsonl", "1.png", "2.png", "3.png")
     with pytest.raises(

@@ -18,7 +18,7 @@ from im2json.data.listing import (
     suffix_of,
 )
 from im2json.data.pairs import read_pairs
-from im2json.data.splitnames import folders_of, group_by_split, split_named, split_of
+from im2json.data.splitnames import folders_of, group_by_split, note_unnamed, split_named, split_of
 from im2json.data.stored import Columns, FolderRows, Line, Rows, listed, read_lines
 from im2json.data.tables import load_parquet, load_saved, open_tables
 from im2json.errors import UserError
@@ -86,7 +86,8 @@ def open_lines(path: Path, columns: Columns, notes: list[str]) -> dict[str, Rows
     if _is_named_by_split(path.name) and beside:
         notes.append(f"{path}: read alone; --dataset {path.parent} reads {', '.join(sorted(beside))} as splits, too")
     lines = read_lines(path, columns)
-    groups = group_by_split(str(path), ((line, _picture(line), "") for line in lines))
+    groups = group_by_split(str(path), ((line, _picture(line), _below(line, "")) for line in lines))
+    note_unnamed(str(path), (line.split for line in lines), notes)
     return {name: FolderRows(path.parent, group) for name, group in (groups or {"train": []}).items()}
 
 
@@ -120,12 +121,13 @@ def _open_imagefolder(
     by_path: list[tuple[Line, str | None, str]] = []
     for name, lines in by_file.items():
         folder, stem = os.path.dirname(name), os.path.splitext(name)[0]
+        note_unnamed(str(root / name), (line.split for line in lines), notes)
         named = split_of(PurePosixPath(stem).parts)[0]  # the file's own name says a split as a folder's does
         groups.setdefault(named or folder or "train", [])
         for line in lines:
             used |= {os.path.join(folder, line.file_name), _path_of(folder, line)}
-            if named or not folder or split_of(folders_of(line.file_name))[0]:
-                by_path.append((line, _picture(line), f"{stem}/{METADATA}"))
+            if named or not folder or split_of([*folders_of(line.file_name), line.split])[0]:
+                by_path.append((line, _picture(line), _below(line, f"{stem}/{METADATA}")))
             else:
                 groups[folder].append(line)
     used |= set(files)
@@ -155,6 +157,11 @@ def _nearest_lines(root: Path, by_file: Mapping[str, list[Line]], notes: list[st
 
 def _picture(line: Line) -> str | None:
     return line.file_name if line.problem is None else None
+
+
+def _below(line: Line, file: str) -> str:
+    """Return the path of a line's file, below a folder of the split that the line itself names, if it names one."""
+    return f"{line.split.replace('/', '-')}/{file or METADATA}" if line.split else file
 
 
 def _path_of(folder: str, line: Line) -> str:

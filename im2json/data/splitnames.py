@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple, TypeVar
 
-from im2json.data.stored import ALIASES, listed
+from im2json.data.stored import ALIASES, SPLIT_COLUMN, listed
 from im2json.errors import UserError
+from im2json.text import shortened
 
 Item = TypeVar("Item")
 
@@ -126,7 +127,8 @@ def group_by_split(root: str, items: Iterable[tuple[Item, str | None, str]]) -> 
     if doubts:
         lines = [f"{doubt.folder} ({count} rows): {doubt.reading}?" for doubt, count in doubts.items()]
         title = (
-            f"{root}: the names of these folders leave open whether their rows are for training. Rename each to the "
+            f"{root}: these names of folders, or in the column {SPLIT_COLUMN}, leave open whether their rows are for "
+            "training. Rename each to the "
             "split that it holds (train, validation or test), or move it into a folder of that name"
         )
         raise UserError(listed(title, lines, 5))
@@ -136,6 +138,17 @@ def group_by_split(root: str, items: Iterable[tuple[Item, str | None, str]]) -> 
     for (item, picture, _), role in zip(items, roles):
         groups[role or begun.get(picture or "", "train")].append(item)
     return dict(groups)
+
+
+def note_unnamed(where: str, values: Iterable[str], notes: list[str]) -> None:
+    """Append a note on the rows whose column `split` holds text that names no split."""
+    unnamed = [value for value in values if value and split_of([value]) == (None, None)]
+    if unnamed:
+        shown = ", ".join(dict.fromkeys(map(shortened, unnamed[:100])))
+        notes.append(
+            f"{where}: {len(unnamed)} rows have a column {SPLIT_COLUMN} that names no split ({shortened(shown)}) "
+            "and has no effect; train, validation and test would have one"
+        )
 
 
 def _by_beginning(root: str, pictures: Sequence[str], others: set[str | None]) -> dict[str, str]:

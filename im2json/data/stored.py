@@ -23,6 +23,7 @@ from im2json.jsontext import kind_of, load_json, loads, number_text, parse_targe
 from im2json.text import is_path, refuse_utf16, shortened
 
 IMAGE_COLUMNS = ("file_name", "image")
+SPLIT_COLUMN = "split"
 TARGET_COLUMNS = ("ground_truth", "target", "json")
 ALIASES = {
     "train": ("train", "training"),
@@ -200,6 +201,7 @@ class Line:
     file_name: str  # relative to the folder
     target: Any = None  # JSON text or a value
     problem: str | None = None
+    split: str = ""  # what its column `split` holds
 
     def path_within(self, root: Path) -> str:
         """Return the picture's path within a data set."""
@@ -276,7 +278,10 @@ def _read_line(data: bytes, folder: Path, where: str, columns: Columns) -> Line:
     if not isinstance(row.get(image), str) or not row[image]:
         raise UserError(f"{where}: names no picture; {image} must be its path within the folder")
     refuse_inline(row[image], where)
-    return Line(folder, where, row[image], row[find_target(row, target, where)])
+    split = row.get(SPLIT_COLUMN)
+    return Line(
+        folder, where, row[image], row[find_target(row, target, where)], split="" if split is None else str(split)
+    )
 
 
 def find_target(columns: Any, given: str | None, where: str) -> str:

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from im2json.data.splitnames import folders_of, split_named, split_of
-from im2json.data.stored import ALIASES, ArrowRows, Columns, Rows, find_target, inside
+from im2json.data.splitnames import folders_of, group_by_split, note_unnamed, split_named, split_of
+from im2json.data.stored import ALIASES, SPLIT_COLUMN, ArrowRows, Columns, Rows, find_target, inside
 from im2json.errors import UserError, first_line
 
 _CARDS = ("README.md", ".huggingface.yaml")
@@ -169,7 +169,7 @@ def open_tables(
     import datasets
 
     splits: dict[str, Rows] = {}
-    for split, rows in loaded.items():
+    for split, rows in _by_column(loaded, name, notes).items():
         where = f"split {split} of {name}"
         image = _find_image(rows.features, columns[0], where)
         target = find_target(rows.column_names, columns[1], where)
@@ -181,6 +181,41 @@ def open_tables(
         if isinstance(rows.features[target], dict):
             notes.append(f"{where}: {target} is a struct: keys that are null are left out; JSON text keeps them")
     return splits
+
+
+def _by_column(loaded: Mapping[str, Any], name: str, notes: list[str]) -> Mapping[str, Any]:
+    """Return tables by split, of which one alone is divided as its column `split` says.
+
+    Raises:
+        UserError: where values of the column leave it open.
+    """
+    if len(loaded) != 1:
+        for split, rows in loaded.items():
+            named = {role for value in _values(rows) if (role := split_of([value])[0]) is not None}
+            if others := named - {split_of([split])[0]}:
+                notes.append(
+                    f"split {split} of {name}: its column {SPLIT_COLUMN} says {', '.join(sorted(others))}, too; "
+                    "all its rows are used as they are laid out"
+                )
+        return loaded
+    (split, rows), *_ = loaded.items()
+    values = _values(rows)
+    note_unnamed(f"split {split} of {name}", values, notes)
+    if not any(split_of([value]) != (None, None) for value in values):
+        return loaded
+    items = ((row, None, f"{value.replace('/', '-')}/row") for row, value in enumerate(values))
+    return {role: rows.select(chosen) for role, chosen in group_by_split(name, items).items()}
+
+
+def _values(rows: Any) -> list[str]:
+    """Return the column `split` of a table as text, "" where it has none."""
+    feature = rows.features.get(SPLIT_COLUMN)
+    if feature is None:
+        return []
+    names = getattr(feature, "names", None)  # of a ClassLabel
+    values = rows.with_format(None)[SPLIT_COLUMN]
+    texts = (names[value] if names and isinstance(value, int) and value >= 0 else value for value in values)
+    return [text if isinstance(text, str) else "" for text in texts]
 
 
 def _find_image(features: Mapping[str, Any], given: str | None, where: str) -> str:
