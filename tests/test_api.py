@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from helpers import reset_accelerate
 from PIL import Image
+from run_files import one_field
 
 import im2json
+from im2json.files import write_json
 
 
 @pytest.fixture
@@ -40,6 +42,17 @@ def test_a_run_comes_back_with_its_metrics_and_predictions_and_reads_pictures(op
 
     scores = im2json.evaluate(run, split="validation")
     assert scores["after"] == run.metrics["validation"]
+
+
+def test_a_run_is_evaluated_by_the_schema_in_its_folder_unless_another_is_given(options, tmp_path):
+    options |= {"steps": 1, "max_new_tokens": 20, "constrain": True}
+    run = im2json.train(**options, output=tmp_path / "run", test=False)
+    write_json(run.path / "schema.json", one_field(["1", "22"]))
+    write_json(tmp_path / "letters.json", one_field(["a", "bb"]))
+    for given, values in (({}, {"1", "22"}), ({"schema": tmp_path / "letters.json"}, {"a", "bb"})):
+        im2json.evaluate(run, **given)
+        answers = run.predictions("test", "after")
+        assert len(answers) == 3 and {answer.document["total"] for answer in answers} <= values
 
 
 def test_a_second_call_in_the_process_may_have_another_precision(options, tmp_path):

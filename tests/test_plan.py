@@ -6,6 +6,7 @@ import re
 
 import pytest
 from helpers import clear_error
+from test_loop import out_of_memory
 
 from im2json.data.lengths import TargetLengths
 from im2json.model.memory import Forecast
@@ -31,6 +32,22 @@ def test_a_plan_says_what_a_run_takes_and_leaves_nothing(cli, base_args, tmp_pat
         re.match(r"time +[\d.]+ s a step \(median of 3 after 6\): \d+ min \d+ s for 5 steps", line) for line in lines
     )
     assert any(re.match(r"cost +0\.\d\d at 3 an hour", line) for line in lines)
+
+
+def test_a_plan_measures_against_the_forecast_of_the_microbatch_that_had_room(cli, base_args, monkeypatch):
+    forecasts: list[Forecast] = []
+
+    def report(timing: Timing, parts: Forecast, steps: int, price: float | None) -> str:
+        forecasts.append(parts)
+        return ""
+
+    monkeypatch.setattr("im2json.commands.plan.time_report", report)
+    for microbatch in (2, 4):
+        assert cli("train", "--plan", *base_args, "--microbatch", microbatch).exit_code == 0
+    out_of_memory(monkeypatch, lambda call, examples: examples <= 2)
+    assert cli("train", "--plan", *base_args, "--microbatch", 4).exit_code == 0
+    two, four, halved = forecasts
+    assert halved == two != four
 
 
 def test_a_plan_is_of_a_fresh_run(cli):

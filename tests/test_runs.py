@@ -257,6 +257,16 @@ def test_resuming_with_the_relative_path_that_the_run_began_with(tmp_path, monke
     assert resumed_config(run, {"dataset": "data"}).data.dataset == str(tmp_path / "data")
 
 
+def test_folders_named_like_the_embedded_base_and_receipts_are_not_taken_for_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "receipts", "other"):
+        Path(name).mkdir()
+    embedded = {"model": "tiny", "dataset": "receipts"}
+    assert fresh_options(embedded) == embedded
+    other = str(tmp_path / "other")
+    assert fresh_options({"model": "other", "dataset": "other"}) == {"model": other, "dataset": other}
+
+
 def test_resuming_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is not a run folder: it has no config\.json"):
         resumed_config(RunFolder(tmp_path / "nowhere"), {})
