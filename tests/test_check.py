@@ -88,7 +88,7 @@ def test_up_to_so_many_bad_rows_are_left_out(data):
     assert [e.target for e in (train[i] for i in range(9))] == train.targets
     assert train.targets[3]["total"] == "148"
     (note,) = found.notes()
-    assert note.splitlines()[0] == "rows left out (--skip-bad): 2 of 17"
+    assert note.splitlines()[0] == "rows left out, because they are bad: 2 of 17"
     assert [line.strip().split(": ")[0] for line in note.splitlines()[1:]] == [
         str(data / "train/3.png"), str(data / "test/0.png"),
     ]  # fmt: skip
@@ -107,14 +107,14 @@ def test_a_run_says_what_it_left_out_and_what_is_there_twice(cli, base_args, dat
     assert "1 of 18 rows cannot be used" in clear_first_line(cli("train", *flags))
     result = cli("train", *flags, "--skip-bad", 1, "--letterbox")
     assert result.exit_code == 0, result.output
-    assert "rows left out (--skip-bad): 1 of 18" in result.output
+    assert "rows left out, because they are bad: 1 of 18" in result.output
     assert "train/3.png (train) = test/copy.bmp (test)" in result.output
     ids = {row["id"] for row in read_lines(RunFolder(tmp_path / "run").predictions_file)}
     assert ids == {"test/1.png", "test/2.png", "test/copy.bmp"}
     assert RunFolder(tmp_path / "run").read_config().data.letterbox
     again = cli("evaluate", tmp_path / "run")
     assert again.exit_code == 0, again.output
-    assert "rows left out (--skip-bad): 1 of 18" in again.stderr
+    assert "rows left out, because they are bad: 1 of 18" in again.stderr
 
 
 def clear_first_line(result) -> str:

@@ -180,7 +180,7 @@ def test_check_and_training_name_a_target_that_the_model_cannot_hold(cli, base_a
     assert "1 of 17 rows cannot be used" in refused.stderr and said in refused.stderr
     left_out = cli("train", *flags, "--skip-bad", 1, "--output", tmp_path / "run", "--steps", 1, "--no-test")
     assert left_out.exit_code == 0, left_out.output
-    assert "rows left out (--skip-bad): 1 of 17" in left_out.output and said in left_out.output
+    assert "rows left out, because they are bad: 1 of 17" in left_out.output and said in left_out.output
 
 
 def test_a_limit_is_refused_before_the_first_step(cli, base_args, tmp_path):

@@ -263,7 +263,7 @@ def test_test_rows_behind_glued_names_are_not_trained_on(tmp_path):
     "name", ["latest", "testimonials", "contest", "devices", "training-manuals", "invalid", "trainval"]
 )
 def test_names_that_are_no_splits(tmp_path, name):
-    write_pairs(tmp_path, test=name, a_test=name, three=f"{name}/deep", four="other")
+    write_pairs(tmp_path, test=name, atest=name, three=f"{name}/deep", four="other")
     splits, notes = loaded(tmp_path)
     assert len(splits["train"]) == 2
     assert len(notes) == 2 and all("are kept for it, chosen by" in note for note in notes)
@@ -285,13 +285,28 @@ def test_splits_that_the_names_of_pictures_say(tmp_path):
     assert list(loaded(tmp_path / "a")[0].values()) == [["Train-2", "train3", "train_1"], ["val_1"], ["test_001"]]
     write_pairs(tmp_path / "b", **dict.fromkeys([*names, "other"], "."))
     with pytest.raises(
-        UserError, match=r"5 of 6 pictures begin with the name of a split, such as \S+, and others do not"
+        UserError, match=r"5 of 6 pictures begin or end with the name of a split, such as \S+, and others do not"
     ):
         load_splits(str(tmp_path / "b"))
     write_pairs(tmp_path / "c", test_1="x", train="x", test="x", trained_3="x", val="x", valued_1="x")
     assert sum(map(len, loaded(tmp_path / "c")[0].values())) == 6
     write_rows(tmp_path / "d" / "metadata.jsonl", "train_1.png", "val_1.png", "test_1.png")
     assert list(loaded(tmp_path / "d")[0].values()) == [["train_1.png"], ["val_1.png"], ["test_1.png"]]
+
+
+@pytest.mark.parametrize("pattern", ["test_{}", "{}_test", "{}-Test", "test{}", "{}test"])
+def test_splits_at_either_end_of_the_names_of_pictures(tmp_path, pattern):
+    test = [pattern.format(i) for i in range(2)]
+    train = [name.replace("test", "train").replace("Test", "train") for name in test]
+    write_pairs(tmp_path / "a", **dict.fromkeys([*train, *test, "2_val", "3_val"], "."))
+    assert loaded(tmp_path / "a")[0] == {"train": train, "validation": ["2_val", "3_val"], "test": test}
+    for other, names in (("b", [f"scan{i}" for i in range(9)]), ("c", [*train, "scan1"])):
+        write_pairs(tmp_path / other, **dict.fromkeys([*test, *names], "."))
+        with pytest.raises(UserError, match="pictures begin or end with the name of a split"):
+            load_splits(str(tmp_path / other))
+    write_pairs(tmp_path / "d", **dict.fromkeys([*test[:1], "scan1", "scan2"], "."))
+    note = f"{tmp_path}/d: pictures that count as train, although their names begin or end with another split: 1"
+    assert loaded(tmp_path / "d")[1][0] == f"{note}\n  {test[0]}.png"
 
 
 def test_a_tree_of_each_split_is_not_paired_with_the_other(tmp_path):
@@ -321,6 +336,24 @@ def test_json_lines_named_by_split(tmp_path):
     write_rows(tmp_path / "a" / "train.jsonl", "1.png", "4.png", "5.png")
     _, notes = loaded(tmp_path / "a" / "train.jsonl")
     assert f"read alone; --dataset {tmp_path}/a reads test.jsonl, validation.jsonl as splits, too" in notes[0]
+
+
+def test_json_lines_that_are_left_out_for_their_names(tmp_path):
+    write_rows(tmp_path / "data.jsonl", "1.png", "2.png", "3.png")
+    write_rows(tmp_path / "test.jsonl", "4.png")
+    reason = (
+        r"JSON-lines files not used, as their names say no split \(call them train\.jsonl, .*1 \.jsonl: data\.jsonl"
+    )
+    with pytest.raises(UserError, match=rf"it has test; pass --train-split NAME, or rename[\s\S]*{reason}"):
+        load_splits(str(tmp_path))
+    note = loaded(tmp_path / "data.jsonl")[1][0]
+    assert note.endswith("reads test.jsonl as splits, too, if data.jsonl is called train.jsonl")
+    (tmp_path / "data.jsonl").rename(tmp_path / "train.jsonl")
+    (tmp_path / "test.jsonl").rename(tmp_path / "holdout.jsonl")
+    notes = loaded(tmp_path)[1]
+    assert any("JSON-lines files not used" in note and "holdout.jsonl" in note for note in notes)
+    (tmp_path / "holdout.jsonl").rename(tmp_path / "testset.jsonl")
+    assert loaded(tmp_path)[0]["test"] == ["4.png"]
 
 
 def write_split_column(file: Path, *splits: object) -> None:

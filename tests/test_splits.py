@@ -210,6 +210,16 @@ def test_a_row_of_train_is_left_out_of_test(data):
         assert any(note.startswith("pictures in more than one split, which flatters scores: 1\n") for note in notes)
 
 
+def test_rows_of_one_picture_with_different_targets_are_named(data):
+    first, second, *others = rows(data, "test")
+    write_rows(data, [first, second, {**second, "ground_truth": first["ground_truth"]}, *others], "test")
+    ids = [f"test/{second['file_name']}", f"test/{second['file_name']}#2"]
+    title = "rows of one split with the same picture and different targets: 2"
+    assert [title, *ids] in [[line.strip() for line in note.splitlines()] for note in begun(data).notes()]
+    write_rows(data, [first, second, second, *others], "test")
+    assert not any("different targets" in note for note in begun(data).notes())
+
+
 def test_rows_that_the_adapter_was_trained_on_are_left_out_of_test(data):
     contents = begun(data).record.splits
     learned = {contents["test"]["test/1.png"], contents["validation"]["validation/0.png"]}
@@ -301,7 +311,7 @@ def test_a_run_whose_data_changed_does_not_go_on_but_is_scored_on_what_is_left(t
     invert(data / "test" / "1.png")
     ids, said = evaluated(run)
     assert ids == ["test/0.png", "test/2.png"]
-    assert "examples left out, because they changed since the run began: 8" in said
+    assert "examples left out, because they changed or are gone since the run began: 8" in said
     shutil.rmtree(data / "test")
     assert "no example of its test split is what it was" in clear_error(cli("evaluate", run.path))
 

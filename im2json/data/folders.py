@@ -75,7 +75,7 @@ def open_folder(root: Path, given: Mapping[str, str | None], columns: Columns, n
         refuse_all_but(COLUMN_OPTIONS, given, str(root))
         opened = _open_imagefolder(root, tree, named, columns, notes, used)
     else:
-        opened = _open_pairs(root, tree, given, used)
+        opened = _open_pairs(root, tree, given, notes, used)
     _note_unused(root, tree, used, notes)
     return opened
 
@@ -83,10 +83,12 @@ def open_folder(root: Path, given: Mapping[str, str | None], columns: Columns, n
 def open_lines(path: Path, columns: Columns, notes: list[str]) -> dict[str, Rows]:
     """Return the rows of each split of one JSON-lines file, which is told apart by the folders of the pictures."""
     beside = [name for name in os.listdir(path.parent) if name != path.name and _is_named_by_split(name)]
-    if _is_named_by_split(path.name) and beside:
-        notes.append(f"{path}: read alone; --dataset {path.parent} reads {', '.join(sorted(beside))} as splits, too")
+    if beside:
+        called = "" if _is_named_by_split(path.name) else f", if {path.name} is called train.jsonl"
+        others = ", ".join(sorted(beside))
+        notes.append(f"{path}: read alone; --dataset {path.parent} reads {others} as splits, too{called}")
     lines = read_lines(path, columns)
-    groups = group_by_split(str(path), ((line, _picture(line), _below(line, "")) for line in lines))
+    groups = group_by_split(str(path), ((line, _picture(line), _below(line, "")) for line in lines), notes)
     note_unnamed(str(path), (line.split for line in lines), notes)
     return {name: FolderRows(path.parent, group) for name, group in (groups or {"train": []}).items()}
 
@@ -131,7 +133,7 @@ def _open_imagefolder(
             else:
                 groups[folder].append(line)
     used |= set(files)
-    for split, lines in group_by_split(str(root), by_path).items():
+    for split, lines in group_by_split(str(root), by_path, notes).items():
         groups.setdefault(split, []).extend(lines)
     if any(os.path.dirname(name) for name in files):
         _refuse_folders_without_rows(root, tree, used)
@@ -181,7 +183,9 @@ def _refuse_folders_without_rows(root: Path, tree: Tree, used: set[str]) -> None
 # --- pairs
 
 
-def _open_pairs(root: Path, tree: Tree, given: Mapping[str, str | None], used: set[str]) -> dict[str, Rows]:
+def _open_pairs(
+    root: Path, tree: Tree, given: Mapping[str, str | None], notes: list[str], used: set[str]
+) -> dict[str, Rows]:
     lines = read_pairs(root, tree.files)
     if all(line.problem for line in lines):
         held = f", but {by_suffix(tree.files)}" if tree.files else ""
@@ -191,7 +195,9 @@ def _open_pairs(root: Path, tree: Tree, given: Mapping[str, str | None], used: s
     refuse_all_but((), given, str(root))
     used |= {name for name in tree.files if suffix_of(name) == ".json" or names_document(name)}
     used |= {line.file_name for line in lines}
-    groups = group_by_split(str(root), ((line, line.file_name, os.path.relpath(line.where, root)) for line in lines))
+    groups = group_by_split(
+        str(root), ((line, line.file_name, os.path.relpath(line.where, root)) for line in lines), notes
+    )
     return {name: FolderRows(root, group) for name, group in groups.items()}
 
 
@@ -209,7 +215,10 @@ def _note_unused(root: Path, tree: Tree, used: set[str], notes: list[str]) -> No
     broken = [name for name in unused if not os.path.exists(root / name)]
     if broken:
         notes.append(f"{root}: links that lead nowhere: {by_suffix(broken)}")
-    if left := set(unused) - set(broken):
+    if lines := [name for name in unused if suffix_of(name) == ".jsonl" and name not in broken]:
+        call = "call them train.jsonl, validation.jsonl or test.jsonl"
+        notes.append(f"{root}: JSON-lines files not used, as their names say no split ({call}): {by_suffix(lines)}")
+    if left := set(unused) - {*broken, *lines}:
         notes.append(f"{root}: files not used, as no row names them: {by_suffix(left)}")
     if hidden := [name for name in tree.hidden if looks_like_document(root / name)]:
         notes.append(f"{root}: hidden files passed over: {by_suffix(hidden)}")

@@ -12,7 +12,7 @@ from im2json.data.example import Split
 from im2json.data.folders import COLUMN_OPTIONS, FOLDER_HELP, open_folder, open_lines, refuse_all_but
 from im2json.data.splitnames import ROLES
 from im2json.data.splits import cut
-from im2json.data.stored import ALIASES, Columns, Rows, StoredSplit
+from im2json.data.stored import ALIASES, Columns, Rows, StoredSplit, listed
 from im2json.data.tables import open_tables
 from im2json.errors import UserError, first_line
 from im2json.options import DataOptions
@@ -169,7 +169,9 @@ def _open_hub(
 def _by_role(available: Mapping[str, Rows], dataset: str, train_split: str, notes: list[str]) -> dict[str, Split]:
     train = train_split if train_split in available else _of_role(available, ROLES.get(train_split.lower()))
     if train is None:
-        raise UserError(f"--train-split {train_split}: {dataset} has no such split; it has {', '.join(available)}")
+        there = f"{dataset} has no such split; it has {', '.join(available)}"
+        title = f"--train-split {train_split}: {there}; pass --train-split NAME, or rename one of them to train"
+        raise UserError(listed(title, notes, 5))
     splits: dict[str, Split] = {"train": StoredSplit("train", _not_empty(available[train], dataset, train))}
     used = {train}
     for role in ("validation", "test"):

@@ -37,6 +37,9 @@ _HELD_OUT = re.compile(rf"\b(?:(?:hold|held) ?out|unseen)(?:{_PART})?\b")
 _BEGINNING = re.compile(rf"({_ROLE})(?=[-_ ]*\d|[-_])", re.IGNORECASE)
 """Matches the beginning of a picture's name that says its split: test_001.png, but not test.png."""
 
+_END = re.compile(rf"(?:\d[-_ ]*|[-_])({_ROLE})$", re.IGNORECASE)
+"""Matches the end of such a name without its suffix: 001_test, but not latest."""
+
 
 class SplitName(NamedTuple):
     """The split that a name stands for, and how surely."""
@@ -105,13 +108,14 @@ def split_of(folders: Iterable[str]) -> tuple[str | None, _Doubt | None]:
     return role, None
 
 
-def group_by_split(root: str, items: Iterable[tuple[Item, str | None, str]]) -> dict[str, list[Item]]:
+def group_by_split(root: str, items: Iterable[tuple[Item, str | None, str]], notes: list[str]) -> dict[str, list[Item]]:
     """Sort items into splits by the folders on the way to their files, below `root`. Those that name none are train.
 
-    Where the pictures of all those are called as test_001.png is, their names tell.
+    If the pictures of all rows in no split's folder have names like test_001.png or 001_test.png, these names decide.
 
     Args:
         items: each with its picture, if that is known, and with another file, such as the one that names the picture.
+        notes: receives a line on names of pictures that say another split.
 
     Raises:
         UserError: where names may or may not say a split, or say two, with how to lay the files out.
@@ -133,7 +137,7 @@ def group_by_split(root: str, items: Iterable[tuple[Item, str | None, str]]) -> 
         )
         raise UserError(listed(title, lines, 5))
     flat = [picture for (_, picture, _), role in zip(items, roles) if role is None and picture is not None]
-    begun = _by_beginning(root, flat, set(roles))
+    begun = _by_name(root, flat, set(roles), notes)
     groups: dict[str, list[Item]] = defaultdict(list)
     for (item, picture, _), role in zip(items, roles):
         groups[role or begun.get(picture or "", "train")].append(item)
@@ -151,22 +155,29 @@ def note_unnamed(where: str, values: Iterable[str], notes: list[str]) -> None:
         )
 
 
-def _by_beginning(root: str, pictures: Sequence[str], others: set[str | None]) -> dict[str, str]:
+def _by_name(root: str, pictures: Sequence[str], others: set[str | None], notes: list[str]) -> dict[str, str]:
     """Return the splits of pictures that are in no split's folder, if all their names say one, and not all the same.
 
     Args:
         others: splits that folders name.
+        notes: receives a line if names say validation or test, but do not decide.
 
     Raises:
-        UserError: where half of the names or more say a split, but not all.
+        UserError: where several names say validation or test, and others say train or nothing.
     """
-    found = {picture: _BEGINNING.match(PurePosixPath(picture.replace("\\", "/")).name) for picture in pictures}
-    begun = {picture: ROLES[match[1].lower()] for picture, match in found.items() if match is not None}
-    if len({*begun.values(), *others} - {None}) < 2 or 2 * len(begun) < len(found):
-        return {}
-    if len(begun) < len(found):
+    stems = {picture: PurePosixPath(picture.replace("\\", "/")).stem for picture in pictures}
+    found = {picture: _BEGINNING.match(stem) or _END.search(stem) for picture, stem in stems.items()}
+    named = {picture: ROLES[match[1].lower()] for picture, match in found.items() if match is not None}
+    held_out = [picture for picture, role in named.items() if role != "train"]
+    several = len({*named.values(), *others} - {None}) > 1
+    if len(named) == len(found) and several:
+        return named
+    if len(held_out) > 1 and len(held_out) < len(found):
         raise UserError(
-            f"{root}: {len(begun)} of {len(found)} pictures begin with the name of a split, such as "
-            f"{next(iter(begun))}, and others do not. Move those of each split into a folder train, validation or test"
+            f"{root}: {len(named)} of {len(found)} pictures begin or end with the name of a split, such as "
+            f"{held_out[0]}, and others do not. Move those of each split into a folder train, validation or test"
         )
-    return begun
+    if held_out:
+        title = f"{root}: pictures that count as train, although their names begin or end with another split"
+        notes.append(listed(f"{title}: {len(held_out)}", held_out, 3))
+    return {}

@@ -51,8 +51,8 @@ class RunSplits:
         bad = [problem for problem in self.checkup.bad if problem not in said]
         shared = self.checkup.copies_between(self.splits)
         notes = [
-            _counted("rows left out (--skip-bad)", bad, None, self.checkup.total),
-            _counted("examples left out, because they changed since the run began", gone, SHOWN),
+            _counted("rows left out, because they are bad", bad, None, self.checkup.total),
+            _counted("examples left out, because they changed or are gone since the run began", gone, SHOWN),
             _counted("pictures in more than one split, which flatters scores", shared, SHOWN),
             *self.warnings(),
             f"rows ignored, because they were added since the run began: {self.added}" if self.added else "",
@@ -65,13 +65,23 @@ class RunSplits:
         altered = [row.altered for row in rows if row.altered is not None]
         pages = [f"{row.id}: {row.pages} pages" for row in rows if row.pages > 1]
         scaled = [f"{row.id}: {row.scaled}" for row in rows if row.scaled is not None]
+        several = [id for split in self.splits.values() for id in _with_several_targets(split)]
         warnings = [
             _counted("rows left out of the test split, because they are trained on", list(self.left_out), SHOWN),
             _counted("targets that the tokenizer cannot write back", altered, SHOWN),
+            _counted("rows of one split with the same picture and different targets", several, SHOWN),
             _counted("files with several pages, of which the first is read", pages, SHOWN),
             _counted("pictures of more than 8 bits that use a part of their range", scaled, SHOWN),
         ]
         return [warning for warning in warnings if warning]
+
+
+def _with_several_targets(split: RunSplit) -> list[str]:
+    """Return the names of the rows of a split whose picture other rows of it have with another target, side by side."""
+    rows: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # by picture and target
+    for id, row in zip(split.ids, split.rows):
+        rows[row.content.picture][row.content.target].append(id)
+    return [id for targets in rows.values() if len(targets) > 1 for ids in targets.values() for id in ids]
 
 
 def _counted(title: str, lines: Sequence[str], shown: int | None, total: int | None = None) -> str:

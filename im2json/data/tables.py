@@ -204,7 +204,7 @@ def _by_column(loaded: Mapping[str, Any], name: str, notes: list[str]) -> Mappin
     if not any(split_of([value]) != (None, None) for value in values):
         return loaded
     items = ((row, None, f"{value.replace('/', '-')}/row") for row, value in enumerate(values))
-    return {role: rows.select(chosen) for role, chosen in group_by_split(name, items).items()}
+    return {role: rows.select(chosen) for role, chosen in group_by_split(name, items, notes).items()}
 
 
 def _values(rows: Any) -> list[str]:
