@@ -38,11 +38,12 @@ def read(text: str) -> Reading:
     repaired: the last whole object outside of thoughts (<think>...</think>), where
     - a tail that was cut short was closed, if no object is whole: a value begun in it is kept as far as it goes, a key
       without a value is not;
-    - True, False, None and single quotes were read as Python does, line breaks and other control characters within
-      quotes as themselves, and a backslash that begins no escape as itself;
+    - single quotes were read as Python does, true, false, null and None in any case, line breaks and other control
+      characters within quotes as themselves, and a backslash that begins no escape as itself;
     - commas before a closing bracket were left out;
     - 007, +3, .5, 5., 0x1F, 1_000 and (in an object) 1,500 were read as the numbers that they are, NaN, infinities and
-      undefined as null, and what begins as a number and is none, such as 2020-01-31, as text.
+      undefined as null, and what only begins as a number, such as 2020-01-31, $5.00 and 5.00 EUR, as text up to the
+      next comma, bracket or line break.
 
     unreadable: anything else, a list at the top included.
     """
@@ -86,21 +87,27 @@ def leaf_spans(text: str, reading: Reading | None = None) -> dict[str, Any] | No
 _LANDMARK = re.compile(r"""\{(?=\s*+(?:["'}]|\Z))|\[|<(?P<thought>think|thinking|thought|reasoning)>""", re.IGNORECASE)
 _END_OF_THOUGHT = re.compile(r"</(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 _BRACKET = re.compile(r"[{}\[\]]")
-_PART_OF_MORE = re.compile(r"""["'}\]]\s*[,:]\s*\Z""")
-"""What stands before an object that is a value or an item of something whose own brackets do not match."""
+_PART_OF_MORE = re.compile(r"""(?:["']\s*[,:]|[}\]]\s*,)\s*\Z""")
+"""The text before an object that belongs to a larger value which could not be read."""
+_ITEM_FOLLOWS = re.compile(r"""\s*+,\s*+\{(?=\s*+(?:["'}]|\Z))""")
 
 
 def _answer(text: str) -> _Rewriting | None:
     """Return the last object that is whole, or else the one that the text's end cuts off, or None.
 
-    No part of the text is looked at more than a few times, whatever it holds.
+    An object without members counts only where no other has any. The first `</think>` that nothing began ends a thought
+    that was begun in the prompt, which many chat templates do; within an object that can be read it is text. No part of
+    the text is looked at more than a few times, whatever it holds.
     """
     if len(text) > MAX_REPAIRED:
         return None
     whole = cut = None
-    position = _begun_thought(text)
+    position, tag = 0, _END_OF_THOUGHT.search(text)
     while landmark := _LANDMARK.search(text, position):
+        if tag and tag.start() < landmark.start():
+            whole = cut = tag = None
         if landmark["thought"]:
+            tag = None
             end = _END_OF_THOUGHT.search(text, landmark.end())
             if end is None:
                 break
@@ -110,8 +117,11 @@ def _answer(text: str) -> _Rewriting | None:
         outcome = found.run()
         is_object = text[found.start] == "{"
         if outcome == "whole":
-            whole = found if is_object and not _is_part(found) else whole
+            if is_object and not _is_part(found) and (found.has_member or whole is None):
+                whole = found
             position = found.end
+            if tag and tag.start() < position:
+                tag = _END_OF_THOUGHT.search(text, position)
         elif outcome == "cut" and is_object:
             cut = cut if _is_part(found) else found
             position = len(text) if found.has_member else found.start + 1
@@ -119,18 +129,18 @@ def _answer(text: str) -> _Rewriting | None:
             position = _behind(text, found)
         else:  # a bracket in words
             position = found.start + 1 if is_object else max(found.end, found.start + 1)
-    return whole or cut
+        if tag and tag.start() < position:  # what was begun in the thought was not finished in it
+            whole = whole if outcome == "cut" else None
+            position, tag = tag.end(), None
+    if tag:
+        return None
+    return cut if cut and cut.has_member and not (whole and whole.has_member) else whole or cut
 
 
 def _is_part(found: _Rewriting) -> bool:
-    return _PART_OF_MORE.search(found.text, max(0, found.start - 50), found.start) is not None
-
-
-def _begun_thought(text: str) -> int:
-    """Return the end of a thought that was begun in the prompt, which many chat templates do, or 0."""
-    end = _END_OF_THOUGHT.search(text)
-    begins = end and any(landmark["thought"] for landmark in _LANDMARK.finditer(text, 0, end.start()))
-    return end.end() if end and not begins else 0
+    text = found.text
+    before = _PART_OF_MORE.search(text, max(0, found.start - 50), found.start)
+    return before is not None or _ITEM_FOLLOWS.match(text, found.end) is not None
 
 
 def _behind(text: str, broken: _Rewriting) -> int:
@@ -153,15 +163,22 @@ _TOKEN = re.compile(
     |(?P<word>[\w.+-]+)""",
     re.VERBOSE | re.DOTALL,
 )
-_WITH_COMMAS = re.compile(r"(?P<word>[+-]?\d[\d.]*+(?:,\d[\d.]*+)++)(?=\s*[,}])", re.ASCII)
-"""A value of an object, where no comma can be followed by another number."""
+_MARK = r"[-+(\u2212$\u00a2-\u00a5\u0e3f\u20a0-\u20c0\uff04\uffe0\uffe1\uffe5\uffe6]\ ?"
+"""A sign, a currency or a parenthesis before a number."""
+_BARE = r"""(?P<word>(?=(?:%s)*+(?:\.?\d|\Z)|[nN]/(?:[aA]|\Z))
+    (?:[^\s,{}\[\]"'<`]++|[^\S\r\n]++(?=[^\s,{}\[\]"'<`])|(?<=\d)'(?=\d{3}(?!\d))%s)++)"""
+_ITEM = re.compile(_BARE % (_MARK, ""), re.VERBOSE)
+_MEMBER = re.compile(_BARE % (_MARK, r"|,(?=\d)"), re.VERBOSE)
+"""A value without quotes that begins as a number, maybe behind a currency or a parenthesis, or N/A. In an object the
+comma before a digit belongs to it, because no key begins with a digit."""
+_ZERO_LED = re.compile(r"0\d++(?![\w/:-])")
 
 _CLOSING = {"{": "}", "[": "]"}
 
 
 class _Rewriting:
-    """The JSON of the object or list that begins at `start`; `whole` is how much of it stands once the brackets in
-    `open` are closed."""
+    """The JSON of the object or list that begins at `start`: the first `whole` pieces are valid JSON once the brackets
+    in `open` are closed."""
 
     def __init__(self, text: str, start: int) -> None:
         self.text = text
@@ -176,8 +193,10 @@ class _Rewriting:
     def run(self) -> Literal["whole", "cut", "broken"]:
         """Rewrite as far as it goes, and say whether the text ends before that, or it is no JSON even then."""
         while self.end < len(self.text):
-            grouped = self._expects_value() and _WITH_COMMAS.match(self.text, self.end) if self._in_object() else None
-            token = grouped or _TOKEN.match(self.text, self.end)
+            token = None
+            if self._expects_value():
+                token = (_MEMBER if self._in_object() else _ITEM).match(self.text, self.end)
+            token = token or _TOKEN.match(self.text, self.end)
             if token is None or not self._take(token):
                 return "broken"
             self.end = token.end()
@@ -240,12 +259,19 @@ class _Rewriting:
 
     def _take_word(self, token: re.Match[str]) -> bool:
         word, last = token.group(), token.end() == len(self.text)
-        if not self._expects_value():  # only the rest of a number with commas stands where a key should
-            return last and self._expects_key() and word.isdigit()
+        if not self._expects_value() or (_ZERO_LED.match(word) and self._splits_number(token.start())):
+            return False
+        if last and ("," in word or _is_beginning(word)):  # a comma may stand for a decimal point or separate thousands
+            return True
         value = _bare(word, last)
         if value is not None:
             self._add_value(value, token)
-        return value is not None or (last and any(known.startswith(word) for known in _BEGINNINGS))
+        return value is not None
+
+    def _splits_number(self, start: int) -> bool:
+        """Return whether the comma before an item of a list stands behind a digit, as in 2,000."""
+        before = self.text[max(0, start - 2) : start]
+        return not self._in_object() and before[-1:] == "," and before[0].isdigit()
 
     def _add_value(self, piece: str, token: re.Match[str]) -> None:
         self.spans[len(self.pieces)] = token.span()
@@ -277,38 +303,45 @@ def _escape(found: re.Match[str]) -> str:
 
 
 _LITERALS = {
-    **dict.fromkeys(("true", "True"), "true"),
-    **dict.fromkeys(("false", "False"), "false"),
-    **dict.fromkeys(("null", "None", "undefined"), "null"),
-    **{sign + name: "null" for sign in ("", "+", "-") for name in ("NaN", "nan", "Infinity", "inf")},
-}
-_BEGINNINGS = (*_LITERALS, ".", "+.", "-.")
-"""A word that one of these begins with is dropped at the end of the text, where more might have followed."""
+    "true": "true",
+    "false": "false",
+    **dict.fromkeys(("null", "none", "undefined"), "null"),
+    **{sign + name: "null" for sign in ("", "+", "-") for name in ("nan", "infinity", "inf")},
+}  # in any case
+_BEGINNINGS = (*_LITERALS, "n/a", ".0", "+.0", "-.0")
+"""A word with which one of these begins is dropped at the end of the text, where more might have followed."""
+
+
+def _is_beginning(word: str) -> bool:
+    word = word.lower()
+    begun = any(known.startswith(word) and known != word for known in _BEGINNINGS)
+    return begun or re.fullmatch(f"(?:{_MARK})++", word) is not None
+
 
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
 _OTHER_NUMBER = re.compile(
-    r"""(?P<sign>[+-]?)(?P<whole>\d{1,3}(?:,\d{2,3})*,\d{3}|\d+(?:_\d+)*|(?=\.\d))
+    r"""(?P<sign>[+-]?)(?P<whole>(?!0)\d{1,3}(?:,\d{2,3})*,\d{3}|\d+(?:_\d+)*|(?=\.\d))
     (?:\.(?P<fraction>\d*))?(?P<exponent>(?:[eE][+-]?\d+)?)""",
     re.VERBOSE | re.ASCII,
 )
 _BASED_NUMBER = re.compile(r"[+-]?0(?:[xX][0-9a-fA-F]+|[oO][0-7]+|[bB][01]+)")
-_LIKE_A_NUMBER = re.compile(r"[+-]?\.?\d")
+_TEXT = re.compile(rf"(?:{_MARK})*+\.?\d|n/a", re.IGNORECASE)
 
 
 def _bare(word: str, last: bool) -> str | None:
-    """Return the JSON of a value without quotes, or None if it is no literal and does not begin as a number.
+    """Return the JSON of a value without quotes, or None if it is no literal and does not begin as a number or N/A.
 
     At the end of the text a number is kept as far as it is one.
     """
-    if word in _LITERALS:
-        return _LITERALS[word]
+    if word.lower() in _LITERALS:
+        return _LITERALS[word.lower()]
     number = _NUMBER.match(word)
     if number and last and not word[number.end() :].strip(".eE+-"):
         word = number.group()
     written = _number(word) if len(word) <= MAX_DIGITS else None
     if written is not None and math.isfinite(float(written)):
         return written
-    return json.dumps(word) if _LIKE_A_NUMBER.match(word) else None
+    return json.dumps(word) if _TEXT.match(word) else None
 
 
 def _number(word: str) -> str | None:
