@@ -66,11 +66,12 @@ class Workload:
 def choose_strategy(work: Workload) -> Strategy:
     """Return the strategy that the options ask for; what they leave to `auto` is chosen by device and free memory."""
     options, train, share = work.config.model, work.config.train, work.share
+    given = None if isinstance(train.microbatch, str) else min(train.microbatch, share)
     if work.free_bytes is None:
         return Strategy(
             "compiled" if options.launch == "compiled" else "single",
             options.gradient_checkpointing == "on",
-            min(share, MICROBATCH_ON_CPU) if isinstance(train.microbatch, str) else train.microbatch,
+            given or min(share, MICROBATCH_ON_CPU),
         )
     launch = _launch(work)
 
@@ -81,10 +82,9 @@ def choose_strategy(work: Workload) -> Strategy:
 
     checkpointing = options.gradient_checkpointing == "on"
     if options.gradient_checkpointing == "auto":
-        least = 1 if isinstance(train.microbatch, str) else min(train.microbatch, share)
-        checkpointing = needs(least, False) > MARGIN * work.free_bytes
-    if isinstance(train.microbatch, int):
-        microbatch = train.microbatch
+        checkpointing = needs(given or 1, False) > MARGIN * work.free_bytes
+    if given is not None:
+        microbatch = given
     else:
         most = share if launch == "single" or checkpointing else _enough(work)
         microbatch = largest_microbatch(even(share, most), lambda size: needs(size, checkpointing), work.free_bytes)
@@ -99,7 +99,7 @@ def strategy_note(strategy: Strategy, work: Workload) -> str | None:
         note = f"--microbatch auto: {strategy.microbatch} of a step's {share} examples a process, on a CPU"
         return note if chosen else None
     return (
-        f"a step's {share} examples {min(strategy.microbatch, share)} at a time, "
+        f"a step's {share} examples {strategy.microbatch} at a time, "
         f"{'' if strategy.checkpointing else 'no '}gradient checkpointing, launch {strategy.launch}: "
         f"{work.forecast(strategy).step / 2**30:.1f} GiB beside the model are forecast; "
         f"{work.free_bytes / 2**30:.1f} are free"
