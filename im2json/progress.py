@@ -14,7 +14,7 @@ SECONDS_PER_LINE = 30.0
 IN_NOTEBOOK = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
 
 
-class Lines:
+class ProgressLines:
     """What a bar says as lines, for a file: a terminal draws a bar over the last one, while a file would keep them all.
 
     Its methods are those of a tqdm bar that are needed here.
@@ -24,6 +24,7 @@ class Lines:
         self.total, self.n, self.initial = total, done, done
         self.description, self.unit, self.keep = description, unit, keep
         self.postfix = ""
+        self.written = done  # what the last line said
         self.start = self.last = time.monotonic()
         if keep:
             self._write()
@@ -37,22 +38,22 @@ class Lines:
             self._write()
 
     def _write(self) -> None:
-        self.last = time.monotonic()
+        self.last, self.written = time.monotonic(), self.n
         line = std.tqdm.format_meter(
             self.n, self.total, self.last - self.start, prefix=self.description, unit=self.unit, initial=self.initial,
             postfix=self.postfix, bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )  # fmt: skip
         print(line, file=sys.stderr, flush=True)
 
-    def __enter__(self) -> Lines:
+    def __enter__(self) -> ProgressLines:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.keep and self.n > self.initial:
+        if self.keep and self.n > self.written:
             self._write()
 
 
-Bar: TypeAlias = std.tqdm | Lines
+Bar: TypeAlias = std.tqdm | ProgressLines
 
 
 def progress_bar(
@@ -67,7 +68,7 @@ def progress_bar(
             SECONDS_PER_LINE leaves no line.
     """
     if shown and not IN_NOTEBOOK and not sys.stderr.isatty():
-        return Lines(total, description, unit, done, keep)
+        return ProgressLines(total, description, unit, done, keep)
     return tqdm(
         total=total, desc=description, unit=unit, initial=done, disable=not shown, leave=keep, dynamic_ncols=True,
         smoothing=0.1,
