@@ -31,13 +31,22 @@ if TYPE_CHECKING:
     from im2json.inference.extract import Extractor
 
 AnyPath = str | os.PathLike[str]
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run and what it has found out so far. Everything is read from its folder, at each access."""
+    """A run and what it has found out so far. Everything is read from its folder, at each access.
+
+    Raises:
+        UserError: if the folder is not that of a run.
+    """
 
     path: Path
+
+    def __init__(self, path: AnyPath) -> None:
+        object.__setattr__(self, "path", Path(path))
+        RunFolder(self.path).read_config()
 
     @property
     def done(self) -> bool:
@@ -69,6 +78,7 @@ class Run:
 
     def extractor(self, **options: Any) -> Extractor:
         """Load the best adapter to read new pictures; see `im2json.Extractor.from_run`."""
+        quiet_libraries()
         from im2json.inference.extract import Extractor
 
         return Extractor.from_run(self.path, **options)
@@ -106,6 +116,8 @@ def train(
         UserError: naming the option, file or row that is wrong.
         KeyboardInterrupt: after an interruption, once a checkpoint is written. The message says how to go on.
     """
+    if stop_after is not None and stop_after < 1:
+        raise UserError(f"stop_after: {stop_after} is not a step; the first is 1")
     given = _plain(options)
     stopped = None if resume is None else RunFolder(_path(resume))
     if stopped is None:
@@ -131,19 +143,20 @@ def evaluate(run: AnyPath | Run, split: str = "test", **options: Any) -> dict[st
         options: in place of the run's: precision, constrain, schema, eval_batch_size, check_sum, threads.
 
     Returns:
-        {"before": {name: value}, "after": {name: value}}. The predictions are in the run's folder.
+        {"before": {name: value}, "after": {name: value}}, on the main process. The predictions are in the run's folder.
 
     Raises:
         UserError: naming the option, file or row that is wrong.
     """
+    if split not in SPLITS:
+        raise UserError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
     folder, given = RunFolder(_path(run)), _plain(options)
     config = evaluated_config(folder, given)
     with _one_accelerator():
         from im2json.commands.evaluate import evaluate as evaluate_run
 
         metrics = evaluate_run(folder, config, split, None if "schema" in given else folder.schema)
-    assert metrics is not None  # there is one process
-    return metrics
+    return metrics or {}
 
 
 def sweep(grid: AnyPath | Mapping[str, Any], *, output: AnyPath | None = None, **options: Any) -> Sweep:
@@ -158,7 +171,7 @@ def sweep(grid: AnyPath | Mapping[str, Any], *, output: AnyPath | None = None, *
         UserError: if the grid is wrong, or points failed; the others are kept.
         KeyboardInterrupt: after an interruption, once all points have saved.
     """
-    from im2json.commands.sweep import SweepOptions
+    from im2json.commands.sweep import SweepOptions, check_sweep_folder
     from im2json.commands.sweep import sweep as run_sweep
     from im2json.sweeps.grid import make_plan
 
@@ -167,14 +180,16 @@ def sweep(grid: AnyPath | Mapping[str, Any], *, output: AnyPath | None = None, *
         raise UserError(
             f"{min(unknown)}: a sweep has the options jobs, gpus_per_run, ray and halve; others go into the grid"
         )
-    if isinstance(grid, Mapping):
-        if output is None:
-            raise UserError("output: a grid that is not a file needs a folder, like output='runs/rank'")
+    if not isinstance(grid, Mapping):
+        settled = SweepOptions(Path(grid), output=None if output is None else Path(output), **options)
+    elif output is None:
+        raise UserError("output: a grid that is not a file needs a folder, like output='runs/rank'")
+    else:
+        settled = SweepOptions(Path(output) / "grid.json", output=Path(output), **options)
         make_plan(grid, {})  # so that a mistake leaves no folder behind
-        make_folder(Path(output))
-        write_json(Path(output) / "grid.json", dict(grid))
-        grid = Path(output) / "grid.json"
-    settled = SweepOptions(Path(grid), output=None if output is None else Path(output), **options)
+        check_sweep_folder(settled.folder)
+        make_folder(settled.folder)
+        write_json(settled.grid, dict(grid))
     if not run_sweep(settled):
         raise UserError(f"points of {settled.folder} failed, as printed above. The same call tries them again.")
     return Sweep(settled.folder)

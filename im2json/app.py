@@ -6,7 +6,7 @@ im2json check --dataset FOLDER            look at the data first
 im2json plan --preset cord                forecast the steps, memory and time of a run
 im2json evaluate runs/NAME                the base and the best adapter, field by field
 im2json compare runs/A runs/B             which differences between two runs exceed the noise
-im2json score FILE.jsonl                  score answers that were made anywhere
+im2json score FILE.jsonl                  score answers of any system
 im2json sweep grid.json                   an ablation grid
 im2json extract runs/NAME PICTURES...     JSON of new pictures
 im2json export runs/NAME --out DIR        weights for transformers and vLLM, or the adapter alone
@@ -40,7 +40,7 @@ from im2json.cli import (
 from im2json.commands.sweep import SweepOptions, list_points
 from im2json.commands.sweep import sweep as run_sweep
 from im2json.options import TrainConfig, flag_name
-from im2json.resume import evaluated_config, fresh_options, resumed_config
+from im2json.resume import EVALUATION_OPTIONS, EXTRACTION_OPTIONS, evaluated_config, fresh_options, resumed_config
 from im2json.runs import RunFolder, check_output
 
 FILE = UserPath(exists=True, dir_okay=False, path_type=Path)
@@ -144,7 +144,7 @@ def check(context: click.Context, preset: str | None) -> None:
 @price_flag
 @click.pass_context
 def plan(context: click.Context, preset: str | None, price_per_hour: float | None) -> None:
-    """Forecast the steps, memory and time of a run from a few steps, of which nothing is kept."""
+    """Forecast the steps, memory and time of a run from a few real steps, which are then discarded."""
     _plan(context, preset, price_per_hour)
 
 
@@ -214,7 +214,7 @@ def _fresh_config(context: click.Context, preset: str | None) -> TrainConfig:
     help="Share of the kept fields that must be right. Prints the confidence that reaches it and how much is kept.",
 )
 @json_flag
-@option_flags("precision", "constrain", "schema", "eval_batch_size", "check_sum", "threads")
+@option_flags(*EVALUATION_OPTIONS)
 @click.pass_context
 def evaluate(
     context: click.Context, run: Path | None, split: str, predictions: Path | None, targets: Path | None,
@@ -254,7 +254,7 @@ def compare(run: Path, against: Path, split: str, as_json: bool) -> None:
     _compare(run, against, split, as_json)
 
 
-@main.command(short_help="Score answers that were made anywhere.")
+@main.command(short_help="Score answers of any system.")
 @click.argument("predictions", type=FILE)
 @click.option(
     "--targets",
@@ -265,7 +265,7 @@ def compare(run: Path, against: Path, split: str, as_json: bool) -> None:
 @split_flag
 @json_flag
 def score(predictions: Path, targets: Path | None, split: str, as_json: bool) -> None:
-    """Score the rows of PREDICTIONS, a JSON-lines file that was made anywhere, without a model.
+    """Score the rows of PREDICTIONS, a JSON-lines file from any system, without a model.
 
     Each row has a prediction, and a target or an id. Of the file of a run, --split selects the rows.
     """
@@ -310,7 +310,7 @@ def _score(predictions: Path, targets: Path | None, split: str, as_json: bool) -
 @click.option(
     "--ray",
     metavar="HOST:PORT",
-    help="Ray cluster that runs the points, or auto; its machines share the sweep's folder.",
+    help="Address of a Ray cluster that runs the points, or auto. All its machines must see the sweep's folder.",
 )
 @click.option(
     "--halve",
@@ -350,19 +350,7 @@ def sweep(dry_run: bool, as_list: bool, **flags: Any) -> None:
     metavar="PATH",
     help="JSON-lines file for the rows. Rows that it already has are kept.",
 )
-@option_flags(
-    "model",
-    "quant",
-    "precision",
-    "prompt",
-    "letterbox",
-    "max_new_tokens",
-    "eval_batch_size",
-    "constrain",
-    "schema",
-    "check_sum",
-    "threads",
-)
+@option_flags(*EXTRACTION_OPTIONS)
 @click.pass_context
 def extract(context: click.Context, run: str, pictures: tuple[str, ...], out: Path | None) -> None:
     """Read PICTURES (files, folders, patterns) with the best adapter of RUN: a row of JSON each, in their order.

@@ -1,4 +1,4 @@
-"""What the scripts share: flags made from the options, and errors that a user can act on."""
+"""What the commands share: flags made from the options, and errors that a user can act on."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ from im2json.text import command_line
 def option_flags(*names: str) -> Callable[[Callable], Callable]:
     """Return a decorator that adds a flag for each of these options, or for every option if none is named.
 
+    Options that are named replace those of a run, so their help shows no default.
     The context's `obj` holds the values that the user gave on the command line, and no others.
     """
 
     def add(command: Callable) -> Callable:
         for name in reversed(names or list(OPTIONS)):
-            command = _flag(name)(command)
+            command = _flag(name, with_default=not names)(command)
         return command
 
     return add
@@ -57,14 +58,14 @@ class GroupedCommand(click.Command):
 _METAVARS = {int: "N", float: "FLOAT", str: "TEXT"}
 
 
-def _flag(name: str) -> Callable:
+def _flag(name: str, with_default: bool) -> Callable:
     """Return a decorator that adds the flag of one option."""
     option = OPTIONS[name]
     flag = flag_name(name)
     help = option.help
     if option.choices and option.metavar:  # else click spells the choices out beside the flag
         help += f" One of {', '.join(option.choices)}."
-    if option.default is not None:
+    if option.default is not None and with_default:
         help += f"  [default: {_shown_default(option)}]"
     settings: dict[str, Any] = dict(help=help, expose_value=False, callback=_collect)
     if option.kind is bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,12 @@ SHOWN = 5
 """Examples that an error names."""
 READING_OPTIONS = ("model", "quant", "precision", "prompt", "letterbox", "max_new_tokens", "constrain", "check_sum")
 """The options that decide what is read in a picture, besides the adapter."""
+
+
+EVALUATION_OPTIONS = ("precision", "constrain", "schema", "eval_batch_size", "check_sum", "threads")
+"""What may differ from the run's own options when it is evaluated."""
+EXTRACTION_OPTIONS = ("model", "quant", "prompt", "letterbox", "max_new_tokens", *EVALUATION_OPTIONS)
+"""What may differ from the run's own options when pictures are read with it."""
 
 
 def resumed_config(run: RunFolder, given: dict[str, Any], preset: str | None = None) -> TrainConfig:
@@ -225,12 +231,21 @@ def evaluated_config(run: RunFolder, given: dict[str, Any]) -> TrainConfig:
     Raises:
         UserError: if the folder holds no run, or an option is wrong.
     """
+    _check_names(given, EVALUATION_OPTIONS)
     config = run.read_config().replace(**given)
     usage = adapter_usage(run.adapter) or {}
     if config.decode.max_new_tokens is None and "max_new_tokens" in usage:
         config = config.replace(max_new_tokens=usage["max_new_tokens"])
     _check_schema(given, config)
     return config
+
+
+def _check_names(given: dict[str, Any], allowed: Sequence[str]) -> None:
+    for name in given:
+        if name not in allowed:
+            raise UserError(
+                f"{name}: leave it out, the run's own value counts; the options here are {', '.join(allowed)}"
+            )
 
 
 def _check_schema(given: dict[str, Any], config: TrainConfig) -> None:
@@ -247,6 +262,7 @@ def reading_config(path: Path, given: dict[str, Any]) -> TrainConfig:
     Raises:
         UserError: if there is no LoRA adapter, or it does not say for which base.
     """
+    _check_names(given, EXTRACTION_OPTIONS)
     folder = adapter_folder(path)
     shape, more = _adapter_options(folder)
     usage = adapter_usage(folder)

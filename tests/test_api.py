@@ -82,6 +82,16 @@ def test_a_mistake_is_the_line_that_the_command_prints(options, tmp_path):
         im2json.train(**options, drop_out=0.1)
     with pytest.raises(im2json.UserError, match="nowhere is not a run folder"):
         im2json.evaluate(tmp_path / "nowhere")
+    with pytest.raises(im2json.UserError, match="stop_after: 0 is not a step"):
+        im2json.train(**options, stop_after=0)
+    with pytest.raises(im2json.UserError, match=r"nowhere is not a run folder"):
+        im2json.Run(str(tmp_path / "nowhere"))
+    with pytest.raises(im2json.UserError, match=r"grid\.json: there is no such file"):
+        im2json.sweep(tmp_path / "grid.json")
+    with pytest.raises(im2json.UserError, match="halve: 'f1' is no metric"):
+        im2json.sweep({"grid": {"r": [4]}}, output=tmp_path / "sweep", halve="f1")
+    with pytest.raises(im2json.UserError, match="jobs: 0 is too few"):
+        im2json.sweep({"grid": {"r": [4]}}, output=tmp_path / "sweep", jobs=0)
     with pytest.raises(im2json.UserError, match="jobz: a sweep has the options"):
         im2json.sweep({"grid": {"r": [4]}}, output=tmp_path / "sweep", jobz=2)
     with pytest.raises(im2json.UserError, match="output: a grid that is not a file"):
@@ -89,6 +99,19 @@ def test_a_mistake_is_the_line_that_the_command_prints(options, tmp_path):
     with pytest.raises(im2json.UserError, match="unknown key 'base_'"):
         im2json.sweep({"base_": {}}, output=tmp_path / "sweep")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_run_settles_is_refused(finished):
+    with pytest.raises(im2json.UserError, match="split: 'val' is not one of train, validation, test"):
+        im2json.evaluate(finished.path, split="val")
+    with pytest.raises(im2json.UserError, match="lr: leave it out"):
+        im2json.evaluate(finished.path, lr=3)
+    with pytest.raises(im2json.UserError, match="lr: leave it out"):
+        im2json.Run(finished.path).extractor(lr=3)
+    before = sorted(finished.path.iterdir())
+    with pytest.raises(im2json.UserError, match="is the folder of a run: choose another for the sweep"):
+        im2json.sweep({"grid": {"r": [4]}}, output=finished.path)
+    assert sorted(finished.path.iterdir()) == before
 
 
 @pytest.mark.slow

@@ -359,7 +359,7 @@ def test_a_run_prints_these_lines_and_no_others(cli, base_args, tmp_path):
         evaluated(run, "before", 0),
         f"training for 4 steps of {validating}",
         evaluated(run, "during", 2),
-        f"left after step 2: {resume_advice(run.path)}",
+        f"stopped after step 2 as asked: {resume_advice(run.path)}",
     ]
     assert second.stdout.splitlines() == [
         *opening(run),

@@ -45,6 +45,7 @@ def export(
         check_push(push_to_hub)
     with quick_start():
         from im2json.inference.export import LEAST, export_run
+    click.echo(f"copying the adapter of {run.path}" if adapter_only else f"merging {run.path} into its base model")
     found = export_run(run, out, adapter_only, LEAST if parity is None else parity, title)
     if found is not None:
         click.echo(f"plain transformers on the exported folder: {found}")

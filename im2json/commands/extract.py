@@ -10,6 +10,7 @@ import click
 
 from im2json.cli import quick_start, quiet_libraries
 from im2json.data.pictures import list_pictures
+from im2json.report.table import counted
 
 
 def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict[str, Any]) -> tuple[int, int]:
@@ -39,6 +40,8 @@ def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict
     config = reading_config(adapter_path(run), options)
     with row_file(out, reading_digest(config)) as rows:
         missing = [picture for picture in listed if picture not in rows.ids]
+        known = f", {len(listed) - len(missing)} of them read before" if len(missing) < len(listed) else ""
+        click.echo(f"reading {counted(len(listed), 'picture')} with {run}{known}", err=True)
         if missing:
             with quick_start():
                 import torch
@@ -59,4 +62,6 @@ def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict
                     if "note" in row:
                         tqdm.write(f"{row['id']}: {row['note']}", sys.stderr)
                     bar.update()
+        if out is not None:
+            click.echo(f"{counted(len(rows.ids), 'row')} in {out}", err=True)
         return rows.errors, len(rows.ids)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import click
 
+from im2json.catalogue import METRICS
+from im2json.errors import UserError
+from im2json.report.table import counted
 from im2json.runs import RunFolder, check_folder, make_folder
 from im2json.sweeps.grid import Plan, read_plan
 from im2json.sweeps.jobs import Job, make_jobs, train_command
@@ -20,7 +23,11 @@ from im2json.sweeps.scheduler import Backend, run_jobs
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """The options of a sweep, as its flags give them."""
+    """The options of a sweep, as its flags give them.
+
+    Raises:
+        UserError: naming the one that is wrong.
+    """
 
     grid: Path
     output: Path | None = None  # the sweep's folder; None: runs/NAME for NAME.json
@@ -29,6 +36,13 @@ class SweepOptions:
     ray: str | None = None  # address of a Ray cluster; None: this machine
     halve: str | None = None  # metric of successive halving; None: train all points to their end
     overrides: Sequence[str] = ()  # NAME=VALUE
+
+    def __post_init__(self) -> None:
+        for name, number in {"jobs": self.jobs, "gpus_per_run": self.gpus_per_run}.items():
+            if number is not None and number < 1:
+                raise UserError(f"{name}: {number} is too few, at least 1")
+        if self.halve is not None and self.halve not in METRICS:
+            raise UserError(f"halve: {self.halve!r} is no metric; the metrics are {', '.join(METRICS)}")
 
     @property
     def folder(self) -> Path:
@@ -70,6 +84,17 @@ def list_points(options: SweepOptions, with_states: bool, elsewhere: bool) -> No
             click.echo(("    " if with_states else "") + shlex.join(make_command(job)))
 
 
+def check_sweep_folder(folder: Path) -> None:
+    """Refuse a folder that cannot hold a sweep.
+
+    Raises:
+        UserError: if it is not a writable folder and cannot become one, or belongs to a run.
+    """
+    check_folder(folder)
+    if RunFolder(folder).config.exists():
+        raise UserError(f"--output {folder} is the folder of a run: choose another for the sweep")
+
+
 def sweep(options: SweepOptions) -> bool:
     """Run the points of a grid, write and print the leaderboard, and score the winner's test split.
 
@@ -89,9 +114,12 @@ def sweep(options: SweepOptions) -> bool:
 
     if options.halve is not None:
         check_rungs(plan.points)
-    check_folder(options.folder)
+    check_sweep_folder(options.folder)
     backend = _connect(options, shares, len(jobs))
     make_folder(options.folder)
+    done = sum(job.state == "done" for job in jobs)
+    before = f", {done} of them done before" if done else ""
+    click.echo(f"running {counted(len(jobs), 'point')} in {options.folder}{before}")
     dropped: list[Dropped] = []
     try:
         _run(options, plan, jobs, backend, dropped)
@@ -100,6 +128,7 @@ def sweep(options: SweepOptions) -> bool:
         raise
 
     def score(winner: RunFolder, log: Path) -> Output:
+        click.echo(f"\nscoring the base model and {winner.path} on the test split")
         return backend.run_python(["-m", "im2json", "evaluate", str(winner.path), "--json"], log)
 
     answer(plan, jobs, options.folder, dropped, score)

@@ -78,7 +78,7 @@ def train(
                 result = conclude(run, workspace, tracker, state, before, after)
             tracker.close()
     if ending is Ending.PAUSED:
-        accelerator.print(f"left after step {stop_after}: {resume_advice(run.path)}")
+        accelerator.print(f"stopped after step {stop_after} as asked: {resume_advice(run.path)}")
     if result is not None:
         accelerator.print(summary(run, result))
     accelerator.end_training()
@@ -181,7 +181,7 @@ def summary(run: RunFolder, result: RunResult) -> str:
     if result.test is not None:
         lines += [
             "",
-            f"text generated for the {result.test['after']['num']:.0f} examples of the test split:",
+            f"text generated for the {counted(int(result.test['after']['num']), 'example')} of the test split:",
             before_after_table(result.test["before"], result.test["after"]),
         ]
     report = run.report if run.report.exists() else command_line("im2json", "evaluate", run.path)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from im2json.catalogue import labelled
-from im2json.report.table import before_after_table, table
+from im2json.report.table import before_after_table, counted, table
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS, Difference, compare_predictions
 from im2json.scoring.checks import CheckCounts, count_checks
@@ -29,7 +29,7 @@ def scorecard_report(scorecard: Scorecard, as_json: bool = False) -> str:
         [[labelled(name), values[name], *bounds[name]] for name in METRICS], ["metric", "value", "low", "high"]
     )
     errors = [[name, found["examples"], found["occurrences"]] for name, found in scorecard.errors.compute().items()]
-    parts = [f"{int(values['num'])} examples, with 95 % intervals:\n{metrics}", fields_table(scorecard)]
+    parts = [f"{counted(int(values['num']), 'example')}, with 95 % intervals:\n{metrics}", fields_table(scorecard)]
     return "\n\n".join([*filter(None, parts), table(errors, ["error", "examples", "times"])])
 
 
@@ -84,7 +84,7 @@ def run_report(
 def confidence_table(found: FieldConfidence) -> str:
     """Return a table with a line for each key path, all leaves together first."""
     if not found.groups:
-        return "no field has a confidence"
+        return "no answer could be read, so no field has a confidence"
     headers = ["confidence", "fields", "right", "mean", "ECE", "AURC"]
     lines = [[path, *group[:5]] for path, group in found.groups.items()]
     note = "right: share of those predicted; mean: calibrated; ECE, AURC: calibration error, area under risk-coverage"
@@ -120,7 +120,7 @@ def comparison_report(first: RunFolder, second: RunFolder, split: str, as_json: 
     metrics, fields = compare_predictions(*rows), compare_fields(*rows)
     if as_json:
         return json.dumps(comparison_json(metrics, fields), indent=2)
-    head = f"{split} split, {len(rows[0])} examples\nA  {first.path}\nB  {second.path}"
+    head = f"{split} split, {counted(len(rows[0]), 'example')}\nA  {first.path}\nB  {second.path}"
     return f"{head}\n\n{comparison_tables(metrics, fields)}"
 
 

@@ -65,6 +65,8 @@ def read_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
     Raises:
         UserError: naming the file, and the key or line that is wrong.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file; name a grid, such as grid.json")
     stored = read_json(path)
     try:
         if not isinstance(stored, dict):
