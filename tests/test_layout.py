@@ -309,6 +309,28 @@ def test_splits_at_either_end_of_the_names_of_pictures(tmp_path, pattern):
     assert loaded(tmp_path / "d")[1][0] == f"{note}\n  {test[0]}.png"
 
 
+def test_files_that_git_lfs_has_not_fetched(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    write_pairs(tmp_path / "a", one="x", two="x", three="x")
+    (tmp_path / "a/x/one.png").write_bytes(pointer)
+    for folder, name in (("b", "train.parquet"), ("c", "metadata.jsonl")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(pointer)
+    for folder, name in (("a", "x/one.png"), ("b", "train.parquet"), ("c", "metadata.jsonl")):
+        with pytest.raises(UserError, match=rf"{name}.*: is a Git LFS pointer .*; run `git lfs pull`"):
+            loaded(tmp_path / folder)
+
+
+def test_one_file_of_a_folder(tmp_path):
+    write_parquet(tmp_path / "a", train=4)
+    (tmp_path / "a" / "test").mkdir()
+    with pytest.raises(UserError, match=rf"pass its folder, --dataset {tmp_path}/a$"):
+        load_splits(str(tmp_path / "a" / "train.parquet"))
+    assert any("empty folders that are called as a split is: 1\n  test" in note for note in loaded(tmp_path / "a")[1])
+    write_rows(tmp_path / "b" / "Train.JSONL", "1.png", "2.png", "3.png")
+    assert sum(map(len, loaded(tmp_path / "b" / "Train.JSONL")[0].values())) == 3
+
+
 def test_a_tree_of_each_split_is_not_paired_with_the_other(tmp_path):
     write_pairs(tmp_path, one="train/img:test/key", two="train", three="train", four="train")
     with pytest.raises(UserError, match=r"2 of 5 rows .*\n.*one\.png: has no one\.json.*\n.*one\.json: has no picture"):

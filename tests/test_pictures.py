@@ -68,6 +68,7 @@ WIDE = {
     "TIFF of 32 bits, unsigned": (grey_tiff(scan(2**32 - 1, np.uint32), 32), True),
     "TIFF of floats up to 1": (encoded(Image.fromarray(scan(1, np.float32)), "TIFF"), False),
     "TIFF of floats up to 255": (encoded(Image.fromarray(scan(255, np.float32)), "TIFF"), False),
+    "JPEG 2000 of 12 bits in 16": (encoded(Image.fromarray(scan(4095)), "JPEG2000"), True),
     "PGM of 12 bits": (b"P5 256 2 4095\n" + scan(4095).astype(">u2").tobytes(), False),
 }  # fmt: skip
 
@@ -85,6 +86,14 @@ def test_a_declared_range_holds_for_a_dark_picture():
     assert max(greys(grey_tiff(scan(900), 12))) == round(900 / 4095 * 255)
     assert max(greys(grey_tiff(scan(900), 16, t281=4095))) == round(900 / 4095 * 255)
     assert max(greys(b"P5 256 2 65535\n" + scan(900).astype(">u2").tobytes())) == round(900 / 65535 * 255)
+
+
+def test_a_picture_that_comes_out_nearly_black_is_named():
+    hot = scan(3000)
+    hot[0, 0] = 65535
+    for array in (hot, scan(3000).astype(np.int32) - 5000):
+        picture = decode_picture(encoded(Image.fromarray(array), "TIFF"), "x")
+        assert "it is nearly black" in picture.info[NOTE]
 
 
 def test_a_negative_is_read_as_what_it_shows():

@@ -220,5 +220,7 @@ def _note_unused(root: Path, tree: Tree, used: set[str], notes: list[str]) -> No
         notes.append(f"{root}: JSON-lines files not used, as their names say no split ({call}): {by_suffix(lines)}")
     if left := set(unused) - {*broken, *lines}:
         notes.append(f"{root}: files not used, as no row names them: {by_suffix(left)}")
+    if empty := [name for name in tree.empty if split_named(PurePosixPath(name).name) is not None]:
+        notes.append(listed(f"{root}: empty folders that are called as a split is: {len(empty)}", empty, 5))
     if hidden := [name for name in tree.hidden if looks_like_document(root / name)]:
         notes.append(f"{root}: hidden files passed over: {by_suffix(hidden)}")

@@ -23,18 +23,26 @@ DOCUMENT_SUFFIXES = frozenset((
 ))  # fmt: skip
 """Suffixes of files that look like documents, whether they can be read or not."""
 
-_CONVERT = "convert it to PNG or JPEG first"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the text begins that stands for a file that Git LFS has not fetched."""
+NO_CONTENT = "Git LFS pointer in place of the file; run `git lfs pull`"
+
+CONVERT = "convert it to PNG or JPEG first"
 _RENDER = "render its pages to PNG or JPEG first"
-_RAW = f"a raw photograph of a camera, not a picture that can be read; {_CONVERT}"
+_RAW = f"a raw photograph of a camera, not a picture that can be read; {CONVERT}"
 _KINDS = (
+    (re.escape(LFS_POINTER), f"a {NO_CONTENT}"),
     (rb"\s*%PDF", f"a PDF, not a picture; {_RENDER}"),
     (rb"%!PS|\xc5\xd0\xd3\xc6", f"PostScript, not a picture; {_RENDER}"),
     (rb"AT&TFORM", f"a DjVu document, not a picture; {_RENDER}"),
     (rb"\{\\rtf|\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", f"an Office document, not a picture; {_RENDER}"),
     (rb"PK\x03\x04", "an Office document or a ZIP archive, not a picture; unpack it or render its pages to PNG first"),
-    (rb"(?:\xef\xbb\xbf)?\s*(?:<[?!][\s\S]{0,2000}?)?<svg[\s>]", f"an SVG drawing, not a picture of pixels; {_RENDER}"),
-    (rb"8BPS", f"a Photoshop file, not a picture that can be read; {_CONVERT}"),
-    (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", f"a JPEG XL picture, which cannot be read; {_CONVERT}"),
+    (
+        rb"(?:\xef\xbb\xbf)?\s*(?:<[?!][\s\S]{0,20000}?)?<(?:svg:)?svg[\s>]",
+        f"an SVG drawing, not a picture of pixels; {_RENDER}",
+    ),
+    (rb"8BPS", f"a Photoshop file, not a picture that can be read; {CONVERT}"),
+    (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", f"a JPEG XL picture, which cannot be read; {CONVERT}"),
     (rb"FUJIFILMCCD-RAW|IIU\x00|IIR[OS]|MMOR|FOVb|II\*\x00[\s\S]{4}CR|\x00MRM|[\s\S]{4}ftypcrx", _RAW),
 )
 _PATTERNS = [(re.compile(pattern), kind) for pattern, kind in _KINDS]
@@ -54,9 +62,9 @@ def unreadable_kind(data: bytes, formats: Collection[str]) -> str | None:
     if is_heic(data):
         if HEIF in formats:
             return None
-        return f"a HEIC picture; run `pip install pillow-heif` to have it read, or {_CONVERT}"
+        return f"a HEIC picture; run `pip install pillow-heif` to have it read, or {CONVERT}"
     if is_avif(data) and not features.check("avif"):
-        return f"an AVIF picture, which this build of Pillow cannot read; {_CONVERT}"
+        return f"an AVIF picture, which this build of Pillow cannot read; {CONVERT}"
     return next((kind for pattern, kind in _PATTERNS if pattern.match(data)), None)
 
 

@@ -60,9 +60,8 @@ def load_upright_rgb(picture: Image.Image) -> Image.Image:
         One of DAMAGE: if the file is damaged or cut short.
     """
     declared = _declared_whites(picture)
-    narrowed = any(
-        ";16" in str(tile) for tile in getattr(picture, "tile", ())
-    )  # Pillow drops the lower 8 bits of colours
+    # Pillow drops the lower 8 bits of colours.
+    narrowed = any(";16" in str(tile) for tile in getattr(picture, "tile", ()))
     picture.load()
     orientation = _orientation(picture)
     note = None
@@ -142,8 +141,9 @@ def _declared_whites(picture: Image.Image) -> tuple[int, ...]:
     if picture.format == "PNG" and getattr(picture, "fp", None) is not None:
         bits = _significant_bits(picture)
         return (2**bits - 1, 65535) if 8 <= bits < 16 else ()
-    # Pillow scales the values of these by the maximum that the file names
-    return (65535,) if picture.format in ("PPM", "JPEG2000") and picture.mode != "F" else ()
+    # Pillow scales the values of a PPM by the maximum that the file names. There are writers of JPEG 2000 that declare
+    # 16 bits and use 12 of them.
+    return (65535,) if picture.format == "PPM" and picture.mode != "F" else ()
 
 
 def _significant_bits(picture: Any) -> int:
@@ -182,12 +182,17 @@ class _GreyScaling:
             negative=tags.get(_PHOTOMETRIC) == 0,
             clear=clear if isinstance(clear, int) else None,
         )
-        largest = max(float(scaling.values(strip).max()) for _, _, strip in _strips(picture))
+        largest, total = -np.inf, 0.0
+        for _, _, strip in _strips(picture):
+            values = scaling.values(strip)
+            largest, total = max(largest, float(values.max())), total + float(values.sum(dtype=np.float64))
         usual = (1, *_WHITES) if picture.mode == "F" else _WHITES
         slack = 1.05 if picture.mode == "F" else 1.0  # resampling may go beyond white
         white = next((white for white in declared or usual if largest <= white * slack), largest)
         nominal = {"F": (1, 255), "I": (255, 65535)}.get(picture.mode, (65535,))
         note = None if white in nominal else f"its values go up to {largest:g}, and {white:g} is taken for white"
+        if note is None and not scaling.negative and total * 16 < white * picture.width * picture.height:
+            note = f"it is nearly black: its values go up to {largest:g}, but few of them are above {white / 16:g}"
         return dataclasses.replace(scaling, white=float(white)), note
 
     def values(self, strip: Image.Image) -> NDArray[Any]:

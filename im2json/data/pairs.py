@@ -27,8 +27,8 @@ def read_pairs(root: Path, files: Iterable[str]) -> list[Line]:
     A picture and a .json of the same name belong together in one folder; else where their paths are the same but for
     folders such as img/ and key/; else where one of two such trees has no folders for the splits.
 
-    One without the other is kept with its problem, and so are several of one name. A picture that only its content
-    tells needs a .json to be one of the data set.
+    A picture without a .json, a .json without a picture, and files that share a name are kept as lines with a problem.
+    A picture that only its content tells needs a .json to be one of the data set.
     """
     left = [name for name in files if _is_json(name) or looks_like_document(root / name)]
     lines: dict[str, Line] = {}

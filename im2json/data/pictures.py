@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from im2json.data.kinds import FORMATS, HEIF, is_heic, raw_kind, unreadable_kind
+from im2json.data.kinds import CONVERT, FORMATS, HEIF, is_heic, raw_kind, unreadable_kind
 from im2json.data.listing import SYSTEM_FILES, by_suffix, list_tree, looks_like_document
 from im2json.data.modes import DAMAGE, load_upright_rgb
 from im2json.errors import UserError
@@ -57,7 +57,7 @@ def _open(data: bytes, where: str) -> Image.Image:
     except Image.UnidentifiedImageError:
         if data.startswith(_SIGNATURES):
             raise UserError(f"{where}: the picture is damaged or cut short (its header)") from None
-        raise UserError(f"{where}: is not a picture that can be read ({', '.join(FORMATS)})") from None
+        raise UserError(f"{where}: is not a picture that can be read ({', '.join(FORMATS)}); {CONVERT}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"{where}: the picture has too many pixels ({TOO_MANY})") from None
     except DAMAGE as error:

@@ -86,9 +86,11 @@ def open_splits(options: DataOptions, notes: list[str], seed: int = 0) -> dict[s
     path = Path(os.path.expanduser(dataset))
     if path.is_dir():
         available = open_folder(path, given, columns, notes)
-    elif path.suffix == ".jsonl" and path.is_file():
+    elif path.suffix.lower() == ".jsonl" and path.is_file():
         refuse_all_but(COLUMN_OPTIONS, given, dataset)
         available = open_lines(path, columns, notes)
+    elif path.exists() and path.suffix.lower() in (".parquet", ".arrow"):
+        raise UserError(f"--dataset {dataset}: is one file of a data set; pass its folder, --dataset {path.parent}")
     elif path.exists():
         raise UserError(f"--dataset {dataset}: is a file, but not one of JSON lines (NAME.jsonl); {FOLDER_HELP}")
     elif _looks_like_path(dataset):
@@ -115,7 +117,7 @@ def _receipts(train_split: str, seed: int, notes: list[str]) -> dict[str, Split]
 def _looks_like_path(dataset: str) -> bool:
     return (
         dataset.startswith(("/", ".", "~"))
-        or dataset.endswith(".jsonl")
+        or dataset.lower().endswith(".jsonl")
         or "\\" in dataset
         or dataset.count("/") > 1
         or not dataset
@@ -134,9 +136,9 @@ def _open_hub(
 ) -> dict[str, Rows]:
     import datasets
     import huggingface_hub
-    from huggingface_hub.errors import (
-        HTTPError,
-    )  # of the HTTP client that this version of the hub's library uses
+
+    # of the HTTP client that this version of the hub's library uses
+    from huggingface_hub.errors import HTTPError
 
     nowhere = f"--dataset {dataset}: is neither a folder here nor"
     try:
@@ -169,8 +171,8 @@ def _open_hub(
 def _by_role(available: Mapping[str, Rows], dataset: str, train_split: str, notes: list[str]) -> dict[str, Split]:
     train = train_split if train_split in available else _of_role(available, ROLES.get(train_split.lower()))
     if train is None:
-        there = f"{dataset} has no such split; it has {', '.join(available)}"
-        title = f"--train-split {train_split}: {there}; pass --train-split NAME, or rename one of them to train"
+        found = f"{dataset} has no such split; it has {', '.join(available)}"
+        title = f"--train-split {train_split}: {found}; pass --train-split NAME, or rename one of them to train"
         raise UserError(listed(title, notes, 5))
     splits: dict[str, Split] = {"train": StoredSplit("train", _not_empty(available[train], dataset, train))}
     used = {train}

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from im2json.data.example import Example
+from im2json.data.kinds import LFS_POINTER, NO_CONTENT
 from im2json.data.pictures import decode_picture
 from im2json.errors import UserError
 from im2json.jsontext import kind_of, load_json, loads, number_text, parse_target
@@ -257,6 +258,8 @@ def read_lines(path: Path, columns: Columns) -> list[Line]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if content.startswith(LFS_POINTER):
+        raise UserError(f"{path}: is a {NO_CONTENT}")
     refuse_utf16(content, str(path))
     for number, data in enumerate(content.split(b"\n"), start=1):  # text has other line ends inside strings
         if not data.removeprefix(codecs.BOM_UTF8).strip():

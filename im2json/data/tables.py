@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from im2json.data.kinds import LFS_POINTER, NO_CONTENT
 from im2json.data.splitnames import folders_of, group_by_split, note_unnamed, split_named, split_of
 from im2json.data.stored import ALIASES, SPLIT_COLUMN, ArrowRows, Columns, Rows, find_target, inside
 from im2json.errors import UserError, first_line
@@ -99,7 +100,10 @@ def load_parquet(root: Path, names: Sequence[str], config: str | None, used: set
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{_first_damaged(root, names) or root}: cannot be loaded ({first_line(error, 2)})") from error
+        damaged = _first_damaged(root, names) or root
+        if damaged.is_file() and damaged.read_bytes().startswith(LFS_POINTER):
+            raise UserError(f"{damaged}: is a {NO_CONTENT}") from None
+        raise UserError(f"{damaged}: cannot be loaded ({first_line(error, 2)})") from error
 
 
 def _first_damaged(root: Path, names: Iterable[str]) -> Path | None:
