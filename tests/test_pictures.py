@@ -14,6 +14,7 @@ from PIL import Image
 
 from im2json.data.modes import NOTE, STRIP
 from im2json.data.pictures import decode_picture
+from im2json.errors import UserError
 
 RAMP = np.linspace(0, 1, 256)
 
@@ -88,6 +89,21 @@ def test_a_declared_range_holds_for_a_dark_picture():
     assert max(greys(b"P5 256 2 65535\n" + scan(900).astype(">u2").tobytes())) == round(900 / 65535 * 255)
 
 
+@pytest.mark.parametrize("form", ["ICO", "TGA", "PCX"])
+def test_formats_that_are_not_read_are_to_be_converted(form):
+    with pytest.raises(
+        UserError, match=r"^x: is not a picture that can be read \(.*\); convert it to PNG or JPEG first$"
+    ):
+        decode_picture(encoded(Image.new("RGB", (16, 16)), form), "x")
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff", f"\ufeff<?xml version='1.0'?>\n<!-- {'a' * 3000} -->\n"])
+@pytest.mark.parametrize("tag", ["<svg>", "<svg:svg xmlns:svg='x'>"])
+def test_svg_drawings_are_known(start, tag):
+    with pytest.raises(UserError, match=r"^x: is an SVG drawing"):
+        decode_picture((start + tag).encode(), "x")
+
+
 def test_a_picture_that_comes_out_nearly_black_is_named():
     hot = scan(3000)
     hot[0, 0] = 65535
@@ -143,6 +159,7 @@ SIDE = 2000
 MEASURE = """
 import sys
 from im2json.data.pictures import decode_picture
+from im2json.errors import UserError
 
 def now(kind):
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(kind))
