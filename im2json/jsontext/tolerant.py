@@ -163,12 +163,12 @@ _TOKEN = re.compile(
     |(?P<word>[\w.+-]+)""",
     re.VERBOSE | re.DOTALL,
 )
-_MARK = r"[-+(\u2212$\u00a2-\u00a5\u0e3f\u20a0-\u20c0\uff04\uffe0\uffe1\uffe5\uffe6]\ ?"
+_MARK = r"[-+(\u2212$\u00a2-\u00a5\u0e3f\u20a0-\u20c0\uff04\uffe0\uffe1\uffe5\uffe6]"
 """A sign, a currency or a parenthesis before a number."""
-_BARE = r"""(?P<word>(?=(?:%s)*+(?:\.?\d|\Z)|[nN]/(?:[aA]|\Z))
-    (?:[^\s,{}\[\]"'<`]++|[^\S\r\n]++(?=[^\s,{}\[\]"'<`])|(?<=\d)'(?=\d{3}(?!\d))%s)++)"""
-_ITEM = re.compile(_BARE % (_MARK, ""), re.VERBOSE)
-_MEMBER = re.compile(_BARE % (_MARK, r"|,(?=\d)"), re.VERBOSE)
+_BARE = r"""(?P<word>(?=(?:%s\ ?)*+(?:\.?\d|\Z)|[nN]/(?:[aA]|\Z))
+    (?:[^\s,{}\[\]"'<`]++|[^\S\r\n]++(?=[^\s,{}\[\]"'<`])|(?<=\d)'(?=\d{3}(?!\d))|(?<=%s)\ \Z%s)++)"""
+_ITEM = re.compile(_BARE % (_MARK, _MARK, ""), re.VERBOSE)
+_MEMBER = re.compile(_BARE % (_MARK, _MARK, r"|,(?=\d)"), re.VERBOSE)
 """A value without quotes that begins as a number, maybe behind a currency or a parenthesis, or N/A. In an object the
 comma before a digit belongs to it, because no key begins with a digit."""
 _ZERO_LED = re.compile(r"0\d++(?![\w/:-])")
@@ -315,7 +315,7 @@ _BEGINNINGS = (*_LITERALS, "n/a", ".0", "+.0", "-.0")
 def _is_beginning(word: str) -> bool:
     word = word.lower()
     begun = any(known.startswith(word) and known != word for known in _BEGINNINGS)
-    return begun or re.fullmatch(f"(?:{_MARK})++", word) is not None
+    return begun or re.fullmatch(f"(?:{_MARK} ?)++", word) is not None
 
 
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
@@ -325,7 +325,7 @@ _OTHER_NUMBER = re.compile(
     re.VERBOSE | re.ASCII,
 )
 _BASED_NUMBER = re.compile(r"[+-]?0(?:[xX][0-9a-fA-F]+|[oO][0-7]+|[bB][01]+)")
-_TEXT = re.compile(rf"(?:{_MARK})*+\.?\d|n/a", re.IGNORECASE)
+_TEXT = re.compile(rf"(?:{_MARK} ?)*+\.?\d|n/a", re.IGNORECASE)
 
 
 def _bare(word: str, last: bool) -> str | None:
