@@ -264,7 +264,7 @@ def _open_data(
     Raises:
         UserError: if rows are bad or too few, or are not those that a resumed run began with.
     """
-    accelerator.print(f"reading the data set {config.data.dataset}")
+    accelerator.print(f"reading the data set {_from_here(config.data.dataset)}")
     meter = TargetMeter(collator, load_positions(config.model.model), config.data.max_target_tokens)
     notes: list[str] = []
     found = _find_splits(config, meter, resumed or evaluated, notes)
@@ -280,6 +280,12 @@ def _open_data(
         accelerator.print(note)
     accelerator.print(found.lengths.summary())
     return found
+
+
+def _from_here(path: str) -> str:
+    """Return an absolute path relative to the working directory if it lies below it, and anything else as it is."""
+    below = os.path.isabs(path) and Path(path).is_relative_to(os.getcwd())
+    return os.path.relpath(path) if below else path
 
 
 def _find_splits(config: TrainConfig, meter: TargetMeter, begun: RunFolder | None, notes: list[str]) -> RunSplits:

@@ -387,6 +387,13 @@ def test_a_run_without_evaluations_says_that_it_kept_the_last_adapter(cli, base_
     ]
 
 
+def test_a_data_set_below_the_working_directory_is_named_from_there(cli, base_args, dataset, tmp_path, monkeypatch):
+    shutil.copytree(dataset, tmp_path / "data" / "mine")
+    monkeypatch.chdir(tmp_path)
+    said = cli("train", *base_args, "--dataset", "data/mine", "--steps", 1, "--eval-every", 0, "--no-test").stdout
+    assert "reading the data set data/mine\n" in said
+
+
 def test_no_test_leaves_the_test_split_alone(train, tmp_path):
     run = train(tmp_path / "run", "--no-test")
     result = json.loads(run.result.read_text())
