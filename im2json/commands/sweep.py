@@ -128,7 +128,7 @@ def sweep(options: SweepOptions) -> bool:
         raise
 
     def score(winner: RunFolder, log: Path) -> Output:
-        click.echo(f"\nscoring the base model and {winner.path} on the test split")
+        click.echo(f"scoring the base model and {winner.path} on the test split", err=True)
         return backend.run_python(["-m", "im2json", "evaluate", str(winner.path), "--json"], log)
 
     answer(plan, jobs, options.folder, dropped, score)
