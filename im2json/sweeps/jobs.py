@@ -115,9 +115,9 @@ def train_command(job: Job, processes: int, threads: int | None) -> list[str]:
         processes: of the run: one per GPU, or 1 on the CPU.
         threads: CPU threads per process, unless the point has its own number; None leaves it to the run.
     """
-    launch = [sys.executable]
+    # Ray kills the children of a worker that it kills; the run is a child of the launcher, and saves.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--num_processes", str(processes)]
     if processes > 1:
-        launch += ["-m", "accelerate.commands.launch", "-q", "--num_processes", str(processes)]
         launch += ["--main_process_port", "0"]  # any unused port, because other points run on this machine
     run = str(job.run.path)
     if job.run.config.exists():
