@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import NamedTuple, TypeVar
 
@@ -52,6 +53,7 @@ class SplitName(NamedTuple):
     """
 
 
+@lru_cache(4096)  # the rows of a data set share few folders
 def split_named(name: str) -> SplitName | None:
     """Return the split that the name of a folder or file (without its suffix) stands for, if it is one.
 
