@@ -23,7 +23,7 @@ from im2json.cli import quiet_libraries, resume_advice
 from im2json.errors import UserError
 from im2json.files import read_json, write_json
 from im2json.options import TrainConfig
-from im2json.records import LogLine, Prediction
+from im2json.records import SPLITS, LogLine, Prediction
 from im2json.resume import evaluated_config, fresh_options, resumed_config
 from im2json.runs import RunFolder, check_output, make_folder
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from im2json.inference.extract import Extractor
 
 AnyPath = str | os.PathLike[str]
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from im2json.cli import (
 from im2json.commands.sweep import SweepOptions, list_points
 from im2json.commands.sweep import sweep as run_sweep
 from im2json.options import TrainConfig, flag_name
+from im2json.records import SPLITS
 from im2json.resume import EVALUATION_OPTIONS, EXTRACTION_OPTIONS, evaluated_config, fresh_options, resumed_config
 from im2json.runs import RunFolder, check_output
 
@@ -54,7 +55,7 @@ price_flag = click.option(
 )
 split_flag = click.option(
     "--split",
-    type=click.Choice(["train", "validation", "test"]),
+    type=click.Choice(SPLITS),
     default="test",
     show_default=True,
     help="Split whose answers are scored.",
