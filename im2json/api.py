@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any
 from im2json.cli import quiet_libraries, resume_advice
 from im2json.errors import UserError
 from im2json.files import read_json, write_json
-from im2json.options import TrainConfig
 from im2json.records import SPLITS, LogLine, Prediction
-from im2json.resume import evaluated_config, fresh_options, resumed_config
-from im2json.runs import RunFolder, check_output, make_folder
+from im2json.resume import evaluated_config, training_config
+from im2json.runs import RunFolder, make_folder
 
 if TYPE_CHECKING:
     from im2json.inference.extract import Extractor
@@ -117,13 +116,8 @@ def train(
     """
     if stop_after is not None and stop_after < 1:
         raise UserError(f"stop_after: {stop_after} is not a step; the first is 1")
-    given = _plain(options)
     stopped = None if resume is None else RunFolder(_path(resume))
-    if stopped is None:
-        config = TrainConfig.resolve(fresh_options(given, preset), preset)
-        check_output(config.train.output)
-    else:
-        config = resumed_config(stopped, given, preset)
+    config = training_config(stopped, _plain(options), preset)
     with _one_accelerator():
         from im2json.commands.train import Ending
         from im2json.commands.train import train as train_run

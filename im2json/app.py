@@ -41,8 +41,8 @@ from im2json.commands.sweep import SweepOptions, list_points
 from im2json.commands.sweep import sweep as run_sweep
 from im2json.options import TrainConfig, flag_name
 from im2json.records import SPLITS
-from im2json.resume import EVALUATION_OPTIONS, EXTRACTION_OPTIONS, evaluated_config, fresh_options, resumed_config
-from im2json.runs import RunFolder, check_output
+from im2json.resume import EVALUATION_OPTIONS, EXTRACTION_OPTIONS, evaluated_config, fresh_options, training_config
+from im2json.runs import RunFolder
 
 FILE = UserPath(exists=True, dir_okay=False, path_type=Path)
 PATH = UserPath(path_type=Path)
@@ -152,11 +152,7 @@ def plan(context: click.Context, preset: str | None, price_per_hour: float | Non
 def _train(context: click.Context, preset: str | None, resume: str | None, stop_after: int | None) -> None:
     with user_errors("no step was taken yet"):
         stopped = None if resume is None else RunFolder(Path(resume))
-        if stopped is None:
-            config = _fresh_config(context, preset)
-            check_output(config.train.output)
-        else:
-            config = resumed_config(stopped, context.obj or {}, preset)
+        config = training_config(stopped, context.obj or {}, preset)
         quiet_libraries()
         from im2json.commands.train import Ending, train
 

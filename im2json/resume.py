@@ -20,6 +20,7 @@ from im2json.runs import (
     adapter_folder,
     adapter_usage,
     check_folder,
+    check_output,
     home_of,
     step_of,
 )
@@ -39,6 +40,19 @@ EVALUATION_OPTIONS = ("precision", "constrain", "schema", "eval_batch_size", "ch
 """What may differ from the run's own options when it is evaluated."""
 EXTRACTION_OPTIONS = ("model", "quant", "prompt", "letterbox", "max_new_tokens", *EVALUATION_OPTIONS)
 """What may differ from the run's own options when pictures are read with it."""
+
+
+def training_config(stopped: RunFolder | None, given: dict[str, Any], preset: str | None = None) -> TrainConfig:
+    """Return the options of a run to train: of a stopped one, or of a new one, whose folder must be free.
+
+    Raises:
+        UserError: naming the option that is wrong, or what is in the way.
+    """
+    if stopped is not None:
+        return resumed_config(stopped, given, preset)
+    config = TrainConfig.resolve(fresh_options(given, preset), preset)
+    check_output(config.train.output)
+    return config
 
 
 def resumed_config(run: RunFolder, given: dict[str, Any], preset: str | None = None) -> TrainConfig:

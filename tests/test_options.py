@@ -55,7 +55,7 @@ def parsed(monkeypatch):
 
 def test_every_field_has_a_flag_that_sets_it(parsed, monkeypatch):
     monkeypatch.setattr(
-        "im2json.app.fresh_options", lambda given, preset: given
+        "im2json.resume.fresh_options", lambda given, preset: given
     )  # there is no adapter to take options from
     assert OTHER_VALUES.keys() == OPTIONS.keys()
     otherwise = TrainConfig.resolve({"model": "somewhere else"}).flat()
