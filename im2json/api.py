@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ AnyPath = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Run:
-    """A run and what it has found out so far. Everything is read from its folder, at each access.
+    """A run and what it has found out so far. It is a path, too: that of its folder, which is read at each access.
 
     Raises:
         UserError: if the folder is not that of a run.
@@ -46,9 +46,12 @@ class Run:
         object.__setattr__(self, "path", Path(path))
         RunFolder(self.path).read_config()
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
     @property
     def done(self) -> bool:
-        """Whether the run is finished; if not, `im2json.train(resume=run.path)` goes on with it."""
+        """Return whether the run is finished. If it is not, `im2json.train(resume=run)` goes on with it."""
         return RunFolder(self.path).done
 
     @property
@@ -100,7 +103,7 @@ class Sweep:
 
 
 def train(
-    preset: str | None = None, *, resume: AnyPath | Run | None = None, stop_after: int | None = None, **options: Any
+    preset: str | None = None, *, resume: AnyPath | None = None, stop_after: int | None = None, **options: Any
 ) -> Run:
     """Fine-tune a model, as `im2json train` does.
 
@@ -116,7 +119,7 @@ def train(
     """
     if stop_after is not None and stop_after < 1:
         raise UserError(f"stop_after: {stop_after} is not a step; the first is 1")
-    stopped = None if resume is None else RunFolder(_path(resume))
+    stopped = None if resume is None else RunFolder(Path(resume))
     config = training_config(stopped, _plain(options), preset)
     with _one_accelerator():
         from im2json.commands.train import Ending
@@ -128,7 +131,7 @@ def train(
     return Run(run.path)
 
 
-def evaluate(run: AnyPath | Run, split: str = "test", **options: Any) -> dict[str, dict[str, float]]:
+def evaluate(run: AnyPath, split: str = "test", **options: Any) -> dict[str, dict[str, float]]:
     """Score the base model and the best adapter of a run on a split, as `im2json evaluate` does.
 
     Args:
@@ -143,7 +146,7 @@ def evaluate(run: AnyPath | Run, split: str = "test", **options: Any) -> dict[st
     """
     if split not in SPLITS:
         raise UserError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
-    folder, given = RunFolder(_path(run)), _plain(options)
+    folder, given = RunFolder(Path(run)), _plain(options)
     config = evaluated_config(folder, given)
     with _one_accelerator():
         from im2json.commands.evaluate import evaluate as evaluate_run
@@ -168,11 +171,10 @@ def sweep(grid: AnyPath | Mapping[str, Any], *, output: AnyPath | None = None, *
     from im2json.commands.sweep import sweep as run_sweep
     from im2json.sweeps.grid import make_plan
 
-    unknown = options.keys() - {"jobs", "gpus_per_run", "ray", "halve"}
-    if unknown:
-        raise UserError(
-            f"{min(unknown)}: a sweep has the options jobs, gpus_per_run, ray and halve; others go into the grid"
-        )
+    known = [field.name for field in fields(SweepOptions) if field.name not in ("grid", "output", "overrides")]
+    for name in options:
+        if name not in known:
+            raise UserError(f"{name}: a sweep has the options {', '.join(known)}; others go into the grid")
     if not isinstance(grid, Mapping):
         settled = SweepOptions(Path(grid), output=None if output is None else Path(output), **options)
     elif output is None:
@@ -186,10 +188,6 @@ def sweep(grid: AnyPath | Mapping[str, Any], *, output: AnyPath | None = None, *
     if not run_sweep(settled):
         raise UserError(f"points of {settled.folder} failed, as printed above. The same call tries them again.")
     return Sweep(settled.folder)
-
-
-def _path(run: AnyPath | Run) -> Path:
-    return run.path if isinstance(run, Run) else Path(run)
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
