@@ -217,7 +217,7 @@ SURE = {
 def test_names_that_stand_for_a_split(role):
     found = {name: split_named(name) for name in SURE[role].split()}
     assert {name: split and split.role for name, split in found.items()} == dict.fromkeys(found, role)
-    assert all(split is not None and split.sureness > 0 for split in found.values())
+    assert all(split is not None and split.certainty > 0 for split in found.values())
 
 
 @pytest.mark.parametrize(

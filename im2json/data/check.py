@@ -58,8 +58,8 @@ class Checkup:
 
     def _copies_in(self, splits: Mapping[str, RunSplit]) -> list[list[tuple[str, str]]]:
         """Return the splits and ids of the copies."""
-        place = {row: name for name, split in splits.items() for row in split.rows}
-        return [[(place[row], row.id) for row in group if row in place] for group in self.copies]
+        split_of = {row: name for name, split in splits.items() for row in split.rows}
+        return [[(split_of[row], row.id) for row in group if row in split_of] for group in self.copies]
 
 
 def check_split(

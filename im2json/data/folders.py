@@ -35,7 +35,7 @@ FOLDER_HELP = (
 
 METADATA = "metadata.jsonl"
 
-_CARDS = ("readme", "license", "licence", "citation", "dataset_infos", "changelog", "copying", "notice")
+_COMPANIONS = ("readme", "license", "licence", "citation", "dataset_infos", "changelog", "copying", "notice")
 """Beginnings of the names of files that come with a data set, and that nobody misses among its rows."""
 
 
@@ -81,7 +81,7 @@ def open_folder(root: Path, given: Mapping[str, str | None], columns: Columns, n
 
 
 def open_lines(path: Path, columns: Columns, notes: list[str]) -> dict[str, Rows]:
-    """Return the rows of each split of one JSON-lines file, which is told apart by the folders of the pictures."""
+    """Return the rows of each split of one JSON-lines file, divided by the folders of the pictures."""
     beside = [name for name in os.listdir(path.parent) if name != path.name and _is_named_by_split(name)]
     if beside:
         called = "" if _is_named_by_split(path.name) else f", if {path.name} is called train.jsonl"
@@ -108,7 +108,7 @@ def _is_named_by_split(name: str) -> bool:
     """Return whether a file is one of JSON lines whose name says a split, such as test.jsonl or metadata_test.jsonl."""
     path = PurePosixPath(name)
     found = split_named(path.stem)
-    return path.suffix.lower() == ".jsonl" and found is not None and found.sureness > 0
+    return path.suffix.lower() == ".jsonl" and found is not None and found.certainty > 0
 
 
 # --- JSON lines
@@ -176,7 +176,7 @@ def _refuse_folders_without_rows(root: Path, tree: Tree, used: set[str]) -> None
     filled = {str(parent) for name in used for parent in PurePosixPath(name).parents}
     for folder in sorted(folders - filled):
         found = split_named(PurePosixPath(folder).name)
-        if found is not None and found.sureness == 2 and split_of(PurePosixPath(folder).parts[:-1])[0] is None:
+        if found is not None and found.certainty == 2 and split_of(PurePosixPath(folder).parts[:-1])[0] is None:
             raise UserError(f"{root / folder}: has no {METADATA}; {FOLDER_HELP}")
 
 
@@ -210,7 +210,7 @@ def _note_unused(root: Path, tree: Tree, used: set[str], notes: list[str]) -> No
         name
         for name in tree.files
         if unicodedata.normalize("NFC", name) not in known
-        and not os.path.basename(name).lower().startswith((*SYSTEM_FILES, *_CARDS))
+        and not os.path.basename(name).lower().startswith((*SYSTEM_FILES, *_COMPANIONS))
     ]
     broken = [name for name in unused if not os.path.exists(root / name)]
     if broken:

@@ -39,8 +39,8 @@ class TargetMeter:
         """
         self.collator = collator
         self.limit = limit
-        self.room = positions - len(collator.prefix_ids)
-        if self.room < 2:
+        self.answer_positions = positions - len(collator.prefix_ids)
+        if self.answer_positions < 2:
             raise UserError(
                 f"--prompt {shortened(collator.prompt)!r}: picture and prompt take {len(collator.prefix_ids)} tokens, "
                 f"and the model holds {positions}; shorten the prompt"
@@ -52,8 +52,8 @@ class TargetMeter:
         size = f"the target takes {len(ids)} tokens"
         if self.limit is not None and len(ids) > self.limit:
             return Measured(len(ids), f"{size}, and --max-target-tokens is {self.limit}; targets are never cut")
-        if len(ids) > self.room:
-            return Measured(len(ids), f"{size}, and the model holds {self.room} after picture and prompt")
+        if len(ids) > self.answer_positions:
+            return Measured(len(ids), f"{size}, and the model holds {self.answer_positions} after picture and prompt")
         return Measured(len(ids), difference=_difference(canonical(target), *self.collator.texts([ids])))
 
 

@@ -46,7 +46,7 @@ class SplitName(NamedTuple):
     """The split that a name stands for, and how surely."""
 
     role: str
-    sureness: int
+    certainty: int
     """2: the very name, such as Val. 1: with neutral words, such as test_set. 0: with others, such as blood-test.
 
     At 0, the role may also be several ones, such as "train or test" for train_test.
@@ -100,8 +100,8 @@ def split_of(folders: Iterable[str]) -> tuple[str | None, _Doubt | None]:
     named = [(folder, found) for folder in folders if (found := split_named(folder)) is not None]
     if not named:
         return None, None
-    best = max(found.sureness for _, found in named)
-    chosen = {found.role: folder for folder, found in named if found.sureness == best}
+    best = max(found.certainty for _, found in named)
+    chosen = {found.role: folder for folder, found in named if found.certainty == best}
     if len(chosen) > 1:
         return None, _Doubt("/".join(chosen.values()), " or ".join(chosen))
     role, folder = chosen.popitem()
