@@ -53,6 +53,18 @@ def write_dataset(folder: Path, **counts: int) -> Path:
     return folder
 
 
+def lock_folder(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let no folder of this name be listed: a test may run as root, whom no permission stops."""
+    listdir = os.listdir
+
+    def refuse(path: str) -> list[str]:
+        if os.path.basename(path) == name:
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+
+
 def reset_accelerate() -> None:
     """Let the next run in this process choose device and precision afresh, as a new process would."""
     from accelerate.state import AcceleratorState

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from helpers import lock_folder
 from PIL import Image
 
 from im2json.data.check import check_split
@@ -550,14 +551,7 @@ def test_a_folder_of_a_split_without_rows_stops(tmp_path):
 
 def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
     write_pairs(tmp_path, **{f"n{i}": "." for i in range(3)}, locked="locked")
-    listdir = os.listdir
-
-    def refuse(path: str) -> list[str]:
-        if os.path.basename(path) == "locked":  # a test may run as root, whom no permission stops
-            raise PermissionError(13, "Permission denied")
-        return listdir(path)
-
-    monkeypatch.setattr(os, "listdir", refuse)
+    lock_folder(monkeypatch, "locked")
     assert f"{tmp_path}: folders that cannot be listed: 1\n  locked" in loaded(tmp_path)[1]
     with pytest.raises(UserError, match="locked: the folder cannot be listed; check its permissions"):
         load_splits(str(tmp_path / "locked"))

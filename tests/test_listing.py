@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+from helpers import lock_folder
 from PIL import Image
 
 from im2json.data.listing import list_tree
@@ -116,14 +117,7 @@ def test_what_cannot_be_reached_is_listed_to_get_its_error(tmp_path):
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     write(tmp_path, "1.png", "locked/2.png")
-    listdir = os.listdir
-
-    def refuse(path: str) -> list[str]:
-        if os.path.basename(path) == "locked":  # a test may run as root, whom no permission stops
-            raise PermissionError(13, "Permission denied")
-        return listdir(path)
-
-    monkeypatch.setattr(os, "listdir", refuse)
+    lock_folder(monkeypatch, "locked")
     assert list_tree(tmp_path).unread == ("locked",)
     assert listed(tmp_path)[0] == ["1.png", "locked"]
     with pytest.raises(UserError, match=r"^x: cannot be read \(Permission denied\)$"):

@@ -13,8 +13,8 @@ from im2json.data.listing import (
     Tree,
     by_suffix,
     list_tree,
-    looks_like_document,
     names_document,
+    note_hidden,
     suffix_of,
 )
 from im2json.data.pairs import read_pairs
@@ -222,5 +222,4 @@ def _note_unused(root: Path, tree: Tree, used: set[str], notes: list[str]) -> No
         notes.append(f"{root}: files not used, as no row names them: {by_suffix(left)}")
     if empty := [name for name in tree.empty if split_named(PurePosixPath(name).name) is not None]:
         notes.append(listed(f"{root}: empty folders that are called as a split is: {len(empty)}", empty, 5))
-    if hidden := [name for name in tree.hidden if looks_like_document(root / name)]:
-        notes.append(f"{root}: hidden files passed over: {by_suffix(hidden)}")
+    note_hidden(root, tree, notes)

@@ -134,6 +134,12 @@ def looks_like_document(path: str | os.PathLike[str]) -> bool:
     return start.startswith(_BEGINNINGS) or webp or bitmap or is_heic(start) or is_avif(start)
 
 
+def note_hidden(root: str | os.PathLike[str], tree: Tree, notes: list[str]) -> None:
+    """Append a note on the hidden files below a folder that may be documents."""
+    if hidden := [name for name in tree.hidden if looks_like_document(os.path.join(root, name))]:
+        notes.append(f"{os.fspath(root)}: hidden files passed over: {by_suffix(hidden)}")
+
+
 def by_suffix(names: Collection[str], shown: int = 3) -> str:
     """Return how many files there are of each suffix, and the first few of them: 3 (2 .txt, 1 .zip: a.txt, ...)."""
     counts = Counter(suffix_of(name) or "without suffix" for name in sorted(names))

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from im2json.data.kinds import CONVERT, FORMATS, HEIF, is_heic, raw_kind, unreadable_kind
-from im2json.data.listing import SYSTEM_FILES, by_suffix, list_tree, looks_like_document
+from im2json.data.listing import SYSTEM_FILES, by_suffix, list_tree, looks_like_document, note_hidden
 from im2json.data.modes import DAMAGE, load_upright_rgb
 from im2json.errors import UserError
 
@@ -124,12 +124,10 @@ def _in_folder(folder: str, notes: list[str]) -> list[str]:
     others = [
         name for name in tree.files if name not in documents and os.path.basename(name).lower() not in SYSTEM_FILES
     ]
-    hidden = [name for name in tree.hidden if looks_like_document(path / name)]
     notes += tree.notes
     if others:
         notes.append(f"{folder}: files passed over that are no pictures: {by_suffix(others)}")
-    if hidden:
-        notes.append(f"{folder}: hidden files passed over: {by_suffix(hidden)}")
+    note_hidden(folder, tree, notes)
     return sorted(str(path / name) for name in (*documents, *tree.unread))
 
 
