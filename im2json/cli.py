@@ -1,4 +1,4 @@
-"""What the commands share: flags made from the options, and errors that a user can act on."""
+"""Make flags from the options, and errors that a user can act on, for all commands."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def resumed_config(run: RunFolder, given: dict[str, Any], preset: str | None = N
 
 
 def _check_length(run: RunFolder, before: TrainConfig, after: TrainConfig) -> None:
-    """Refuse to resume a run to an end that it has passed.
+    """Refuse to resume a finished run that would not become longer, or any run to steps that it has passed.
 
     Raises:
         UserError: saying which value of --steps or --epochs would be right.
@@ -104,7 +104,7 @@ def _check_length(run: RunFolder, before: TrainConfig, after: TrainConfig) -> No
 
 
 def check_end(run: RunFolder, options: TrainOptions, total: int) -> None:
-    """Refuse to resume a run to an end that it has passed.
+    """Refuse to resume a run to fewer steps than it has taken.
 
     Args:
         total: the steps that the run would have.

@@ -27,7 +27,7 @@ Measure = Callable[[dict[str, Any]], Measured]
 
 @dataclass(frozen=True)
 class Checkup:
-    """What opening every row of a data set showed."""
+    """Hold what opening every row of a data set has shown."""
 
     rows: dict[str, list[Row]]  # that can be used, by the split that they were found in
     problems: dict[str, dict[str, str]]  # by split: the id of each bad row, and what is wrong with it

@@ -1,4 +1,4 @@
-"""What `im2json check` says of a data set, without training."""
+"""Describe a data set without training, for `im2json check`."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ PREVIEWS = 6
 
 
 def diagnose(options: DataOptions, meter: TargetMeter, page: Path, say: Callable[[str], object]) -> bool:
-    """Say all that is known of the data part by part, and write the page; whether a run would take the rows, as far as
-    --skip-bad goes.
+    """Say all that is known of the data, part by part, and write the page.
 
-    Raises UserError where the data set cannot be opened at all, or `page` is another file; and at the end, when all
-    else is said, where there are too few pictures to cut a missing split from.
+    Returns:
+        Whether a run would take the rows, as far as --skip-bad goes.
+
+    Raises:
+        UserError: if the data set cannot be opened or `page` is a file of another kind; and, once all else is said, if
+            there are too few pictures to cut a missing split from.
     """
     if page.exists() and page.suffix != ".html":
         raise UserError(f"--output {page} exists: with --check it names the .html to write")

@@ -1,4 +1,4 @@
-"""What every source of data hands out: an example, a split of them, and the rows that a run has of it."""
+"""Define what every source of data hands out: an example, a split of them, and the rows that a run has of it."""
 
 from __future__ import annotations
 

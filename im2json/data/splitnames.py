@@ -134,8 +134,8 @@ def group_by_split(root: str, items: Iterable[tuple[Item, str | None, str]], not
         lines = [f"{doubt.folder} ({count} rows): {doubt.reading}?" for doubt, count in doubts.items()]
         title = (
             f"{root}: these names of folders, or in the column {SPLIT_COLUMN}, leave open whether their rows are for "
-            "training. Rename each to the "
-            "split that it holds (train, validation or test), or move it into a folder of that name"
+            "training. Rename each to the split that it holds (train, validation or test), or move it into a folder "
+            "of that name"
         )
         raise UserError(listed(title, lines, 5))
     flat = [picture for (_, picture, _), role in zip(items, roles) if role is None and picture is not None]
