@@ -11,7 +11,7 @@ from im2json.jsontext.text import (
     parse_target,
     scoring_text,
 )
-from im2json.jsontext.tolerant import MAX_REPAIRED, Reading, answer_start, leaf_spans, read
+from im2json.jsontext.tolerant import MAX_REPAIRED, Reading, leaf_spans, read
 
 __all__ = [
     "MAX_DEPTH",
@@ -19,7 +19,6 @@ __all__ = [
     "MAX_REPAIRED",
     "Number",
     "Reading",
-    "answer_start",
     "canonical",
     "dumps",
     "kind_of",

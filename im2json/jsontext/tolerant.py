@@ -23,11 +23,12 @@ MAX_REPAIRED = 1_000_000
 
 
 class Reading(NamedTuple):
-    """What a prediction says, how it was read, and whether it ends before its object does."""
+    """What a prediction says, how it was read, whether it ends before its object does, and where that begins."""
 
     value: dict[str, Any] | None
     how: Literal["strict", "repaired", "unreadable"]
     truncated: bool
+    start: int = 0  # index of the object's brace; 0 if there is no object
 
 
 def read(text: str) -> Reading:
@@ -49,18 +50,12 @@ def read(text: str) -> Reading:
     """
     value = parse(text)
     if value is not None:
-        return Reading(value, "strict", False)
+        return Reading(value, "strict", False, text.find("{"))
     found = _answer(text)
     value = parse("".join(found.pieces)) if found else None
     if found is None or value is None:
         return Reading(None, "unreadable", False)
-    return Reading(value, "repaired", bool(found.open))
-
-
-def answer_start(text: str, reading: Reading) -> int:
-    """Return the index of the brace with which the object begins that `read` has found."""
-    found = None if reading.how == "strict" else _answer(text)
-    return found.start if found else text.find("{")
+    return Reading(value, "repaired", bool(found.open), found.start)
 
 
 def leaf_spans(text: str, reading: Reading | None = None) -> dict[str, Any] | None:
@@ -72,7 +67,7 @@ def leaf_spans(text: str, reading: Reading | None = None) -> dict[str, Any] | No
     reading = read(text) if reading is None else reading
     if reading.value is None or len(text) > MAX_REPAIRED:
         return None
-    found = _Rewriting(text, answer_start(text, reading))
+    found = _Rewriting(text, reading.start)
     found.run()
     # read as the text is, repeated keys and all, but with a number in place of each leaf
     pieces = (str(i) if i in found.spans else piece for i, piece in enumerate(found.pieces))

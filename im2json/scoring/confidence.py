@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from im2json.errors import UserError
-from im2json.jsontext import Reading, answer_start, leaf_spans, map_leaves, read
+from im2json.jsontext import Reading, leaf_spans, map_leaves, read
 from im2json.records import Prediction
 from im2json.scoring.normal import fields, key_path, normal_items
 
@@ -54,7 +54,7 @@ def leaf_confidence(
     spans = leaf_spans(text, reading)
     if spans is None:
         return None
-    ends = [answer_start(text, reading)]  # and those of the leaves, in the order of the text
+    ends = [reading.start]  # and those of the leaves, in the order of the text
     map_leaves(spans, lambda span: ends.append(span[1]))
     ends.sort()
 

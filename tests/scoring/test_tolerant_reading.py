@@ -20,7 +20,7 @@ WRITTEN = {
 
 @pytest.mark.parametrize("text", ['{"a":1}', ' {"a":1}\n', "{}"])
 def test_strict_json_is_left_alone(text: str) -> None:
-    assert read(text) == (json.loads(text), "strict", False)
+    assert read(text)[:3] == (json.loads(text), "strict", False)
 
 
 REPAIRED = {
@@ -113,7 +113,7 @@ REPAIRED = {
 @pytest.mark.parametrize("name", REPAIRED)
 def test_what_is_repaired(name: str) -> None:
     text, value = REPAIRED[name]
-    assert read(text) == (value, "repaired", False)
+    assert read(text)[:3] == (value, "repaired", False)
 
 
 TRUNCATED = {
@@ -148,7 +148,7 @@ TRUNCATED = {
 
 @pytest.mark.parametrize("text", TRUNCATED)
 def test_a_tail_is_closed(text: str) -> None:
-    assert read(text) == (TRUNCATED[text], "repaired", True)
+    assert read(text)[:3] == (TRUNCATED[text], "repaired", True)
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -183,7 +183,7 @@ UNREADABLE = [
 
 @pytest.mark.parametrize("text", UNREADABLE)
 def test_what_is_no_object_stays_unreadable(text: str) -> None:
-    assert read(text) == (None, "unreadable", False)
+    assert read(text)[:3] == (None, "unreadable", False)
 
 
 HOSTILE = {
