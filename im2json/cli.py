@@ -136,7 +136,8 @@ def user_errors(interrupted: str = "nothing was lost") -> Iterator[None]:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A name that is not UTF-8, or a terminal that is not, must not end a run; a file keeps the order of both.
+            # Names and terminals that are not UTF-8 must not end a run. Line by line, both streams keep their order in
+            # one file.
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None

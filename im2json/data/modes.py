@@ -54,7 +54,7 @@ def load_upright_rgb(picture: Image.Image) -> Image.Image:
     """Load a picture, apply its EXIF orientation, convert it to RGB, and put what is transparent on white.
 
     Values of more than 8 bits are scaled by the range that the file declares or uses. Where that is less than the range
-    of their bits, the result's `info` has a note under NOTE. A picture in need of nothing is returned itself.
+    of their bits, the result's `info` has a note under NOTE. A picture that needs no change is returned as it is.
 
     Raises:
         One of DAMAGE: if the file is damaged or cut short.

@@ -93,8 +93,8 @@ def list_pictures(given: Iterable[str], notes: list[str] | None = None) -> list[
 
     Of a folder, every file in it and below it that looks like a document, in linked folders too, hidden ones apart.
     Documents that cannot be read, folders that cannot be listed and links that lead nowhere are among them, so that
-    each gets its error when it is read. A pattern like `scans/**/*.png` is one only where there is no file of that
-    name. A file need not exist or be a picture: that is said when it is read.
+    each gets its error when it is read. A name like `scans/**/*.png` is a pattern only if no file has that name. A
+    file need not exist or be a picture: its error comes when it is read.
 
     A line on each kind of file that was passed over is appended to `notes`.
 

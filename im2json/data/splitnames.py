@@ -96,7 +96,7 @@ class _Doubt(NamedTuple):
 
 
 def split_of(folders: Iterable[str]) -> tuple[str | None, _Doubt | None]:
-    """Return the split that folders name, and the doubt where they may or may not name one, or name two."""
+    """Return the split that folders name, or the doubt if it is not clear that they name one, or if they name two."""
     named = [(folder, found) for folder in folders if (found := split_named(folder)) is not None]
     if not named:
         return None, None

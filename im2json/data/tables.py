@@ -188,7 +188,7 @@ def open_tables(
 
 
 def _by_column(loaded: Mapping[str, Any], name: str, notes: list[str]) -> Mapping[str, Any]:
-    """Return tables by split, of which one alone is divided as its column `split` says.
+    """Return tables by split. A single table is divided as its column `split` says.
 
     Raises:
         UserError: where values of the column leave it open.
