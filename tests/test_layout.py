@@ -416,7 +416,7 @@ def test_a_column_of_a_table_that_says_the_split(tmp_path, kind):
 def test_json_lines_that_name_no_split_are_named_themselves(tmp_path):
     write_rows(tmp_path / "receipts.jsonl", "1.png", "2.png", "3.png")
     with pytest.raises(
-        UserError, match=r"but 4 \(3 \.png, 1 \.jsonl: .*to read receipts\.jsonl, pass --dataset .*/recei"
+        UserError, match=r"Files there: 4 \(3 \.png, 1 \.jsonl: .*To read receipts\.jsonl, pass --dataset .*/recei"
     ):
         load_splits(str(tmp_path))
 

@@ -510,23 +510,36 @@ def test_targets_that_are_no_objects(tmp_path, text):
         _ = load_splits(str(tmp_path))["test"].targets
 
 
+def refusal(dataset: object) -> str:
+    """Return the error that names what --dataset may not be."""
+    with pytest.raises(UserError) as caught:
+        load_splits(str(dataset))
+    return str(caught.value)
+
+
 def test_folders_that_are_no_data_set(tmp_path):
-    with pytest.raises(ValueError, match=r"holds neither metadata\.jsonl nor Parquet files; .*\"file_name\""):
-        load_splits(str(tmp_path))
-    with pytest.raises(ValueError, match="there is no such folder"):
-        load_splits(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="there is no such folder or file"):
-        load_splits("nowhere.jsonl")
-    (tmp_path / "file.json").write_text("{}")
-    with pytest.raises(ValueError, match="is a file"):
-        load_splits(str(tmp_path / "file.json"))
+    line = '{"file_name": "001.jpg", "ground_truth": {"total": "9.30"}}'
+    nothing = f"{tmp_path}: holds no metadata.jsonl, Parquet files or pictures with a .json each."
+    remedy = f"Write a metadata.jsonl with a line like {line} for each picture, or put a .json of its name beside each."
+    assert refusal(tmp_path) == f"{nothing} {remedy}"
+    (tmp_path / "file.txt").write_text("{}")
+    assert refusal(tmp_path) == f"{nothing} Files there: 1 (1 .txt: file.txt). {remedy}"
+    (tmp_path / "rows.jsonl").write_text("{}")
+    assert refusal(tmp_path).endswith(f"rows.jsonl). To read rows.jsonl, pass --dataset {tmp_path / 'rows.jsonl'}.")
+    (tmp_path / "rows.jsonl").unlink()
+
+    names = "Name a folder of pictures with their JSON, a .jsonl file, or a data set on the hub."
+    for dataset in (tmp_path / "nowhere", "nowhere.jsonl"):
+        assert refusal(dataset) == f"--dataset {dataset}: there is no such folder or file. {names}"
+    file = tmp_path / "file.txt"
+    assert refusal(file) == f"--dataset {file}: is not a file of JSON lines. {names}"
+
     three_splits(tmp_path)
     (tmp_path / "test" / "metadata.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="its split test is empty"):
-        load_splits(str(tmp_path))
+    assert "its split test is empty" in refusal(tmp_path)
     (tmp_path / "test" / "metadata.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"test: has no metadata\.jsonl"):
-        load_splits(str(tmp_path))
+    without = f"{tmp_path / 'test'}: has no metadata.jsonl. Write one with a line like {line} for each picture."
+    assert refusal(tmp_path) == without
 
 
 # --- Parquet and the hub

@@ -25,15 +25,8 @@ from im2json.errors import UserError
 from im2json.options import flag_name
 
 COLUMN_OPTIONS = ("image_column", "target_column")
-METADATA_EXAMPLE = '{"file_name": "001.jpg", "ground_truth": "{\\"gt_parse\\": {\\"total\\": \\"9.30\\"}}"}'
-FOLDER_HELP = (
-    "a folder must hold train/metadata.jsonl (and validation/, test/ where there are such splits), "
-    f"a line a picture: {METADATA_EXAMPLE}; "
-    "or pictures with a .json of the same name each, train/001.jpg and train/001.json, or train/img/ and train/key/; "
-    "or Parquet files named by split, such as data/train-00000-of-00001.parquet; or what save_to_disk wrote"
-)
-
 METADATA = "metadata.jsonl"
+_ROW = '{"file_name": "001.jpg", "ground_truth": {"total": "9.30"}}'
 
 _COMPANIONS = ("readme", "license", "licence", "citation", "dataset_infos", "changelog", "copying", "notice")
 """Beginnings of the names of files that come with a data set, and that nobody misses among its rows."""
@@ -177,7 +170,7 @@ def _refuse_folders_without_rows(root: Path, tree: Tree, used: set[str]) -> None
     for folder in sorted(folders - filled):
         found = split_named(PurePosixPath(folder).name)
         if found is not None and found.certainty == 2 and split_of(PurePosixPath(folder).parts[:-1])[0] is None:
-            raise UserError(f"{root / folder}: has no {METADATA}; {FOLDER_HELP}")
+            raise UserError(f"{root / folder}: has no {METADATA}. Write one with a line like {_ROW} for each picture.")
 
 
 # --- pairs
@@ -188,10 +181,14 @@ def _open_pairs(
 ) -> dict[str, Rows]:
     lines = read_pairs(root, tree.files)
     if all(line.problem for line in lines):
-        held = f", but {by_suffix(tree.files)}" if tree.files else ""
-        if rows := [name for name in tree.files if suffix_of(name) == ".jsonl"]:
-            held += f" (to read {rows[0]}, pass --dataset {root / rows[0]})"
-        raise UserError(f"{root}: holds neither {METADATA} nor Parquet files{held}; {FOLDER_HELP}")
+        held = f" Files there: {by_suffix(tree.files)}." if tree.files else ""
+        rows = next((name for name in tree.files if suffix_of(name) == ".jsonl"), None)
+        remedy = (
+            f"Write a {METADATA} with a line like {_ROW} for each picture, or put a .json of its name beside each."
+            if rows is None
+            else f"To read {rows}, pass --dataset {root / rows}."
+        )
+        raise UserError(f"{root}: holds no {METADATA}, Parquet files or pictures with a .json each.{held} {remedy}")
     refuse_all_but((), given, str(root))
     used |= {name for name in tree.files if suffix_of(name) == ".json" or names_document(name)}
     used |= {line.file_name for line in lines}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from im2json.data.example import Split
-from im2json.data.folders import COLUMN_OPTIONS, FOLDER_HELP, open_folder, open_lines, refuse_all_but
+from im2json.data.folders import COLUMN_OPTIONS, open_folder, open_lines, refuse_all_but
 from im2json.data.splitnames import ROLES
 from im2json.data.splits import cut
 from im2json.data.stored import ALIASES, Columns, Rows, StoredSplit, listed
@@ -18,6 +18,7 @@ from im2json.errors import UserError, first_line
 from im2json.options import DataOptions
 
 RECEIPTS = "receipts"
+_FORMS = "Name a folder of pictures with their JSON, a .jsonl file, or a data set on the hub."
 FORM_OPTIONS = ("dataset_config", "revision", *COLUMN_OPTIONS)
 
 _log = logging.getLogger(__name__)
@@ -92,9 +93,9 @@ def open_splits(options: DataOptions, notes: list[str], seed: int = 0) -> dict[s
     elif path.exists() and path.suffix.lower() in (".parquet", ".arrow"):
         raise UserError(f"--dataset {dataset}: is one file of a data set; pass its folder, --dataset {path.parent}")
     elif path.exists():
-        raise UserError(f"--dataset {dataset}: is a file, but not one of JSON lines (NAME.jsonl); {FOLDER_HELP}")
+        raise UserError(f"--dataset {dataset}: is not a file of JSON lines. {_FORMS}")
     elif _looks_like_path(dataset):
-        raise UserError(f"--dataset {dataset}: there is no such folder or file; {FOLDER_HELP}")
+        raise UserError(f"--dataset {dataset}: there is no such folder or file. {_FORMS}")
     else:
         available = _open_hub(dataset, options.dataset_config, options.revision, columns, notes)
     return _by_role(available, dataset, options.train_split, notes)
