@@ -37,6 +37,13 @@ METRICS: dict[str, Metric] = {
 examples, which is not a metric."""
 
 
+MIN_EXAMPLES = 5
+"""Fewer examples say little about others, so a difference between them has no interval and no verdict."""
+
+TOO_FEW = "too few"
+"""The verdict on a difference between fewer than MIN_EXAMPLES examples."""
+
+
 def labelled(name: str) -> str:
     """Return a metric's name for a table or plot, with a note where lower is better. Other names are unchanged."""
     lower = name in METRICS and not METRICS[name].higher_is_better

@@ -284,8 +284,10 @@ def test_a_few_examples_decide_nothing(cli, tmp_path):
     targets = [{"a": "1"}] * 3
     runs = kept(tmp_path / "A", ['{"a":"x"}'] * 3, targets), kept(tmp_path / "B", ['{"a":"1"}'] * 3, targets)
     found = json.loads(cli("evaluate", runs[0].path, "--against", runs[1].path, "--json").stdout)
-    assert found["fields"]["a"]["verdict"] == "too few"
-    assert found["fields"]["a"]["low"] is None
+    for difference in (found["fields"]["a"], *found["metrics"].values()):
+        assert difference["verdict"] == "too few"
+        assert difference["low"] is None
+    assert found["metrics"]["exact_match"]["difference"] == 1
 
 
 def test_verdicts_know_which_way_is_better():

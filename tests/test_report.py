@@ -60,6 +60,12 @@ def test_before_after():
     ]
 
 
+@pytest.mark.parametrize(("num", "says"), [(4, "too few"), (5, "better")])
+def test_a_few_examples_are_not_called_better(num, says):
+    text = before_after_table({"field_f1": 0.0, "num": num}, {"field_f1": 1.0, "num": num})
+    assert text.splitlines()[2].split(maxsplit=4) == ["field_f1", "0.000", "1.000", "+1.000", says]
+
+
 def test_worse_missing_and_undefined():
     text = before_after_table(
         {"field_f1": 0.5, "edit_distance": 0.1, "json_validity": float("nan"), "exact_match": 0.25},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -231,8 +232,8 @@ def test_evaluate_prints_a_table_and_takes_other_splits(finished, cli, tmp_path)
     assert (run.path / "validation.png").is_file()
     assert "validation split" in run.report.read_text("utf-8") and "test split" in finished.report.read_text("utf-8")
     result = json.loads(run.result.read_text())
-    shown = next(line for line in lines if line.startswith("edit_distance")).split()
-    assert shown[-3] == f"{result['validation']['edit_distance']:.3f}"
+    _, _, after, *_ = re.split(" {2,}", next(line for line in lines if line.startswith("edit_distance")))
+    assert after == f"{result['validation']['edit_distance']:.3f}"
     stages = {(row["split"], row["stage"]) for row in read_lines(run.predictions_file)}
     assert stages == {(s, g) for s in ("test", "validation") for g in ("before", "after")} | {("validation", "during")}
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 
-from im2json.catalogue import labelled
+from im2json.catalogue import TOO_FEW, labelled
 from im2json.report.table import before_after_table, counted, table
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS, Difference, compare_predictions
@@ -137,7 +137,7 @@ def comparison_tables(metrics: Mapping[str, Difference], fields: Mapping[str, Di
 def verdict(found: Difference, higher_is_better: bool) -> str:
     """Return better, worse, within noise, or too few if there are too few examples to say."""
     if math.isnan(found.low):
-        return "too few"
+        return TOO_FEW
     if not found.exceeds_noise:
         return "within noise"
     return "better" if (found.difference > 0) == higher_is_better else "worse"

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from im2json.catalogue import labelled
+from im2json.catalogue import MIN_EXAMPLES, TOO_FEW, labelled
 from im2json.scoring import METRICS
 
 BEFORE_AFTER = ["metric", "before", "after", "change", ""]
@@ -48,7 +48,7 @@ def before_after_table(before: Mapping[str, float], after: Mapping[str, float]) 
 
     The metrics are in the order of scoring.METRICS, which says which direction is better. Other names, such as a loss,
     follow in the order given and without a verdict. `num`, the number of examples, is left out. A change that rounds to
-    0.000 is "same".
+    0.000 is "same", and one of fewer than MIN_EXAMPLES examples is "too few" to say.
     """
     return table(before_after_rows(before, after), BEFORE_AFTER)
 
@@ -57,10 +57,11 @@ def before_after_rows(before: Mapping[str, float], after: Mapping[str, float]) -
     """Return the rows of `before_after_table`, for the headers BEFORE_AFTER."""
     given = [name for name in dict.fromkeys([*before, *after]) if name != "num"]
     names = [name for name in METRICS if name in given] + [name for name in given if name not in METRICS]
-    return [_comparison(name, before.get(name), after.get(name)) for name in names]
+    enough = after.get("num", MIN_EXAMPLES) >= MIN_EXAMPLES
+    return [_comparison(name, before.get(name), after.get(name), enough) for name in names]
 
 
-def _comparison(name: str, before: float | None, after: float | None) -> list[Any]:
+def _comparison(name: str, before: float | None, after: float | None, enough: bool) -> list[Any]:
     metric = METRICS.get(name)
     shown = labelled(name)
     if before is None or after is None or metric is None:
@@ -69,7 +70,7 @@ def _comparison(name: str, before: float | None, after: float | None) -> list[An
     gain = round(after - before if metric.higher_is_better else before - after, 3)
     # nan is neither
     verdict = "better" if gain > 0 else "worse" if gain < 0 else "same" if gain == 0 else ""
-    return [shown, before, after, _Signed(after - before), verdict]
+    return [shown, before, after, _Signed(after - before), TOO_FEW if verdict and not enough else verdict]
 
 
 class _Signed(float):

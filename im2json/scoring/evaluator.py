@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from im2json.catalogue import METRICS
+from im2json.catalogue import METRICS, MIN_EXAMPLES
 from im2json.errors import UserError
 from im2json.jsontext import Reading, scoring_text
 from im2json.records import Prediction
@@ -99,7 +100,8 @@ class Difference(NamedTuple):
 def compare(first: StreamingEvaluator, second: StreamingEvaluator) -> dict[str, Difference]:
     """Compare two evaluators of the same examples by a paired bootstrap, metric by metric.
 
-    Both give an example the same weight in every replicate, so the noise that they share cancels in the difference.
+    Both give an example the same weight in every replicate, so the noise that they share cancels in the difference. The
+    interval is NaN for fewer than MIN_EXAMPLES examples.
 
     Raises:
         ValueError: if the seeds or the examples differ, by id or else by target.
@@ -108,10 +110,11 @@ def compare(first: StreamingEvaluator, second: StreamingEvaluator) -> dict[str, 
     if not same or not np.array_equal(first._sums[SUMS.index("num")], second._sums[SUMS.index("num")]):
         raise ValueError("only evaluators that counted the same examples with the same seed can be compared")
     before, after = first._values(), second._values()
+    enough = first._sums[SUMS.index("num"), 0] >= MIN_EXAMPLES
     compared = {}
     for name in METRICS:
         differences = after[name] - before[name]
-        low, high = interval(differences[1:])
+        low, high = interval(differences[1:]) if enough else (math.nan, math.nan)
         values = float(before[name][0]), float(after[name][0]), float(differences[0])
         compared[name] = Difference(*values, low, high)
     return compared

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 
+from im2json.catalogue import MIN_EXAMPLES
 from im2json.jsontext import scoring_text
 from im2json.records import Prediction
 from im2json.scoring.bootstrap import REPLICATES, example_key, interval, poisson_weights
@@ -22,9 +23,6 @@ MAX_FOREIGN = 100
 
 MAX_FOREIGN_LENGTH = 200
 """Characters. Longer paths that only predictions have are never kept one by one."""
-
-MIN_EXAMPLES = 5
-"""A field with fewer examples has no interval, because resampling a handful says little about others."""
 
 _WANTED, _PREDICTED, _MATCHED, _SIMILARITY, _EXAMPLES = range(5)
 Array = NDArray[np.float64]

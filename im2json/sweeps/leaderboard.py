@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -172,6 +173,8 @@ def judge_axis(axis: str, centre: Values, settings: Sequence[Setting], metric: s
         differ = "they were not validated on the same examples and seeds, so nothing is said of noise"
         return replace(found, sentence=f"{head}; {differ}.")
     compared = compare(second.evaluator, best.evaluator)[metric]
+    if math.isnan(compared.low):
+        return replace(found, sentence=f"{head}; the examples are too few to tell this from noise.")
     exceeds = compared.exceeds_noise and not _overlap(best.values(metric), second.values(metric))
     noise = "noise" if len(best.runs) > 1 else "noise of the examples (that of seeds takes several to tell)"
     verdict = f"exceeds the {noise}" if exceeds else "is within the noise, so this grid does not tell them apart"

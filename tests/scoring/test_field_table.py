@@ -7,9 +7,10 @@ from helpers import prediction
 from oracles import edited, pairs, random_pair, random_receipt
 from oracles import normal as oracle_normal
 
+from im2json.catalogue import MIN_EXAMPLES
 from im2json.records import Prediction
 from im2json.scoring import StreamingEvaluator
-from im2json.scoring.fieldtable import MAX_FOREIGN, MIN_EXAMPLES, FieldRow, FieldTable, compare_fields
+from im2json.scoring.fieldtable import MAX_FOREIGN, FieldRow, FieldTable, compare_fields
 from im2json.scoring.scorecard import Scorecard
 
 Pair = tuple[dict[str, object], dict[str, object]]

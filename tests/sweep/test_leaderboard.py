@@ -57,6 +57,16 @@ def test_settings_are_ranked_and_each_axis_is_judged(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["axes"] == list(map(asdict, board.axes))
 
 
+@pytest.mark.parametrize(("examples", "exceeds"), [(4, None), (5, True)])
+def test_an_axis_is_not_judged_by_a_handful_of_examples(tmp_path, examples, exceeds):
+    found = plan(grid={"r": [8, 16]})
+    board = board_of(tmp_path, found, {"r=8": [False] * examples, "r=16": [True] * examples})
+    (r,) = board.axes
+    assert (r.best, r.difference, r.exceeds_noise) == (16, 1, exceeds)
+    assert (r.low is None) == (exceeds is None)
+    assert r.sentence.endswith("too few to tell this from noise.") == (exceeds is None)
+
+
 def test_a_metric_where_lower_is_better_ranks_the_other_way_round(tmp_path):
     found = plan(base={"metric": "edit_distance"}, grid={"r": [8, 16]})
     board = board_of(tmp_path, found, {"r=8": [True, False], "r=16": [True, True]})
