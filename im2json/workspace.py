@@ -35,13 +35,20 @@ from im2json.model.gpu import precision_note
 from im2json.model.loading import choose_device, load_adapted
 from im2json.model.memory import Setting, Sizes, free_bytes
 from im2json.model.replay import Forward, make_forward
-from im2json.options import TrainConfig
+from im2json.options import DataOptions, TrainConfig
 from im2json.records import Content
 from im2json.resume import check_end, check_unchanged, trained_contents
 from im2json.runs import RunFolder
 from im2json.scoring.checks import parse_checks
 from im2json.scoring.schema import Schema, induce, read_schema
 from im2json.training.strategy import Strategy, Workload
+
+
+def reading_line(options: DataOptions) -> str:
+    """Return the line that says which data set is read now, without the working directory if it lies below that."""
+    path = options.dataset
+    below = os.path.isabs(path) and Path(path).is_relative_to(os.getcwd())
+    return f"reading the data set {os.path.relpath(path) if below else path}"
 
 
 @dataclass(frozen=True)
@@ -264,7 +271,7 @@ def _open_data(
     Raises:
         UserError: if rows are bad or too few, or are not those that a resumed run began with.
     """
-    accelerator.print(f"reading the data set {_from_here(config.data.dataset)}")
+    accelerator.print(reading_line(config.data))
     meter = TargetMeter(collator, load_positions(config.model.model), config.data.max_target_tokens)
     notes: list[str] = []
     found = _find_splits(config, meter, resumed or evaluated, notes)
@@ -280,12 +287,6 @@ def _open_data(
         accelerator.print(note)
     accelerator.print(found.lengths.summary())
     return found
-
-
-def _from_here(path: str) -> str:
-    """Return an absolute path relative to the working directory if it lies below it, and anything else as it is."""
-    below = os.path.isabs(path) and Path(path).is_relative_to(os.getcwd())
-    return os.path.relpath(path) if below else path
 
 
 def _find_splits(config: TrainConfig, meter: TargetMeter, begun: RunFolder | None, notes: list[str]) -> RunSplits:

@@ -152,6 +152,26 @@ def test_check_tells_what_the_data_holds(check, data):
     assert "bad rows" not in said
 
 
+def test_check_says_what_it_reads_before_all_else(check, data, monkeypatch):
+    monkeypatch.chdir(data.parent)
+    assert check("--dataset", data)[0].startswith("reading the data set data\n")
+
+
+@pytest.mark.parametrize("prompt", ["extract JSON.", "<image>"])
+def test_check_says_what_it_knows_without_the_model_first(cli, data, small_model, tmp_path, prompt):
+    """The model is out of reach, or refuses the prompt."""
+    spoil(data, "train/2.png")
+    model = tmp_path / "nowhere" if prompt == "extract JSON." else small_model
+    flags = ("--output", tmp_path / "page.html", "--prompt", prompt)
+    result = cli("train", "--check", "--model", model, "--dataset", data, *flags)
+    assert result.exit_code == 1
+    assert re.search(r"^train +9 +1 +0$", result.stdout, re.M)
+    assert "bad rows: 1 of 17" in result.stdout and re.search(r"^menu.nm +1\.000$", result.stdout, re.M)
+    assert "tokens" not in result.stdout and not (tmp_path / "page.html").exists()
+    (error,) = result.stderr.splitlines()
+    assert error.startswith(f"Error: --model {model}: no such folder" if model != small_model else "Error: --prompt")
+
+
 def test_check_is_a_command_of_its_own(cli, check, small_model, data, tmp_path):
     said, _ = check("--dataset", data)
     flags = ("--model", small_model, "--dataset", data, "--output", tmp_path / "pages" / "page.html")

@@ -9,8 +9,10 @@ import click
 from im2json.data.collate import Collator
 from im2json.data.doctor import diagnose
 from im2json.data.lengths import TargetMeter
+from im2json.errors import UserError
 from im2json.model.base import load_positions, load_processor
 from im2json.options import TrainConfig
+from im2json.workspace import reading_line
 
 
 def check(config: TrainConfig) -> bool:
@@ -20,9 +22,15 @@ def check(config: TrainConfig) -> bool:
         Whether a run would take the rows, as far as --skip-bad goes.
 
     Raises:
-        UserError: if the data set or the processor cannot be opened at all, or the data set cannot be split.
+        UserError: if the data set cannot be opened at all or cannot be split. If the model is out of reach, this is
+            raised after all that can be said without it.
     """
     page = Path(config.train.output or f"runs/{Path(config.data.dataset).name}-check.html")
-    collator = Collator(load_processor(config.model.model), config.data.prompt, config.data.letterbox)
-    meter = TargetMeter(collator, load_positions(config.model.model), config.data.max_target_tokens)
+    click.echo(reading_line(config.data))
+    try:
+        collator = Collator(load_processor(config.model.model), config.data.prompt, config.data.letterbox)
+        meter = TargetMeter(collator, load_positions(config.model.model), config.data.max_target_tokens)
+    except UserError:
+        diagnose(config.data, None, page, click.echo)
+        raise
     return diagnose(config.data, meter, page, click.echo)

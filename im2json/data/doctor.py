@@ -27,8 +27,12 @@ PREVIEWS = 6
 """Examples on the page, of train."""
 
 
-def diagnose(options: DataOptions, meter: TargetMeter, page: Path, say: Callable[[str], object]) -> bool:
+def diagnose(options: DataOptions, meter: TargetMeter | None, page: Path, say: Callable[[str], object]) -> bool:
     """Say all that is known of the data, part by part, and write the page.
+
+    Args:
+        meter: measures the targets. If it is None, nothing is said of their lengths, and no page is written.
+        say: called with each part.
 
     Returns:
         Whether a run would take the rows, as far as --skip-bad goes.
@@ -49,7 +53,7 @@ def diagnose(options: DataOptions, meter: TargetMeter, page: Path, say: Callable
     rows = rows_report(checkup, found)
     say("\n".join([*notes, rows]))
     splits = {name: split for name, split in found.splits.items() if len(split)}
-    if splits:
+    if splits and meter is not None:
         lengths = lengths_report(splits, found.lengths)
         say("\n".join(["", lengths, "", keys_report(splits)]))
         first = next(iter(splits.values()))
@@ -58,6 +62,8 @@ def diagnose(options: DataOptions, meter: TargetMeter, page: Path, say: Callable
         shown = preview_page(f"{options.dataset}: {first.name}", f"{rows}\n\n{lengths}", previews)
         page.write_text(shown, "utf-8")
         say(f"\npreview  {page}")
+    elif splits:
+        say(f"\n{keys_report(splits)}")
     if refused is not None:
         raise refused
     return len(checkup.bad) <= options.skip_bad and len(splits) == len(found.splits)
