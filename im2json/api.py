@@ -165,7 +165,7 @@ def sweep(grid: AnyPath | Mapping[str, Any], *, output: AnyPath | None = None, *
 
     Raises:
         UserError: if the grid is wrong, or points failed; the others are kept.
-        KeyboardInterrupt: after an interruption, once all points have saved.
+        KeyboardInterrupt: after an interruption, once all points have saved. The message says how to go on.
     """
     from im2json.commands.sweep import SweepOptions, check_sweep_folder
     from im2json.commands.sweep import sweep as run_sweep
@@ -185,7 +185,11 @@ def sweep(grid: AnyPath | Mapping[str, Any], *, output: AnyPath | None = None, *
         check_sweep_folder(settled.folder)
         make_folder(settled.folder)
         write_json(settled.grid, dict(grid))
-    if not run_sweep(settled):
+    try:
+        done = run_sweep(settled)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what {settled.folder} holds is kept; the same call goes on") from None
+    if not done:
         raise UserError(f"points of {settled.folder} failed, as printed above. The same call tries them again.")
     return Sweep(settled.folder)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import pytest
 from click.testing import Result
 from sweeps import board_of, clear_error, plan, write_run
 
+import im2json
 from im2json.files import append_lines
 from im2json.runs import RunFolder
 from im2json.sweeps.answer import answer, score_test, write_board
@@ -237,6 +239,10 @@ def test_a_sweep_that_is_stopped_ranks_what_has_finished_and_scores_nothing(cli,
     result = cli("sweep", tmp_path / "g.json", "--output", tmp_path / "sweep")
     assert (result.exit_code, backend.started, backend.scored) == (130, ["r=8"], [])
     assert "interrupted: the same command goes on" in result.stderr
+    shutil.copytree(tmp_path / "sweep", tmp_path / "again")
+    with pytest.raises(KeyboardInterrupt, match=r"what .*again holds is kept; the same call goes on"):
+        im2json.sweep(tmp_path / "g.json", output=tmp_path / "again")
+    assert backend.started == ["r=8", "r=16"]
     stored = json.loads((tmp_path / "sweep" / "summary.json").read_text())
     assert ([setting["config"] for setting in stored["settings"]], stored["missing"]) == (["r=8"], ["r=16"])
 
