@@ -27,6 +27,7 @@ import click
 from im2json import __version__
 from im2json.catalogue import METRICS
 from im2json.cli import (
+    Command,
     FloatRange,
     GroupedCommand,
     Interrupted,
@@ -65,6 +66,8 @@ json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON ins
 
 class _Commands(click.Group):
     """List the commands in the order of a user's work, which is the order in which this file declares them."""
+
+    command_class = Command
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)

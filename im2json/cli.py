@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from im2json.errors import UserError, WriteError, first_line
-from im2json.options import GROUPS, OPTIONS, PRESETS, Option, check, flag_name
+from im2json.options import GROUPS, OPTIONS, PRESETS, Option, check, flag_name, nearest
 from im2json.text import command_line
 
 
@@ -39,7 +39,28 @@ def option_flags(*names: str) -> Callable[[Callable], Callable]:
     return add
 
 
-class GroupedCommand(click.Command):
+class Command(click.Command):
+    """A command that suggests a flag in place of one that does not exist only if their names are near."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(context, args)
+        except click.NoSuchOption as error:
+            flags = [flag for parameter in self.get_params(context) for flag in _long_flags(parameter)]
+            found = nearest(_option_name(error.option_name), map(_option_name, flags))
+            question = "" if found is None else f" Did you mean {flag_name(found)}?"
+            raise click.UsageError(f"No such option {error.option_name}.{question}", context) from None
+
+
+def _long_flags(parameter: click.Parameter) -> list[str]:
+    return [flag for flag in (*parameter.opts, *parameter.secondary_opts) if flag.startswith("--")]
+
+
+def _option_name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+class GroupedCommand(Command):
     """List the options group by group in --help."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:

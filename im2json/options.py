@@ -469,9 +469,31 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return a question that names the known name closest to a mistyped one, or else where the names are listed."""
-    import difflib
+_SYNONYMS = {
+    "rank": "r", "lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "learning_rate": "lr",
+    "lr_scheduler_type": "schedule", "warmup_ratio": "warmup", "num_train_epochs": "epochs", "max_steps": "steps",
+    "batch": "batch_size", "per_device_train_batch_size": "microbatch", "optim": "optimizer", "output_dir": "output",
+    "eval_steps": "eval_every", "save_steps": "save_every",
+}  # fmt: skip
+"""Options by the names that they have in PEFT and in the Trainer of transformers."""
 
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else "im2json train --help lists the options"
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that a mistyped one is for, or None if it is not near to any.
+
+    Near is one letter more, less, other or swapped with its neighbour, and in names of 8 letters or more, two.
+    """
+    from rapidfuzz.distance import OSA
+
+    names = list(known)
+    if _SYNONYMS.get(name) in names:
+        return _SYNONYMS[name]
+    letters = min(len(name) - 1, 1 if len(name) < 8 else 2)
+    distance, found = min(((OSA.distance(name, each), each) for each in names), key=lambda pair: pair[0])
+    return found if distance <= letters else None
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return a question that names the known name that is near to a mistyped one, or else where they are listed."""
+    found = nearest(name, known)
+    return "im2json train --help lists the options" if found is None else f"did you mean {found!r}?"

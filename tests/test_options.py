@@ -11,7 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 import train
+from im2json import app
 from im2json.catalogue import METRICS
+from im2json.errors import UserError
 from im2json.options import OPTIONS, PRESETS, TrainConfig, check, flag_name
 
 OTHER_VALUES = {
@@ -139,6 +141,35 @@ def test_values_are_taken_as_they_are_without_a_preset():
     assert config.replace(r=2, alpha=None).model.alpha == 4.0
     with pytest.raises(ValueError, match="did you mean 'batch_size'"):
         TrainConfig.from_values({"bach_size": 3})
+
+
+@pytest.mark.parametrize(
+    ("mistyped", "meant"),
+    [
+        ("drop_out", "dropout"), ("rr", "r"), ("lettrebox", "letterbox"), ("eval_example", "eval_examples"),
+        ("rank", "r"), ("learning_rate", "lr"), ("batch", "batch_size"), ("lora_alpha", "alpha"),
+        ("rankk", None), ("x", None), ("warp", None), ("constant", None),
+    ],
+)  # fmt: skip
+def test_only_a_near_name_is_suggested(mistyped, meant):
+    """In Python, in a grid and on the command line alike."""
+    with pytest.raises(UserError) as error:
+        TrainConfig.from_values({mistyped: 3})
+    tail = "im2json train --help lists the options" if meant is None else f"did you mean {meant!r}?"
+    assert str(error.value) == f"unknown option {mistyped!r}: {tail}"
+    result = CliRunner().invoke(train.main, [flag_name(mistyped), "3"])
+    question = "" if meant is None else f" Did you mean {flag_name(meant)}?"
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == f"Error: No such option {flag_name(mistyped)}.{question}"
+
+
+def test_a_command_suggests_its_own_flags_alone():
+    for flags, says in (
+        (["sweep", "g.json", "--dry_run"], "No such option --dry_run. Did you mean --dry-run?"),
+        (["train", "--no-tests"], "No such option --no-tests. Did you mean --no-test?"),
+        (["evaluate", "runs/a", "--learning-rate", "1"], "No such option --learning-rate."),
+    ):
+        assert CliRunner().invoke(app.main, flags).stderr.splitlines()[-1] == f"Error: {says}"
 
 
 def test_all_problems_are_named_at_once():
