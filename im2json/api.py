@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +41,11 @@ class Run:
     """
 
     path: Path
+    _evaluated: dict[str, Any] | None = field(compare=False, repr=False)  # the metrics that `evaluate` found
 
-    def __init__(self, path: AnyPath) -> None:
+    def __init__(self, path: AnyPath, _evaluated: dict[str, Any] | None = None) -> None:
         object.__setattr__(self, "path", Path(path))
+        object.__setattr__(self, "_evaluated", _evaluated)
         RunFolder(self.path).read_config()
 
     def __fspath__(self) -> str:
@@ -56,11 +58,14 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The metrics of a finished run.
+        """The metrics of a finished run, or of the evaluation that returned it.
 
-        {"validation": {name: value}} at the step whose adapter was kept, and, unless the run had test=False,
+        Of a run: {"validation": {name: value}} at the step whose adapter was kept, and, unless the run had test=False,
         {"test": {"before": {name: value}, "after": {name: value}}}. Empty as long as the run is not finished.
+        Of an evaluation: see `im2json.evaluate`.
         """
+        if self._evaluated is not None:
+            return self._evaluated
         result = RunFolder(self.path).read_result()
         if result is None:
             return {}
@@ -131,7 +136,7 @@ def train(
     return Run(run.path)
 
 
-def evaluate(run: AnyPath, split: str = "test", **options: Any) -> dict[str, dict[str, float]]:
+def evaluate(run: AnyPath, split: str = "test", **options: Any) -> Run:
     """Score the base model and the best adapter of a run on a split, as `im2json evaluate` does.
 
     Args:
@@ -139,7 +144,8 @@ def evaluate(run: AnyPath, split: str = "test", **options: Any) -> dict[str, dic
         options: in place of the run's: precision, constrain, schema, eval_batch_size, check_sum, threads.
 
     Returns:
-        {"before": {name: value}, "after": {name: value}}, on the main process. The predictions are in the run's folder.
+        The run, with the metrics of this evaluation: {split: {"before": {name: value}, "after": {name: value}}}, and
+        {} on all processes but the main one. Its folder has the predictions of this evaluation.
 
     Raises:
         UserError: naming the option, file or row that is wrong.
@@ -152,7 +158,7 @@ def evaluate(run: AnyPath, split: str = "test", **options: Any) -> dict[str, dic
         from im2json.commands.evaluate import evaluate as evaluate_run
 
         metrics = evaluate_run(folder, config, split, None if "schema" in given else folder.schema)
-    return metrics or {}
+    return Run(folder.path, {} if metrics is None else {split: metrics})
 
 
 def sweep(grid: AnyPath | Mapping[str, Any], *, output: AnyPath | None = None, **options: Any) -> Sweep:
@@ -171,7 +177,7 @@ def sweep(grid: AnyPath | Mapping[str, Any], *, output: AnyPath | None = None, *
     from im2json.commands.sweep import sweep as run_sweep
     from im2json.sweeps.grid import make_plan
 
-    known = [field.name for field in fields(SweepOptions) if field.name not in ("grid", "output", "overrides")]
+    known = [each.name for each in fields(SweepOptions) if each.name not in ("grid", "output", "overrides")]
     for name in options:
         if name not in known:
             raise UserError(f"{name}: a sweep has the options {', '.join(known)}; others go into the grid")

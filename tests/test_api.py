@@ -40,8 +40,12 @@ def test_a_run_comes_back_with_its_metrics_and_predictions_and_reads_pictures(op
     (from_file,), (from_memory,) = run.extractor()([picture]), run.extractor()([Image.open(picture)])
     assert from_file["text"] == from_memory["text"] == answered
 
-    scores = im2json.evaluate(run, split="validation")
-    assert scores["after"] == run.metrics["validation"]
+    again = im2json.evaluate(run, split="validation")
+    assert again == run and again.done
+    assert list(again.metrics) == ["validation"] and list(again.metrics["validation"]) == ["before", "after"]
+    assert again.metrics["validation"]["after"] == run.metrics["validation"]
+    assert im2json.evaluate(again).metrics == {"test": run.metrics["test"]}
+    assert {each.split for each in again.predictions(stage="before")} == {"validation", "test"}
 
 
 def test_a_run_is_evaluated_by_the_schema_in_its_folder_unless_another_is_given(options, tmp_path):
