@@ -232,6 +232,7 @@ def open_workspace(
     schema: Path | None = None,
     resumed: RunFolder | None = None,
     evaluated: RunFolder | None = None,
+    scored: str | None = None,
 ) -> Workspace:
     """Load and check everything, and print what a reader of the results should know of the data.
 
@@ -241,6 +242,7 @@ def open_workspace(
         schema: the file that a run has, or may have, in place of --schema.
         resumed: the run that goes on, with the very examples that it began with.
         evaluated: the run whose splits are read, as far as their examples are still there.
+        scored: the split of `evaluated` that must have an example left, which is found out before the model is loaded.
 
     Raises:
         UserError: naming the option, file or row that is wrong.
@@ -248,6 +250,11 @@ def open_workspace(
     checks = parse_checks(config.decode.check_sum)
     collator = Collator(load_processor(config.model.model), config.data.prompt, config.data.letterbox)
     found = _open_data(config, accelerator, collator, resumed, evaluated)
+    if evaluated is not None and scored is not None and not len(found.splits[scored]):
+        raise UserError(
+            f"{evaluated.path}: no example of its {scored} split is what it was when the run began; put "
+            f"{config.data.dataset} back as it was"
+        )
     wanted, name = _find_schema(config, found.splits["train"], schema)
     options = config.model if adapter is None else dataclasses.replace(config.model, adapter=str(adapter))
     weights = precision if options.quant == "none" else options.quant

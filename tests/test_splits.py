@@ -313,7 +313,10 @@ def test_a_run_whose_data_changed_does_not_go_on_but_is_scored_on_what_is_left(t
     assert ids == ["test/0.png", "test/2.png"]
     assert "examples left out, because they changed or are gone since the run began: 8" in said
     shutil.rmtree(data / "test")
-    assert "no example of its test split is what it was" in clear_error(cli("evaluate", run.path))
+    refused = cli("evaluate", run.path)
+    assert "no example of its test split is what it was" in clear_error(refused)
+    assert "reading the data set" in said and "loading the model" in said
+    assert "reading the data set" in refused.stderr and "loading the model" not in refused.stderr
 
 
 def test_a_run_without_a_record_says_so_and_goes_on(train, cli, evaluated, data, tmp_path):

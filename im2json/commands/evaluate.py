@@ -8,7 +8,6 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
-from im2json.errors import UserError
 from im2json.options import TrainConfig
 from im2json.records import EvaluationKey
 from im2json.report.run import write_report
@@ -36,12 +35,9 @@ def evaluate(
     adapter = adapter_folder(run.path)
     accelerator, precision = start_accelerator(config)
     with watched_peers(accelerator, "evaluate once more"):
-        workspace = open_workspace(config, accelerator, precision, adapter=adapter, schema=schema, evaluated=run)
-        if not len(workspace.splits[split]):
-            raise UserError(
-                f"{run.path}: no example of its {split} split is what it was when the run began; put "
-                f"{config.data.dataset} back as it was"
-            )
+        workspace = open_workspace(
+            config, accelerator, precision, adapter=adapter, schema=schema, evaluated=run, scored=split
+        )
         constrained = workspace.settings.grammar is not None
         with locked(run, accelerator.is_main_process):
             evaluation = workspace.evaluation(run, FirstPicture(run.path, split))
