@@ -310,6 +310,18 @@ def test_splits_at_either_end_of_the_names_of_pictures(tmp_path, pattern):
     assert loaded(tmp_path / "d")[1][0] == f"{note}\n  {test[0]}.png"
 
 
+def test_names_of_pictures_that_mean_no_split_do_after_the_move_that_the_error_asks_for(tmp_path):
+    """They could be the test split of somebody who numbers by words, so nothing is trained on until it is settled."""
+    names = ["blood_test", "covid_test", "invoice", "letter"]
+    write_pairs(tmp_path / "a", **dict.fromkeys(names, "."))
+    with pytest.raises(UserError, match=r"such as blood_test\.png, .* If none is meant, move all into a folder train$"):
+        load_splits(str(tmp_path / "a"))
+    write_pairs(tmp_path / "b", **dict.fromkeys(names, "train"))
+    splits, notes = loaded(tmp_path / "b")
+    assert sorted(name for split in splits.values() for name in split) == names
+    assert len(notes) == 2 and all("are kept for it, chosen by" in note for note in notes)
+
+
 def test_files_that_git_lfs_has_not_fetched(tmp_path):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     write_pairs(tmp_path / "a", one="x", two="x", three="x")

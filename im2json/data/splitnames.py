@@ -177,7 +177,8 @@ def _by_name(root: str, pictures: Sequence[str], others: set[str | None], notes:
     if len(held_out) > 1 and len(held_out) < len(found):
         raise UserError(
             f"{root}: {len(named)} of {len(found)} pictures begin or end with the name of a split, such as "
-            f"{held_out[0]}, and others do not. Move those of each split into a folder train, validation or test"
+            f"{held_out[0]}, and others do not. Move those of each split into a folder train, validation or test. If "
+            "none is meant, move all into a folder train"
         )
     if held_out:
         title = f"{root}: pictures that count as train, although their names begin or end with another split"
