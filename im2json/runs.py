@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -389,6 +390,7 @@ def adapter_usage(folder: Path) -> dict[str, Any] | None:
     return usage
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -396,6 +398,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache  # what was imported does not change with the files
 def _git_revision() -> str | None:
     """Return the revision of this code, with a + if it was changed since, or None outside a repository."""
     here = Path(__file__).parent
