@@ -7,6 +7,7 @@ its end: the interpreter leaves it as it leaves any program, with its exit handl
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -162,12 +163,15 @@ if __name__ == "__main__":
     from im2json.cli import quiet_libraries
 
     quiet_libraries()
+    gc.disable()  # as in conftest.py
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # so that no collection copies the pages that the processes share
     assert threading.active_count() == 1
     wanted = _next_process(socket.socket(fileno=int(sys.argv[1])))
     if wanted["session"]:
         os.setsid()
+    gc.enable()
     os.chdir(wanted["cwd"])
     os.environ.clear()
     os.environ.update(wanted["env"])
