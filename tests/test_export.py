@@ -268,7 +268,7 @@ def hub(monkeypatch) -> Iterator[type[StandIn]]:
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     yield Hub
     server.shutdown()
 

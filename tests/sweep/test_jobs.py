@@ -19,6 +19,11 @@ from im2json.sweeps.progress import Progress
 from im2json.sweeps.scheduler import run_jobs
 
 
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch):
+    monkeypatch.setattr("im2json.sweeps.scheduler.POLL_SECONDS", 0.01)
+
+
 def test_dry_run_and_list_start_nothing(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (tmp_path / "g.json").write_text('{"grid": {"r": [8, 16, 32]}}')
