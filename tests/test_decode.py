@@ -89,7 +89,7 @@ def end_texts_early(model: Any, collator: Any, pixels: torch.Tensor) -> None:
     weights[[EOS, word]] = weights[[word, EOS]]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["gemma", "gemma2 with a short window", *slow("gemma2")])
 def model(request, small_model, collator, pixels) -> PaliGemmaForConditionalGeneration:
     model = make_model(small_model, request.param)
     end_texts_early(model, collator, pixels)
@@ -127,7 +127,7 @@ def forced_logprobs(model: Any, collator: Any, picture: torch.Tensor, tokens: li
     return logits.log_softmax(-1).cpu().gather(1, ids.T)[:, 0]
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 9])
+@pytest.mark.parametrize("size", [1, 4, 9, *slow(2)])
 def test_texts_are_those_of_transformers(model, collator, pixels, expected, size):
     decoder = Decoder(model, collator)
     answers = [answer for some in pixels.split(size) for answer in generate(decoder, some, NEW)]
@@ -136,7 +136,7 @@ def test_texts_are_those_of_transformers(model, collator, pixels, expected, size
     assert decoder.tokens == sum(map(len, expected))
 
 
-@pytest.mark.parametrize("size", [4, 9])
+@pytest.mark.parametrize("size", [4, *slow(9)])
 def test_log_probabilities_are_those_of_a_forward_pass_over_the_answer(model, collator, pixels, size):
     answers = [answer for some in pixels.split(size) for answer in generate(Decoder(model, collator), some, NEW)]
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)

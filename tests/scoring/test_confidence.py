@@ -184,7 +184,7 @@ def test_a_threshold_is_the_least_that_keeps_the_precision():
     sure, right = drawn(2_000, 1, 0)
     for precision in (0.8, 0.95, 0.99):
         found = threshold_for(sure, right, precision)
-        met = [t for t in sure if (sum(~right[sure >= t]) + 1) / (sum(sure >= t) + 1) <= 1 - precision]
+        met = [t for t in sure if ((~right[sure >= t]).sum() + 1) / ((sure >= t).sum() + 1) <= 1 - precision]
         assert found == min(met)
         share, reached = kept(sure, right, found)
         assert reached >= precision and share == pytest.approx((sure >= found).mean())
