@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import os
@@ -584,7 +585,9 @@ def test_a_bad_picture_that_a_worker_finds(cli, base_args, tmp_path, modules):
     flags += ["--target-modules", modules]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("im2json.training.tracking.Tracker.describe", spoil)
+        patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # torch waits 5 s for the worker to end
         error = clear_error(cli("train", *base_args, *flags, "--output", tmp_path / "run"))
+        gc.collect()  # ends the worker
     assert str(folder / "train" / "3.png") in error and "is not a picture" in error
 
 
