@@ -21,11 +21,12 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 import im2json.inference.evaluate as room
 from im2json.data.example import FirstExamples
 from im2json.data.sources import load_splits
-from im2json.inference.attention import grouped, grouped_attention
+from im2json.inference.cache import grouped_attention, tiled
 from im2json.inference.constrain import Grammar
-from im2json.inference.decode import Answer, Decoder, _Batch, generate
-from im2json.inference.evaluate import _share_batches, evaluate_split
+from im2json.inference.decode import Answer, Decoder, Request
+from im2json.inference.evaluate import _windows, evaluate_split
 from im2json.inference.settings import DecodeSettings
+from im2json.inference.slots import Slots
 from im2json.jsontext import canonical
 from im2json.records import EvaluationKey, Prediction
 from im2json.scoring.confidence import leaf_confidence
@@ -89,7 +90,7 @@ def end_texts_early(model: Any, collator: Any, pixels: torch.Tensor) -> None:
     weights[[EOS, word]] = weights[[word, EOS]]
 
 
-@pytest.fixture(scope="module", params=["gemma", "gemma2 with a short window", *slow("gemma2")])
+@pytest.fixture(scope="module", params=KINDS)
 def model(request, small_model, collator, pixels) -> PaliGemmaForConditionalGeneration:
     model = make_model(small_model, request.param)
     end_texts_early(model, collator, pixels)
@@ -127,18 +128,76 @@ def forced_logprobs(model: Any, collator: Any, picture: torch.Tensor, tokens: li
     return logits.log_softmax(-1).cpu().gather(1, ids.T)[:, 0]
 
 
-@pytest.mark.parametrize("size", [1, 4, 9, *slow(2)])
-def test_texts_are_those_of_transformers(model, collator, pixels, expected, size):
-    decoder = Decoder(model, collator)
-    answers = [answer for some in pixels.split(size) for answer in generate(decoder, some, NEW)]
+def make_decoder(
+    model: Any, collator: Any, grammar: Grammar | None = None, slots: int = 4, fixed: bool = False
+) -> Decoder:
+    """`fixed`: as on a GPU, where all slots are computed in every pass, and the host looks one pass late."""
+    decoder = Decoder(model, collator, grammar, slots)
+    decoder.fixed = fixed
+    return decoder
+
+
+def drafted(decoder: Decoder, pixels: torch.Tensor, limits: Any, sources: list[list[int]]) -> list[Answer]:
+    """The answers to pictures that are drafted from these sources."""
+    limits = [limits] * len(pixels) if isinstance(limits, int) else limits
+    requests = [Request(lambda i=i: pixels[i : i + 1], limits[i], sources[i]) for i in range(len(pixels))]  # type: ignore[misc]
+    answers = dict(decoder.answers(iter(requests), max(limits), max(map(len, sources))))
+    return [answers[i] for i in range(len(pixels))]
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed rows"])
+@pytest.mark.parametrize("slots", [1, 4, 9])
+def test_texts_are_those_of_transformers(model, collator, pixels, expected, slots, fixed):
+    decoder = make_decoder(model, collator, slots=slots, fixed=fixed)
+    answers = decoder(pixels, NEW)
     assert texts_of(answers) == as_texts(collator, expected)
     assert [answer.tokens for answer in answers] == expected
     assert decoder.tokens == sum(map(len, expected))
+    assert [answer.tokens for answer in decoder(pixels[3:5], NEW)] == expected[3:5], "slots are used again"
 
 
-@pytest.mark.parametrize("size", [4, *slow(9)])
-def test_log_probabilities_are_those_of_a_forward_pass_over_the_answer(model, collator, pixels, size):
-    answers = [answer for some in pixels.split(size) for answer in generate(Decoder(model, collator), some, NEW)]
+def sources(expected: list[list[int]]) -> dict[str, list[list[int]]]:
+    """What may be drafted from, from right to useless."""
+    rng = random.Random(5)
+    return {
+        "the text": expected,
+        "half of it": [row[: len(row) // 2] for row in expected],
+        "the text with a word changed": [[*row[:5], 7, *row[6:]] for row in expected],
+        "the text with a word more and one less": [[*row[:3], 7, *row[3:9], *row[10:]] for row in expected],
+        "another's": expected[1:] + expected[:1],
+        "reversed": [row[::-1] for row in expected],
+        "random": [[rng.randrange(200) for _ in range(NEW)] for _ in expected],
+        "of EOS": [[EOS] * NEW for _ in expected],
+    }
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed rows"])
+def test_a_draft_changes_no_answer(model, collator, pixels, expected, fixed):
+    passes: dict[str, int] = {}
+    plain = Decoder(model, collator)(pixels, NEW)
+    for name, source in sources(expected).items():
+        decoder = make_decoder(model, collator, slots=9, fixed=fixed)
+        answers = drafted(decoder, pixels, NEW, source)
+        assert [answer.tokens for answer in answers] == expected, name
+        for answer, other in zip(answers, plain):
+            torch.testing.assert_close(torch.tensor(answer.logprobs), torch.tensor(other.logprobs), rtol=0, atol=1e-4)
+        passes[name] = decoder.passes
+    longest = max(map(len, expected))
+    assert passes["the text"] <= longest / 3, passes
+    assert passes["the text with a word changed"] <= longest / 2, passes
+    assert passes["the text with a word more and one less"] <= longest * 2 / 3, passes
+    assert passes["random"] >= longest - 2, passes
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+def test_a_limit_within_a_draft(model, collator, pixels, expected, tokens):
+    answers = drafted(make_decoder(model, collator), pixels, tokens, expected)
+    assert [answer.tokens for answer in answers] == [row[:tokens] for row in expected]
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed rows"])
+def test_log_probabilities_are_those_of_a_forward_pass_over_the_answer(model, collator, pixels, fixed):
+    answers = make_decoder(model, collator, fixed=fixed)(pixels, NEW)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     for picture, answer in zip(pixels, answers):
         wanted = forced_logprobs(model, collator, picture, answer.tokens, cap)
@@ -149,53 +208,68 @@ def test_tokens_begin_where_their_characters_stand(model, collator):
     """The tokenizer's words are bytes, so a character may take several."""
     text = '{"品":"é✓","a":"1"}'
     ids = [4 + byte for byte in text.encode()] + [EOS]
-    answer = Decoder(model, collator)._answer(ids, [0.0] * len(ids), len(ids))
+    answer = Decoder(model, collator).answer(ids, [0.0] * len(ids))
     assert answer.text == text
     assert answer.starts == [i for i, char in enumerate(text) for _ in char.encode()] + [len(text)]
-    plain = Decoder(model, collator)._answer([4 + byte for byte in b"abc"], [0.0] * 3, 2)
+    plain = Decoder(model, collator).answer([4 + byte for byte in b"ab"], [0.0] * 2)
     assert (plain.text, plain.starts, plain.logprobs) == ("ab", [0, 1], [0.0, 0.0])
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7])
-def test_the_limit_is_reached(model, collator, pixels, expected, tokens):
-    answers = generate(Decoder(model, collator), pixels, tokens)
-    assert [answer.tokens for answer in answers] == [row[:tokens] for row in expected]
-
-
-def test_each_row_has_its_limit(model, collator, pixels, expected):
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed rows"])
+def test_each_row_has_its_limit(model, collator, pixels, expected, fixed):
     limits = [random.Random(3).randint(1, NEW) for _ in expected]
-    decoder = Decoder(model, collator)
+    decoder = make_decoder(model, collator, fixed=fixed)
     cut = [row[:limit] for row, limit in zip(expected, limits)]
-    assert texts_of(generate(decoder, pixels, limits)) == as_texts(collator, cut)
+    assert texts_of(decoder(pixels, limits)) == as_texts(collator, cut)
     assert decoder.tokens == sum(map(len, cut))
 
 
-def test_the_model_attends_as_before_afterwards(model, collator, pixels, expected):
-    before = model.model.language_model.config._attn_implementation
-    generate(Decoder(model, collator), pixels, NEW)
-    assert model.model.language_model.config._attn_implementation == before
+def test_the_model_is_as_before_afterwards(model, collator, pixels, expected):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Decoder(model, collator)(pixels, NEW)
     assert oracle(model, collator, pixels[:2]) == expected[:2]
-    with pytest.raises(KeyError), grouped(model.config.get_text_config()):
-        raise KeyError
-    assert model.config.get_text_config()._attn_implementation == before
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("kind", ["gemma2", *slow("gemma")])
-def test_a_masked_cache_of_full_length_gives_the_same(small_model, collator, pixels, kind):
-    """What is captured on a GPU, step by step on a CPU; the last batch is smaller than what there is room for."""
-    model = make_model(small_model, kind)
-    end_texts_early(model, collator, pixels)
-    rows = []
-    with torch.no_grad(), grouped(model.model.language_model.config):
-        batch = _Batch.make(model, collator, 5, len(collator.prefix_ids) + 64, whole=True)
-        for some in pixels.split(5):
-            batch.begin(some, [NEW] * len(some))
-            for _ in range(NEW - 1):
-                batch.advance()
-            assert bool(batch.finished.all())
-            rows += batch.written[: len(some), :NEW].tolist()
-    expected = oracle(model, collator, pixels)
-    assert rows == [row + [PAD] * (NEW - len(row)) for row in expected]
+def test_answers_come_as_they_are_finished_and_slots_are_given_on(model, collator, pixels, expected):
+    """A picture is not asked for before there is a slot for it."""
+    asked: list[int] = []
+
+    def requests() -> Any:
+        for i in range(len(pixels)):
+            yield Request(lambda i=i: (asked.append(i), pixels[i : i + 1])[1], NEW)
+
+    seen = []
+    for number, answer in make_decoder(model, collator, slots=4).answers(requests(), NEW):
+        assert answer.tokens == expected[number]
+        seen.append(number)
+        assert len(asked) <= len(seen) + 4
+    assert sorted(seen) == list(range(len(pixels)))
+    assert seen != sorted(seen)
+
+
+def test_a_call_within_another_and_one_that_was_left(model, collator, pixels, expected):
+    decoder = make_decoder(model, collator, slots=4)
+    requests = [Request(lambda one=one: one[None], NEW) for one in pixels]
+    found = {}
+    for number, answer in decoder.answers(requests, NEW):
+        found[number] = answer.tokens
+        assert decoder(pixels[:1], 3)[0].tokens == expected[0][:3]
+    assert [found[i] for i in range(len(pixels))] == expected
+    next(decoder.answers(requests, NEW))
+    assert [answer.tokens for answer in decoder(pixels, NEW)] == expected
+
+
+def test_a_slot_that_overflowed_is_clean_for_the_next_text(small_model, collator, pixels):
+    model = make_model(small_model, "gemma")
+    expected = oracle(model, collator, pixels[:1])
+    decoder = make_decoder(model, collator, slots=1)
+    spoiled = torch.full_like(pixels[:1], float("nan"))
+    answers = decoder(torch.cat([spoiled, pixels[:1]]), NEW)
+    assert len(answers[0].tokens) == NEW or EOS in answers[0].tokens
+    assert answers[1].tokens == expected[0]
 
 
 # --- held to a grammar
@@ -230,10 +304,13 @@ def constrained_oracle(model: Any, collator: Any, grammar: Grammar, picture: tor
     return tokens, torch.stack(logprobs)
 
 
-@pytest.mark.parametrize("size", [4, *slow(1)])
-def test_a_grammar_is_followed(model, collator, pixels, grammar, size):
-    decoder = Decoder(model, collator, grammar)
-    answers = [answer for some in pixels[:4].split(size) for answer in generate(decoder, some, NEW)]
+@pytest.mark.parametrize("source", ["its text", *slow("none", "another's")])
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed rows"])
+def test_a_grammar_is_followed(model, collator, pixels, grammar, source, fixed):
+    decoder, plain = make_decoder(model, collator, grammar, fixed=fixed), Decoder(model, collator, grammar)
+    texts = [answer.tokens for answer in plain(pixels[:4], NEW)]
+    given = {"none": [[]] * 4, "its text": texts, "another's": texts[1:] + texts[:1]}[source]
+    answers = drafted(decoder, pixels[:4], NEW, given)
     for picture, answer in zip(pixels, answers):
         tokens, logprobs = constrained_oracle(model, collator, grammar, picture)
         added = len(answer.tokens) - len(tokens)
@@ -243,28 +320,10 @@ def test_a_grammar_is_followed(model, collator, pixels, grammar, size):
         torch.testing.assert_close(torch.tensor(answer.logprobs), logprobs, rtol=1e-3, atol=1e-3)
 
 
-@torch.no_grad()
-def test_a_grammar_is_followed_where_there_is_room_for_more(small_model, collator, pixels):
-    """What a GPU does: a masked cache of full length, rows that are not needed, steps after all have ended."""
-    model = make_model(small_model, "gemma")
-    held = Grammar(SCHEMA, collator.processor.tokenizer, model.lm_head.out_features, "schema")
-    rows = []
-    with grouped(model.model.language_model.config):
-        batch = _Batch.make(model, collator, 5, len(collator.prefix_ids) + 64, whole=True, grammar=held)
-        for some in pixels[:8].split(5):
-            batch.begin(some, [NEW] * len(some))
-            for _ in range(NEW + 8):
-                batch.advance()
-            rows += batch.written[: len(some), :NEW].tolist()
-    for picture, row in zip(pixels, rows):
-        tokens, _ = constrained_oracle(model, collator, held, picture)
-        assert row == tokens + [PAD] * (NEW - len(tokens))
-
-
 def test_answers_are_valid_whatever_the_picture_and_the_limit(model, collator, pixels, grammar):
     pictures = torch.cat([pixels, torch.ones(2, 3, 28, 28), -torch.ones(2, 3, 28, 28), pixels[:3] * 100])
     limits = [random.Random(4).randint(1, 60) for _ in pictures]
-    answers = generate(Decoder(model, collator, grammar), pictures, limits)
+    answers = Decoder(model, collator, grammar)(pictures, limits)
     for answer, limit in zip(answers, limits):
         jsonschema.validate(json.loads(answer.text), SCHEMA)
         added = answer.logprobs.count(-math.inf)
@@ -279,40 +338,40 @@ def test_answers_are_valid_whatever_the_picture_and_the_limit(model, collator, p
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_grouped_attention_is_attention_with_repeated_keys(softcap):
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(3, 6, 5, 8, generator=generator)
-    key, value = torch.randn(2, 3, 2, 5, 8, generator=generator)
-    scores = query @ key.repeat_interleave(3, 1).transpose(2, 3) * 0.3
+    query = torch.randn(3, 5, 6, 8, generator=generator)
+    keys, values = torch.randn(2, 3, 7, 2, 8, generator=generator)
+    mask = torch.randn(3, 5, 7, generator=generator)
+    scores = query.transpose(1, 2) @ keys.repeat_interleave(3, 2).permute(0, 2, 3, 1) * 0.3
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    wanted = (scores.softmax(-1) @ value.repeat_interleave(3, 1)).transpose(1, 2)
-    found, _ = grouped_attention(torch.nn.Identity(), query, key, value, None, scaling=0.3, softcap=softcap)
+    weights = (scores + mask[:, None]).softmax(-1)
+    wanted = (weights @ values.repeat_interleave(3, 2).transpose(1, 2)).transpose(1, 2)
+    found = grouped_attention(query, keys, values, tiled(mask, 3), 0.3, softcap)
     torch.testing.assert_close(found, wanted)
 
 
-def test_memory_that_does_not_suffice_halves_the_batch(small_model, collator, pixels, capsys):
-    sizes: list[int] = []
-
-    class Small(Decoder):
-        room = 2
-
-        def __call__(self, pixels, limits, meanwhile):
-            sizes.append(len(pixels))
-            if len(pixels) > self.room:
-                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-            return super().__call__(pixels, limits, meanwhile)
-
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed rows"])
+def test_memory_that_does_not_suffice_halves_the_slots(small_model, collator, pixels, capsys, monkeypatch, fixed):
+    """Nothing that is written is lost, and no answer comes twice."""
     model = make_model(small_model, "gemma")
-    decoder = Small(model, collator)
     limits = [3, 5, 7, 2, 9, 4, 6, 8, 1]
-    halved, whole = generate(decoder, pixels, limits), generate(Decoder(model, collator), pixels, limits)
-    assert texts_of(halved) == texts_of(whole)
-    generate(decoder, pixels[:3], 4)
-    assert sizes == [9, 4, 2, 2, 2, 2, 1, 2, 1]
+    whole = Decoder(model, collator)(pixels, limits)
+    advance, room = Slots.advance, 4
+
+    def short(slots: Slots, *given: Any) -> None:
+        if slots.used > room:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        advance(slots, *given)
+
+    monkeypatch.setattr(Slots, "advance", short)
+    decoder = make_decoder(model, collator, slots=9, fixed=fixed)
+    assert texts_of(decoder(pixels, limits)) == texts_of(whole)
     lines = capsys.readouterr()
-    assert "out of GPU memory with 9 examples at once: going on with 4" in lines.out + lines.err
-    decoder.room = 0
+    assert "out of GPU memory with 9 answers at once: going on with 4" in lines.out + lines.err
+    assert decoder.slots == 4
+    room = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        generate(decoder, pixels, 4)
+        decoder(pixels, 4)
 
 
 # --- a split
@@ -343,21 +402,27 @@ def predicted(model: Any, collator: Any, split: Any, accelerator: Accelerator, *
 
     settings = DecodeSettings(**{"max_new_tokens": 12, **more})
     metrics = evaluate_split(
-        KEY, lambda: Decoder(model, collator), collator, split, accelerator, settings, on_predictions
+        KEY,
+        lambda: Decoder(model, collator, slots=settings.batch_size),
+        collator,
+        split,
+        accelerator,
+        settings,
+        on_predictions,
     )
     return predictions, metrics
 
 
-@pytest.mark.parametrize(("size", "window"), [(4, 2), (64, 16), *slow((1, 16), (4, 16), (3, 1))])
+@pytest.mark.parametrize(("size", "window"), [(4, 8), (64, 1024), *slow((1, 16), (4, 64), (3, 3))])
 def test_no_row_depends_on_batches_or_windows(small_model, collator, many, accelerator, monkeypatch, size, window):
     model = make_model(small_model, "gemma")
     monkeypatch.setattr(room, "WINDOW", window)
     rows, metrics = predicted(model, collator, many, accelerator, batch_size=size)
     assert [row.id for row in rows] == list(many.ids)
     alone = [collator.pixels([many[i].image]) for i in range(len(many))]
-    assert [row.text for row in rows] == [generate(Decoder(model, collator), one, 12)[0].text for one in alone]
+    assert [row.text for row in rows] == [Decoder(model, collator)(one, 12)[0].text for one in alone]
     assert len({row.text for row in rows}) > 3
-    monkeypatch.setattr(room, "WINDOW", 16)
+    monkeypatch.undo()
     assert metrics == pytest.approx(predicted(model, collator, many, accelerator, batch_size=5)[1])
 
 
@@ -368,32 +433,27 @@ def test_each_example_has_its_limit(small_model, collator, many, accelerator):
     whole, _ = predicted(model, collator, many, accelerator, batch_size=4, max_new_tokens=9)
     alone = [collator.pixels([many[i].image]) for i in range(len(many))]
     decoder = Decoder(model, collator)
-    assert [row.text for row in rows] == [generate(decoder, one, n)[0].text for one, n in zip(alone, limits)]
+    assert [row.text for row in rows] == [decoder(one, n)[0].text for one, n in zip(alone, limits)]
     assert all(full.text.startswith(row.text.rstrip("�")) for full, row in zip(whole, rows))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("total", [0, 1, 7, 23])
 def test_processes_share_every_window_out(many, total, processes, monkeypatch):
-    monkeypatch.setattr(room, "WINDOW", 2)
+    monkeypatch.setattr(room, "WINDOW", 4)
     targets = many.targets[:total]
-    shares = [list(_share_batches(targets, 3, rank, processes)) for rank in range(processes)]
-    assert len({sum(ends for _, ends in share) for share in shares}) == 1
-    windows: list[list[list[int]]] = []  # of each window, the examples of each process
-    for share in shares:
-        found: list[list[int]] = [[]]
-        for batch, ends in share:
-            lengths = [len(canonical(targets[i])) for i in batch]
-            assert lengths == sorted(lengths, reverse=True) and len(batch) <= 3
-            found[-1] += batch
-            found += [[]] if ends else []
-        windows = [[*a, b] for a, b in zip(windows or [[]] * len(found), found)]
+    shares = [list(_windows(targets, rank, processes)) for rank in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    windows = list(zip(*shares))
     assert [i for window in windows for i in sorted(chain.from_iterable(window))] == list(range(total))
-    for window in windows:  # the n-th longest of any process is no longer than the one before of another
-        for place in range(1, max(map(len, window))):
-            before, now = (
-                [len(canonical(targets[part[i]])) for part in window if i < len(part)] for i in (place - 1, place)
-            )
+
+    def length(i: int) -> int:
+        return len(canonical(targets[i]))
+
+    for window in windows:
+        assert all(list(map(length, part)) == sorted(map(length, part), reverse=True) for part in window)
+        for place in range(1, max(map(len, window))):  # a process's n-th longest is no longer than another's one before
+            before, now = ([length(part[i]) for part in window if i < len(part)] for i in (place - 1, place))
             assert max(now) <= min(before)
 
 
@@ -423,36 +483,12 @@ class Watched:
 def test_pictures_are_loaded_while_the_decoder_is_made(small_model, collator, many, accelerator):
     split = Watched(many)
 
-    def make_decoder() -> Decoder:
+    def waiting() -> Decoder:
         assert split.wait(1)
         return Decoder(make_model(small_model, "gemma"), collator)
 
     settings = DecodeSettings(max_new_tokens=2, batch_size=8)
-    assert evaluate_split(KEY, make_decoder, collator, split, accelerator, settings)["num"] == 23
-
-
-def test_what_keeps_the_host_busy_waits_for_the_device_to_be_so(small_model, collator, many, accelerator, monkeypatch):
-    """A prefix takes the host thousands of launches; only then are the next batch loaded and the one before scored."""
-    split, scored = Watched(many), []
-    begin, step, score = _Batch.begin, _Batch.advance, room._score
-    seen: list[tuple[int, list[int]]] = []  # when a batch's prefixes are on their way
-
-    def noting(batch: Any, pixels: torch.Tensor, limits: Any) -> None:
-        begin(batch, pixels, limits)
-        seen.append((len(split.asked), list(scored)))
-
-    def advance(batch: Any) -> None:
-        assert split.wait(min(23, 8 * (len(seen) + 1)))
-        step(batch)
-
-    monkeypatch.setattr(_Batch, "begin", noting)
-    monkeypatch.setattr(_Batch, "advance", advance)
-    monkeypatch.setattr(room, "_score", lambda *given: (scored.append(len(given[3])), score(*given))[1])
-    model = make_model(small_model, "gemma")
-    settings = DecodeSettings(max_new_tokens=3, batch_size=8)
-    metrics = evaluate_split(KEY, lambda: Decoder(model, collator), collator, split, accelerator, settings)
-    assert seen == [(8, []), (16, []), (23, [8])]
-    assert scored == [8, 8, 7] and metrics["num"] == 23
+    assert evaluate_split(KEY, waiting, collator, split, accelerator, settings)["num"] == 23
 
 
 def test_nothing_to_write(small_model, collator, many, accelerator):
@@ -463,7 +499,7 @@ def test_nothing_to_write(small_model, collator, many, accelerator):
 
 def test_a_process_without_examples(small_model, collator, many, accelerator, monkeypatch):
     """The second of two, of a split of one example."""
-    monkeypatch.setattr(room, "_share_batches", lambda targets, size, *_: _share_batches(targets, size, 1, 2))
+    monkeypatch.setattr(room, "_windows", lambda targets, *_: _windows(targets, 1, 2))
     model = make_model(small_model, "gemma")
     rows, metrics = predicted(model, collator, FirstExamples(many, 1), accelerator, batch_size=4)
     assert rows == [] and metrics["num"] == 0

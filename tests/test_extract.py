@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,11 @@ from PIL import Image
 from transformers import PaliGemmaForConditionalGeneration
 
 import im2json
+from im2json.data.loader import AHEAD
 from im2json.data.pictures import list_pictures
 from im2json.files import read_lines
-from im2json.inference.decode import Answer, Decoder, _Batch
+from im2json.inference.decode import Answer, Decoder
+from im2json.inference.slots import Slots
 from im2json.jsontext import read
 from im2json.model.base import load_processor
 from im2json.scoring.confidence import Calibration, leaf_confidence
@@ -72,10 +73,15 @@ def test_the_answers_are_those_of_the_evaluation(extractor, finished, dataset):
         assert (row["json"], row["reading"], row["confidence"]) == (reading.value, reading.how, None)  # no object
 
 
+def write_always(monkeypatch: pytest.MonkeyPatch, answers: list[Answer]) -> None:
+    """Have the first pictures answered so, whatever the model makes of them."""
+    monkeypatch.setattr(Decoder, "answers", lambda _, requests, *more: enumerate(a for a, _ in zip(answers, requests)))
+
+
 def test_confidence_is_calibrated(finished, pictures, monkeypatch, tmp_path):
     """Of an answer that a model might give: this one writes no JSON."""
     answer = Answer('{"a":"b"}', [1, 2, 3], [0.0, -0.5, 0.0], [0, 6, 7])
-    monkeypatch.setattr("im2json.inference.decode.Decoder.__call__", lambda self, pixels, *more: [answer] * len(pixels))
+    write_always(monkeypatch, [answer])
     folder = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
     raw = leaf_confidence(answer.text, answer.starts, answer.logprobs)
     (row,) = im2json.Extractor.from_run(folder, check_sum="a = c")(pictures[:1])
@@ -89,7 +95,7 @@ def test_confidence_is_calibrated(finished, pictures, monkeypatch, tmp_path):
 
 def test_an_answer_that_was_cut_says_so(extractor, pictures, monkeypatch):
     answers = [Answer("{", [1], [0.0], [0], cut=cut) for cut in (True, False)]
-    monkeypatch.setattr("im2json.inference.decode.Decoder.__call__", lambda *_: answers)
+    write_always(monkeypatch, answers)
     cut, whole = extractor(pictures[:2])
     assert cut.pop("cut") is True
     assert {**cut, "id": whole["id"]} == whole
@@ -286,62 +292,45 @@ def test_help_is_fast_and_public_names_are_lazy():
         _ = im2json.nothing
 
 
-def test_a_batch_is_loaded_while_the_one_before_is_written(extractor, pictures, monkeypatch):
-    begun = [threading.Event() for _ in range(len(pictures) + 1)]  # picture by picture, the loading
-    begun[-1].set()
-    seen: list[int] = []  # how many were being loaded when a batch's prefixes were on their way
-    begin, load, call = _Batch.begin, im2json.Extractor._load, Decoder.__call__
+def test_pictures_are_loaded_before_there_is_a_slot_for_them(extractor, pictures, monkeypatch):
+    begun = [threading.Event() for _ in pictures]
+    load, advance = im2json.Extractor._load, Slots.advance
 
-    def loading(self: Any, index: int, picture: Any) -> Any:
-        begun[index].set()
-        return load(self, index, picture)
+    def loading(self: Any, numbered: tuple[int, Any]) -> Any:
+        begun[numbered[0]].set()
+        return load(self, numbered)
 
-    def noting(*given: Any) -> None:
-        begin(*given)
-        seen.append(sum(one.is_set() for one in begun[:-1]))
-
-    def waiting(*given: Any) -> list[Answer]:
-        answers = call(*given)
-        assert begun[seen[-1]].wait(20)
-        return answers
+    def waiting(*given: Any) -> None:
+        assert all(one.wait(20) for one in begun)
+        advance(*given)
 
     monkeypatch.setattr(im2json.Extractor, "_load", loading)
-    monkeypatch.setattr(_Batch, "begin", noting)
-    monkeypatch.setattr(Decoder, "__call__", waiting)
-    monkeypatch.setattr(extractor, "settings", replace(extractor.settings, batch_size=2))
+    monkeypatch.setattr(Slots, "advance", waiting)
+    monkeypatch.setattr(extractor.decoder, "slots", 2)
     assert len(list(extractor(pictures))) == 6
-    assert seen == [2, 4, 6]
 
 
-def test_the_callers_code_never_runs_while_a_batch_is_written(extractor, pictures, monkeypatch):
-    """It may use the same extractor, and with it what the batch is written in."""
-    writing: list[bool] = []
-    call = Decoder.__call__
-
-    def noting(decoder: Decoder, *given: Any) -> list[Answer]:
-        writing.append(True)
-        answers = call(decoder, *given)
-        writing.pop()
-        return answers
-
-    monkeypatch.setattr(Decoder, "__call__", noting)
-    monkeypatch.setattr(extractor, "settings", replace(extractor.settings, batch_size=2))
-    seen: list[tuple[bool, bool]] = []
+def test_the_callers_code_may_use_the_same_extractor(extractor, pictures, monkeypatch):
+    monkeypatch.setattr(extractor.decoder, "slots", 2)
+    graded: list[bool] = []
 
     def ids(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
         for row in rows:
-            seen.append((bool(writing), torch.is_grad_enabled()))
+            graded.append(torch.is_grad_enabled())
             yield row["id"]
 
     alone = list(extractor(pictures))
     assert list(extractor(ids(extractor(pictures)))) == alone
-    assert seen == [(False, True)] * 6
+    for row, wanted in zip(extractor(pictures), alone, strict=True):
+        assert row == wanted
+        assert list(extractor(pictures[:1])) == alone[:1]
+    assert graded == [True] * 6
 
 
 @pytest.mark.parametrize("bad", [1, 2, 3, 6])
 def test_batches_of_nothing_but_bad_pictures(extractor, pictures, tmp_path, monkeypatch, bad):
     broken = [str(tmp_path / f"{i}.png") for i in range(bad)]
-    monkeypatch.setattr(extractor, "settings", replace(extractor.settings, batch_size=2))
+    monkeypatch.setattr(extractor.decoder, "slots", 2)
     rows = list(extractor(broken + pictures[:1]))
     assert [row["id"] for row in rows] == broken + pictures[:1]
     assert ["error" in row for row in rows] == [True] * bad + [False]
@@ -352,4 +341,4 @@ def test_a_hundred_thousand_pictures_are_not_held(extractor, pictures, monkeypat
     """Ten thousand, and how many are read ahead."""
     read_ahead = io.StringIO()
     for n, _ in zip(range(300), extractor(read_ahead.write("x") and pictures[i % 6] for i in range(10_000))):
-        assert len(read_ahead.getvalue()) <= n + 1 + 2 * extractor.settings.batch_size
+        assert len(read_ahead.getvalue()) <= n + 1 + AHEAD + 2 * extractor.decoder.slots

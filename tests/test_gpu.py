@@ -270,65 +270,76 @@ def pictures(count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["gemma", "gemma2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_replayed_graph_writes_what_single_steps_write(tmp_path: Path, kind: str, dtype: str) -> None:
-    """Batches of 6, 6 and 2 through one graph."""
-    from im2json.inference.decode import Decoder
+def test_a_replayed_graph_writes_what_single_steps_write(
+    tmp_path: Path, kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafted from the right text, half of the rows; graphs of several lengths, slots that are given on."""
+    from im2json.inference.decode import Decoder, Request
+    from im2json.inference.slots import Slots
 
     model, collator = decoding_model(tmp_path, kind, dtype)
-    decoder = Decoder(model, collator)
-    limits = [3 + i * 5 % 38 for i in range(14)]
+    limits = [3 + i * 5 % 38 for i in range(40)]
+    shown = pictures(40)
+    plain = Decoder(model, collator, slots=16)(shown, limits)
 
     def texts() -> list[str]:
-        batches = (decoder(pictures(14)[i : i + 6], limits[i : i + 6]) for i in range(0, 14, 6))
-        return [answer.text for answers in batches for answer in answers]
+        decoder = Decoder(model, collator, slots=16)
+        requests = [
+            Request(lambda i=i: shown[i : i + 1], limits[i], plain[i].tokens if i % 2 else ())  # type: ignore[misc]
+            for i in range(40)
+        ]
+        found = dict(decoder.answers(requests, 48, 48))
+        assert decoder.tokens <= sum(limits)
+        return [found[i].text for i in range(40)]
 
     replayed = texts()
-    assert decoder.seconds_capturing > 0
-    assert decoder.tokens <= sum(limits)
     assert len(set(replayed)) > 7
     assert texts() == replayed
-    decoder._batch.graphs = None  # from here on step by step, with the same buffers
-    equal = sum(one == other for one, other in zip(texts(), replayed))
-    assert equal == 14 if dtype == "float32" else equal >= 12  # a tie may fall the other way
+    monkeypatch.setattr(Slots, "_run", lambda _, name, length, work: work(length))
+    stepped = texts()
+    for others in (stepped, [answer.text for answer in plain]):
+        equal = sum(one == other for one, other in zip(others, replayed))
+        assert equal == 40 if dtype == "float32" else equal >= 32  # a tie may fall the other way
 
 
 @pytest.mark.parametrize("kind", ["gemma", "gemma2"])
-def test_a_grammar_is_followed_by_a_replayed_graph(tmp_path: Path, kind: str) -> None:
-    """Batches of 6, 6 and 2, of which some rows end before others."""
+def test_a_grammar_is_followed_by_a_replayed_graph(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of which some end before others, drafted from what they are."""
     jsonschema = pytest.importorskip("jsonschema")
     from im2json.inference.constrain import Grammar
-    from im2json.inference.decode import Decoder
+    from im2json.inference.decode import Decoder, Request
+    from im2json.inference.slots import Slots
     from im2json.scoring.schema import induce
 
     model, collator = decoding_model(tmp_path, kind, "float32")
     schema = induce([{"total": "1", "menu": [{"nm": "a"}]}, {"total": "2", "n": 1}])
     grammar = Grammar(schema, collator.processor.tokenizer, model.lm_head.out_features, "schema")
-    decoder = Decoder(model, collator, grammar)
-    limits = [9 + i * 5 % 38 for i in range(14)]
+    limits, shown = [9 + i * 5 % 38 for i in range(14)], pictures(14)
 
-    def answers() -> list[tuple[list[int], str]]:
-        batches = (decoder(pictures(14)[i : i + 6], limits[i : i + 6]) for i in range(0, 14, 6))
-        return [(answer.tokens, answer.text) for answers in batches for answer in answers]
+    def answers(sources: list[list[int]]) -> list[list[int]]:
+        decoder = Decoder(model, collator, grammar, slots=6)
+        requests = [Request(lambda i=i: shown[i : i + 1], limits[i], sources[i]) for i in range(14)]  # type: ignore[misc]
+        found = dict(decoder.answers(requests, 48, 48))
+        for answer in found.values():
+            jsonschema.validate(json.loads(answer.text), schema)
+        return [found[i].tokens for i in range(14)]
 
-    replayed = answers()
-    assert decoder.seconds_capturing > 0
-    for _, text in replayed:
-        jsonschema.validate(json.loads(text), schema)
-    assert answers() == replayed
-    decoder._batch.graphs = None
-    assert answers() == replayed
+    replayed = answers([[]] * 14)
+    assert answers(replayed) == replayed
+    monkeypatch.setattr(Slots, "_run", lambda _, name, length, work: work(length))
+    assert answers(replayed) == replayed
 
 
 @pytest.mark.parametrize("kind", ["gemma", "gemma2"])
 def test_a_gpu_writes_what_transformers_writes(tmp_path: Path, kind: str) -> None:
-    from im2json.inference.decode import Decoder, generate
+    from im2json.inference.decode import Decoder
     from tests.test_decode import EOS, PAD, as_texts, forced_logprobs
 
     model, collator = decoding_model(tmp_path, kind, "float32")
     inputs = {name: value.to("cuda") for name, value in collator.prefixes(pictures(6)).items()}
     output = model.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=EOS, pad_token_id=PAD)
     expected = as_texts(collator, output[:, inputs["input_ids"].shape[1] :].tolist())
-    answers = [answer for some in pictures(6).split(4) for answer in generate(Decoder(model, collator), some, 40)]
+    answers = Decoder(model, collator, slots=4)(pictures(6), 40)
     found = [answer.text for answer in answers]
     for picture, answer in zip(pictures(6), answers):
         if collator.processor.image_token_id in answer.tokens:
@@ -338,19 +349,18 @@ def test_a_gpu_writes_what_transformers_writes(tmp_path: Path, kind: str) -> Non
     assert sum(one == other for one, other in zip(found, expected)) >= 5  # a tie may fall the other way
 
 
-def test_a_larger_batch_gets_a_graph_of_its_own_and_memory_is_given_back(tmp_path: Path) -> None:
-    from im2json.inference.decode import Decoder, generate
+def test_longer_answers_get_slots_of_their_own_and_memory_is_given_back(tmp_path: Path) -> None:
+    from im2json.inference.decode import Decoder
 
     model, collator = decoding_model(tmp_path, "gemma", "float32")
     before = torch.cuda.memory_allocated()
-    decoder = Decoder(model, collator)
-    decoder.prepare([10, 10])
-    captured = decoder.seconds_capturing
-    small = generate(decoder, pictures(2), 10)
-    assert decoder.seconds_capturing == captured > 0
-    large = generate(decoder, pictures(9), [10] * 2 + [200] * 7)
+    decoder = Decoder(model, collator, slots=16)
+    small = decoder(pictures(2), 10)
+    recorded = decoder.seconds_recording
+    assert [answer.text for answer in decoder(pictures(2), 10)] == [answer.text for answer in small]
+    assert decoder.seconds_recording == recorded > 0
+    large = decoder(pictures(9), [10] * 2 + [200] * 7)
     assert [answer.text for answer in large[:2]] == [answer.text for answer in small]
-    assert len(decoder._batch.finished) == 9
-    assert [answer.text for answer in generate(decoder, pictures(2), 10)] == [answer.text for answer in small]
+    assert decoder.seconds_recording > recorded
     del decoder
     assert torch.cuda.memory_allocated() <= before + 2**25  # cuBLAS keeps a workspace for each stream

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -17,12 +19,31 @@ from im2json.data.order import Order, Share
 from im2json.errors import UserError
 from im2json.machine import own_cores
 
+AHEAD = 32  # pictures that are loaded before they are asked for, where a model reads them one by one
+
+S = TypeVar("S")
 T = TypeVar("T")
 
 
 def loading_threads(device: torch.device) -> ThreadPoolExecutor:
     """Return threads to load pictures in while a model reads: up to 8 beside a GPU, one beside a busy CPU."""
     return ThreadPoolExecutor(max(1, min(8, own_cores() - 1)) if device.type == "cuda" else 1)
+
+
+def load_ahead(pool: Executor, load: Callable[[S], T], items: Iterable[S], ahead: int) -> Iterator[Future[T]]:
+    """Return what `load` makes of each item, in their order, and begin with the first `ahead` at once.
+
+    As many are begun or waiting whenever one is taken. An error is raised by the future of its item.
+    """
+    rest = iter(items)
+    coming = deque(pool.submit(load, item) for item in itertools.islice(rest, ahead))
+
+    def take() -> Iterator[Future[T]]:
+        while coming:
+            yield coming.popleft()
+            coming.extend(pool.submit(load, item) for item in itertools.islice(rest, 1))
+
+    return take()
 
 
 class StepLoader:

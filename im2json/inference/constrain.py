@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from im2json.errors import UserError
 from im2json.inference.grammar import lark
 from im2json.scoring.schema import Schema
 
-# B rows, V vocabulary, W bytes of V bits, rounded up to words of 32 bits.
+# B rows, K tokens of each in a pass, T tokens of a text, V vocabulary, W bytes of V bits, in whole words of 32 bits.
 NO_LIMIT = 10**9  # of the engine's work for a token; what it would give up on by default is a large schema
 MOST_ADDED = 1_000  # tokens
 ALL = 255  # eight tokens that may all be written
@@ -86,61 +87,75 @@ class Grammar:
 
 
 class Allowed:
-    """What each row of a batch may write next.
+    """What each row of a batch may write next, and after each token of its draft.
 
-    The bits lie where the model computes and never move, so a CUDA graph can read them. A step is `look`, which starts
-    to fetch the tokens written last, then whatever the device does meanwhile, then `update`.
+    The bits lie where the model computes and never move, so a CUDA graph can read them.
+
+    Args:
+        most: tokens of a row in a pass.
     """
 
-    def __init__(self, grammar: Grammar, rows: int, device: torch.device) -> None:
+    def __init__(self, grammar: Grammar, rows: int, most: int, device: torch.device) -> None:
         words = -(-grammar.engine.vocab_size // 32)
-        gpu = device.type == "cuda"
         self.grammar = grammar
         self.matchers: list[Any] = [None] * rows  # none for a row that has ended
-        self.bits = torch.full((rows, 4 * words), ALL, dtype=torch.uint8, device=device)  # B x W
-        self._host = torch.full((rows, 4 * words), ALL, dtype=torch.uint8, pin_memory=gpu)  # B x W
-        self._latest = torch.zeros((rows, 1), dtype=torch.long, pin_memory=gpu)  # B x 1
+        self.seen = [0] * rows  # tokens of each that its matcher knows
+        self.bits = torch.full((rows * most, 4 * words), ALL, dtype=torch.uint8, device=device)  # (B K) x W
+        self._host = torch.full(self.bits.shape, ALL, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._bit = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
-        self._fetched = torch.cuda.Event() if gpu else None
 
-    def begin(self, rows: int) -> None:
-        """Put the first `rows` at the start of a text; the others are not needed."""
-        self.matchers = [self.grammar.matcher() if row < rows else None for row in range(len(self.matchers))]
-        self._fill()
+    def begin(self, rows: Sequence[int]) -> None:
+        """Put some rows at the start of a text."""
+        for row in rows:
+            self.matchers[row], self.seen[row] = self.grammar.matcher(), 0
 
-    def look(self, latest: torch.Tensor) -> None:
-        """Start to fetch what was written last, B x 1."""
-        self._latest.copy_(latest, non_blocking=True)
-        if self._fetched is not None:
-            self._fetched.record()
+    def update(self, counts: np.ndarray, written: np.ndarray, drafts: np.ndarray, length: int) -> None:
+        """Let the bits follow what is written.
 
-    def update(self) -> None:
-        """Let the bits follow what `look` has fetched."""
-        if self._fetched is not None:
-            self._fetched.synchronize()  # waits for the step before, not for what was started since
-        for row, token in enumerate(self._latest.flatten().tolist()):
-            matcher = self.matchers[row]
-            if matcher is None or token in self.grammar.ends:
+        Args:
+            counts: B, of each row's tokens.
+            written: B x T, the tokens.
+            drafts: B x (at least `length` - 1), the tokens tried next; negative where there is none.
+            length: K, tokens of a row in the pass.
+        """
+        from llguidance.numpy import (
+            fill_next_token_bitmask_par,
+            fill_next_token_bitmask_par_with_draft_tokens,
+        )
+
+        alone, drafted = [], []
+        for row, matcher in enumerate(self.matchers):
+            if matcher is None:
+                continue
+            new, self.seen[row] = written[row, self.seen[row] : counts[row]].tolist(), int(counts[row])
+            if self.grammar.ends.intersection(new):
                 self.matchers[row] = None
                 continue
-            consumed = matcher.consume_token(token)
+            consumed = matcher.consume_tokens(new)
             assert consumed, matcher.get_error()
-        self._fill()
+            draft = list(itertools.takewhile(lambda token: token >= 0, drafts[row, : length - 1].tolist()))
+            if draft:
+                drafted.append((matcher, row * length, draft))
+            else:
+                alone.append((matcher, row * length))
+        bits = self._host.numpy().view(np.int32)
+        if alone:
+            fill_next_token_bitmask_par(self.grammar.executor, alone, bits)
+        if drafted:
+            fill_next_token_bitmask_par_with_draft_tokens(self.grammar.executor, drafted, bits)
+        used = len(self.matchers) * length
+        self.bits[:used].copy_(self._host[:used], non_blocking=True)
 
-    def mask(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits, B x V, with minus infinity for what may not be written."""
-        forbidden = (self.bits[:, :, None] & self._bit) == 0  # B x W x 8
+    def mask(self, logits: torch.Tensor, part: slice) -> torch.Tensor:
+        """Return logits, N x V, with minus infinity for what may not be written.
+
+        Args:
+            part: which N of the B x K tokens of a pass.
+        """
+        forbidden = (self.bits[part][: len(logits), :, None] & self._bit) == 0  # N x W x 8
         return logits.masked_fill(forbidden.flatten(1)[:, : logits.shape[1]], float("-inf"))
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Leave out all other rows."""
-        self.matchers = [self.matchers[row] for row in rows.tolist()]
-        self.bits, self._host, self._latest = (kept[rows] for kept in (self.bits, self._host, self._latest))
-
-    def _fill(self) -> None:
-        from llguidance.numpy import fill_next_token_bitmask_par
-
-        going = [(matcher, row) for row, matcher in enumerate(self.matchers) if matcher is not None]
-        if going:
-            fill_next_token_bitmask_par(self.grammar.executor, going, self._host.numpy().view(np.int32))
-        self.bits.copy_(self._host, non_blocking=True)
+    def move(self, source: int, target: int) -> None:
+        """Go on with a row in another place."""
+        self.matchers[target], self.seen[target] = self.matchers[source], self.seen[source]
+        self.matchers[source] = None

@@ -1,29 +1,25 @@
-"""Greedy decoding in batches: one CUDA graph per evaluation on a GPU, as few rows as possible on a CPU."""
+"""Greedy decoding: texts are written side by side in slots, several tokens of each in a pass where a draft is right."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import itertools
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
-from transformers import LogitsProcessorList, PaliGemmaForConditionalGeneration
+from transformers import PaliGemmaForConditionalGeneration
 
 from im2json.data.collate import Collator
-from im2json.inference.attention import KeyValues, grouped
-from im2json.inference.constrain import Allowed, Grammar
+from im2json.inference.constrain import Grammar
+from im2json.inference.drafts import DraftLength
+from im2json.inference.paligemma import PaliGemmaReader
+from im2json.inference.slots import Report, Room, Slots
 
-# B rows, P prefix positions, T tokens that may be written, L = P + T rounded up, D hidden, V vocabulary.
-CHECK_EVERY = 16  # steps between two looks at whether all rows are done: on a GPU each look waits for the device
-WARM_UP = 1  # steps before the graph is captured
-ROUND_UP = 64  # cached positions on a GPU: few lengths to capture for, and kernels like multiples of 8
+GROUP = {"cuda": 16, "cpu": 4}  # prefixes read at once
+OVERHEAD = {"cuda": 256, "cpu": 40}  # tokens that take as long as the rest of a pass
 
 
 @dataclass(frozen=True)
@@ -39,80 +35,98 @@ class Answer:
     cut: bool = False  # a grammar has ended the text, as the limit came first
 
 
-class Decoder:
-    """Writes the most likely text for each picture, token by token, until EOS or a limit.
+class Request(NamedTuple):
+    """A picture to be read."""
 
-    The texts are those of transformers' greedy `generate`. On a GPU the step is captured once as a CUDA graph, for the
-    first batch, and replayed for that batch and all that fit in it: keep one decoder for an evaluation, and none
-    longer, since it holds the model's weights and a batch's keys and values.
+    pixels: Callable[[], torch.Tensor]  # waits for them, 1 x 3 x H x W, see Collator.pixels
+    limit: int  # tokens that the answer may have, at least 1
+    source: Sequence[int] = ()  # tokens that the answer is drafted from; they never change it
+
+
+class Decoder:
+    """Writes the most likely text for each picture until EOS or a limit.
+
+    The texts are those of transformers' greedy `generate`, whatever they are drafted from. Where a GPU rounds, two
+    tokens that are equally likely up to rounding may change places.
+
+    Keep one decoder for an evaluation, and none longer, since it holds the model's weights and the slots' keys and
+    values.
 
     Args:
         model: plain weights, in eval mode (see model.lora.merged_copy).
         grammar: what every text is held to. What cannot become a text of it is passed over; a text that the model would
             have written without it stays the same.
+        slots: how many texts are written at a time.
     """
 
     def __init__(
-        self, model: PaliGemmaForConditionalGeneration, collator: Collator, grammar: Grammar | None = None
+        self,
+        model: PaliGemmaForConditionalGeneration,
+        collator: Collator,
+        grammar: Grammar | None = None,
+        slots: int = 64,
     ) -> None:
         self.model = model
         self.collator = collator
         self.grammar = grammar
+        self.slots = slots  # halved where a GPU's memory is exceeded
+        self.reader = PaliGemmaReader(model, collator)
+        self.fixed = model.device.type == "cuda"
         self.tokens = 0  # written so far, EOS included
-        self.seconds_capturing = 0.0
-        self.most_rows: int | None = None  # what fits into the GPU's memory, once it was exceeded
-        self._batch: _Batch | None = None  # the captured one
+        self.passes = 0
+        self._idle: list[Slots] = []
         self._pieces: dict[int, str] = {}  # what each token is by itself
 
-    @torch.no_grad()
-    def __call__(
-        self, pixels: torch.Tensor, limits: Sequence[int], meanwhile: Callable[[], None] = lambda: None
-    ) -> list[Answer]:
-        """The answers for one batch.
+    def answers(
+        self, requests: Iterable[Request], longest: int, source: int = 0, count: int | None = None
+    ) -> Iterator[tuple[int, Answer]]:
+        """Yield the number of each request and its answer, in the order in which they are finished.
+
+        While an answer is in the caller's hands a GPU goes on with a pass. Another call may be made before this one has
+        ended.
 
         Args:
-            pixels: B x 3 x H x W, see Collator.pixels.
-            limits: how many tokens each of the B may have, at least 1.
-            meanwhile: see `generate`.
+            requests: taken one by one when there is a free slot, and not asked for pixels before.
+            longest: the highest limit among them.
+            source: the length of their longest source.
+            count: how many there are, if that is known.
         """
-        if self._beyond_window(limits):
-            meanwhile()
-            rows = self._by_transformers(pixels, max(limits))
-        else:
-            with grouped(self.model.model.language_model.config):
-                rows = self._rows(pixels, limits, meanwhile)
-        return [self._answer(*row, limit) for row, limit in zip(rows, limits)]
+        waiting = enumerate(requests)
+        while True:
+            work = _Work(self, self._take(Room(self.slots, longest, source), count), waiting)
+            try:
+                yield from work
+                self._idle.append(work.slots)
+                return
+            except torch.cuda.OutOfMemoryError:
+                if self.slots == 1:
+                    raise
+                begun = list(work.begun.values())
+            # Out here nothing holds on to the tensors of the attempt, as the error did with its traceback.
+            self._idle.clear()
+            del work
+            torch.cuda.empty_cache()
+            had, self.slots = self.slots, max(1, self.slots // 2)
+            tqdm.write(f"out of GPU memory with {had} answers at once: going on with {self.slots}")
+            waiting = itertools.chain(begun, waiting)  # type: ignore[assignment]
 
-    @torch.no_grad()
-    def prepare(self, limits: Sequence[int]) -> None:
-        """Capture the step for a batch with these limits, if it has not been, while its pictures are being loaded.
+    def __call__(self, pixels: torch.Tensor, limits: int | Sequence[int]) -> list[Answer]:
+        """Return the answers to B pictures, B x 3 x H x W.
 
-        Where the memory does not suffice nothing is done: `generate` finds out what fits.
+        Args:
+            limits: how many tokens each may have, at least 1; of all, or one for each.
         """
-        if self.model.device.type != "cuda" or not limits or self._beyond_window(limits):
-            return
-        try:
-            with grouped(self.model.model.language_model.config):
-                self._captured(min(len(limits), self.most_rows or len(limits)), max(limits))
-            return
-        except torch.cuda.OutOfMemoryError:
-            pass
-        self.release()
-        torch.cuda.empty_cache()
+        each = [limits] * len(pixels) if isinstance(limits, int) else list(limits)
+        requests = [Request(lambda one=one: one[None], limit) for one, limit in zip(pixels, each)]  # type: ignore[misc]
+        found = dict(self.answers(requests, max(each, default=1), count=len(requests)))
+        return [found[number] for number in range(len(requests))]
 
-    def release(self) -> None:
-        """Give up the captured graph and its memory."""
-        self._batch = None
-
-    def _beyond_window(self, limits: Sequence[int]) -> bool:
-        return _window(self.model) < len(self.collator.prefix_ids) + max(limits, default=0)
-
-    def _answer(self, tokens: list[int], logprobs: list[float], limit: int) -> Answer:
-        """A row up to EOS or its limit."""
-        tokens, decode = _until(self.collator.processor.tokenizer.eos_token_id, tokens[:limit]), self.collator.texts
+    def answer(self, tokens: list[int], logprobs: list[float]) -> Answer:
+        """Return what was written as an answer."""
+        decode = self.collator.texts
         self.tokens += len(tokens)
         rest = [] if self.grammar is None else self.grammar.rest(tokens)
-        logprobs = logprobs[: len(tokens)] + [-math.inf] * len(rest)
+        logprobs = logprobs + [-math.inf] * len(rest)
         tokens = tokens + rest
         (text,), new = decode([tokens]), sorted(set(tokens) - self._pieces.keys())
         self._pieces.update(zip(new, decode([[token] for token in new])))
@@ -125,293 +139,78 @@ class Decoder:
             starts = list(itertools.accumulate(shared, max))
         return Answer(text, tokens, logprobs, starts, cut=bool(rest))
 
-    def _rows(self, pixels: torch.Tensor, limits: Sequence[int], meanwhile: Callable[[], None]) -> list[_Row]:
-        """What was written for each picture, what follows EOS included."""
-        captured = self.model.device.type == "cuda"
-        batch = self._captured(len(limits), max(limits)) if captured else self._fresh(len(limits), max(limits))
-        batch.begin(pixels, limits)
-        meanwhile()
-        rows: list[_Row] = [([], [])] * len(limits)
-        places = list(range(len(limits)))  # which picture each row of the batch is
-        for step in range(1, max(limits)):
-            if not captured or step % CHECK_EVERY == 0:
-                going = (~batch.finished).nonzero().flatten()
-                if len(going) == 0:
-                    break
-                if not captured and len(going) <= len(batch.finished) * 7 // 8:  # copying the rest costs a bit
-                    for place, row in zip(places, batch.rows(step)):
-                        rows[place] = row
-                    places = [places[i] for i in going.tolist()]
-                    batch.keep(going)
-            batch.advance()
-        for place, row in zip(places, batch.rows()):
-            rows[place] = row
-        return rows
+    @property
+    def seconds_recording(self) -> float:
+        """What the slots that are not in use have spent on recording graphs."""
+        return sum(slots.seconds_recording for slots in self._idle)
 
-    def _fresh(self, rows: int, tokens: int) -> _Batch:
-        length = len(self.collator.prefix_ids) + tokens
-        return _Batch.make(self.model, self.collator, rows, length, whole=False, grammar=self.grammar)
-
-    def _captured(self, rows: int, tokens: int) -> _Batch:
-        """A batch with a CUDA graph of the step that has room for so much, the present one if possible."""
-        length = len(self.collator.prefix_ids) + max(tokens, WARM_UP)
-        length = -(-length // ROUND_UP) * ROUND_UP
-        if self._batch is not None:
-            have, reach = len(self._batch.finished), self._batch.length
-            if rows <= have and length <= reach:
-                return self._batch
-            rows, length = max(rows, have), max(length, reach)
-            self.release()
-        start = time.perf_counter()
-        batch = _Batch.make(self.model, self.collator, rows, length, whole=True, grammar=self.grammar)
-        batch.capture()
-        self.seconds_capturing += time.perf_counter() - start
-        self._batch = batch
-        return batch
-
-    def _by_transformers(self, pixels: torch.Tensor, longest: int) -> list[_Row]:
-        """Slower. For a Gemma 2 whose sliding window is shorter than what is decoded: its layers see different parts
-        of it. PaliGemma 2's window is 4,096."""
-        device, tokenizer = self.model.device, self.collator.processor.tokenizer
-        prefixes = self.collator.prefixes(pixels.to(self.model.dtype))
-        allowed = None if self.grammar is None else Allowed(self.grammar, len(pixels), device)
-        logprobs: list[torch.Tensor] = []  # T times B
-
-        def note(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-            if allowed is None:
-                masked = logits
-            else:
-                if logprobs:
-                    allowed.look(ids[:, -1:])
-                    allowed.update()
-                else:
-                    allowed.begin(len(ids))
-                masked = allowed.mask(logits)
-            logprobs.append(_logprob(self.model, logits, masked.argmax(-1)))
-            return masked
-
-        output = self.model.generate(  # B x (P + T)
-            **{name: value.to(device) for name, value in prefixes.items()},
-            max_new_tokens=longest,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            logits_processor=LogitsProcessorList([note]),
-        )
-        written = output[:, prefixes["input_ids"].shape[1] :]
-        return list(zip(written.tolist(), torch.stack(logprobs, 1).tolist()))
+    def _take(self, room: Room, count: int | None) -> Slots:
+        """Return slots with so much room, those of an earlier call if they are free and have it."""
+        group = GROUP[self.model.device.type]
+        if count is not None:  # in whole groups
+            room = room._replace(slots=min(room.slots, max(1, -(-count // group)) * group))
+        while self._idle:  # what is too small is given up
+            slots = self._idle.pop()
+            if slots.room.holds(room):
+                slots.clear()
+                return slots
+        return Slots(self.reader, room, min(group, room.slots), self.grammar, fixed=self.fixed)
 
 
-def generate(
-    decoder: Decoder,
-    pixels: torch.Tensor,
-    max_new_tokens: int | Sequence[int],
-    meanwhile: Callable[[], None] = lambda: None,
-) -> list[Answer]:
-    """The answers for pictures, in as many batches as the GPU's memory asks for.
+class _Work:
+    """The requests of one call on their way through the slots."""
 
-    Args:
-        pixels: B x 3 x H x W, see Collator.pixels.
-        max_new_tokens: for all, or one for each.
-        meanwhile: called once, when the prefixes have been handed to the device: where work for other threads is best
-            begun. The host starts the thousands of kernels of a prefix one by one, and each would wait for Python's
-            lock; a step is two launches.
-    """
-    meanwhile = functools.cache(meanwhile)  # once, in however many batches
-    limits = [max_new_tokens] * len(pixels) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    answers: list[Answer] = []
-    while len(answers) < len(pixels):
-        rows = slice(len(answers), len(answers) + (decoder.most_rows or len(pixels)))
-        try:
-            answers += decoder(pixels[rows], limits[rows], meanwhile)
-            continue
-        except torch.cuda.OutOfMemoryError:
-            count = len(pixels[rows])
-            if count == 1:
-                raise
-        # Out here nothing holds on to the tensors of the attempt, as the error did with its traceback.
-        decoder.release()
-        torch.cuda.empty_cache()
-        decoder.most_rows = count // 2
-        tqdm.write(f"out of GPU memory with {count} examples at once: going on with {count // 2}")
-    meanwhile()
-    return answers
+    def __init__(self, decoder: Decoder, slots: Slots, waiting: Iterator[tuple[int, Request]]) -> None:
+        self.decoder = decoder
+        self.slots = slots
+        self.waiting = waiting
+        self.begun: dict[int, tuple[int, Request]] = {}  # by slot
+        self.length = DraftLength(OVERHEAD[slots.device.type], slots.most)
 
+    def __iter__(self) -> Iterator[tuple[int, Answer]]:
+        slots = self.slots
+        self._admit(1)
+        while self.begun:
+            report = slots.report()
+            slots.advance(self.length.choose(slots.used), report)
+            self.decoder.passes += 1
+            # Where all rows are computed anyway we look at what was before the pass, so that no GPU waits for the host.
+            yield from self._settle((report if slots.fixed else slots.report())())
+            self._admit(slots.group)
 
-_Row = tuple[list[int], list[float]]  # tokens and their log probabilities
+    def _settle(self, report: Report) -> Iterator[tuple[int, Answer]]:
+        """Yield what is finished, and make room for what is waiting."""
+        self.length.observe(int(report.right.sum()), int(report.tried.sum()))
+        done: list[tuple[int, list[int], list[float]]] = []
+        for slot in sorted(slot for slot in self.begun if report.finished[slot]):
+            number, _ = self.begun.pop(slot)
+            count = report.counts[slot]
+            done.append((number, report.written[slot, :count].tolist(), report.logprobs[slot, :count].tolist()))
+        if not self.slots.fixed:
+            self._close_up()
+        for number, tokens, logprobs in done:
+            yield number, self.decoder.answer(tokens, logprobs)
 
+    def _close_up(self) -> None:
+        """Have those that are still written stand in the first slots."""
+        free = iter([slot for slot in range(len(self.begun)) if slot not in self.begun])
+        for slot in sorted(self.begun, reverse=True):
+            if slot >= len(self.begun):
+                target = next(free)
+                self.slots.move(slot, target)
+                self.begun[target] = self.begun.pop(slot)
+        self.slots.used = len(self.begun)
 
-@dataclass(eq=False)
-class _Batch:
-    """Rows that are decoded together, and all that a step reads and writes, on the device."""
-
-    model: PaliGemmaForConditionalGeneration
-    prefix: torch.Tensor  # 1 x P
-    pad: int
-    eos: int
-    cache: KeyValues
-    cache_name: str  # in the models' forward
-    written: torch.Tensor  # B x T, pad where nothing is
-    logprobs: torch.Tensor  # B x T, of what is written
-    latest: torch.Tensor  # B x 1, the token that each row goes on from
-    count: torch.Tensor  # 1, tokens written so far
-    limits: torch.Tensor  # B
-    finished: torch.Tensor  # B
-    length: int  # L
-    allowed: Allowed | None
-    hidden: torch.Tensor  # B x D, what the next token is chosen by
-    graphs: tuple[Any, Any] | None = None  # torch.cuda.CUDAGraph of the model, and of the choice
-
-    @classmethod
-    def make(
-        cls,
-        model: PaliGemmaForConditionalGeneration,
-        collator: Collator,
-        rows: int,
-        length: int,
-        whole: bool,
-        grammar: Grammar | None = None,
-    ) -> _Batch:
-        like, tokenizer = model.lm_head.weight, collator.processor.tokenizer
-        numbers: dict[str, Any] = {"dtype": torch.long, "device": like.device}
-        shape = rows, length - len(collator.prefix_ids)
-        return cls(
-            model=model,
-            prefix=torch.tensor([collator.prefix_ids], **numbers),
-            pad=tokenizer.pad_token_id,
-            eos=tokenizer.eos_token_id,
-            cache_name=_cache_name(model.model.language_model),
-            cache=KeyValues(model.config.get_text_config(), rows, length, whole, like),
-            written=torch.full(shape, tokenizer.pad_token_id, **numbers),
-            logprobs=torch.zeros(shape, device=like.device),
-            latest=torch.full((rows, 1), tokenizer.pad_token_id, **numbers),
-            count=torch.zeros(1, **numbers),
-            limits=torch.zeros(rows, **numbers),
-            finished=torch.ones(rows, dtype=torch.bool, device=like.device),
-            length=length,
-            allowed=None if grammar is None else Allowed(grammar, rows, like.device),
-            hidden=like.new_zeros(rows, like.shape[1]),
-        )
-
-    def begin(self, pixels: torch.Tensor, limits: Sequence[int]) -> None:
-        """Read the prefixes and write each row's first token. Rows that are not needed count as finished."""
-        rows, device = len(limits), self.latest.device
-        ids = self.prefix.expand(rows, -1)  # B x P
-        self.written.fill_(self.pad)
-        self.count.zero_()
-        self.limits.zero_()
-        self.limits[:rows] = torch.tensor(limits, device=device)
-        self.finished.fill_(True)
-        self.finished[:rows] = False
-        hidden = self.model.model(  # B x P x D
-            input_ids=ids,
-            pixel_values=pixels.to(device, self.model.dtype),
-            position_ids=1 + torch.arange(ids.shape[1], device=device)[None],  # PaliGemma counts from 1
-            use_cache=True,
-            **{self.cache_name: self.cache},
-        ).last_hidden_state
-        self.cache.position.fill_(ids.shape[1])
-        self.cache.filled = ids.shape[1]
-        self.hidden[:rows] = hidden[:, -1]
-        if self.allowed is not None:
-            self.allowed.begin(rows)
-        self._choose()
-
-    def advance(self) -> None:
-        """One more token for each row."""
-        read, choose = (self._read, self._choose) if self.graphs is None else (graph.replay for graph in self.graphs)
-        self.cache.filled += 1
-        if self.allowed is None:
-            read()
-        else:
-            self.allowed.look(self.latest)
-            read()
-            self.allowed.update()
-        choose()
-
-    def capture(self) -> None:
-        """Capture the step as two CUDA graphs: its thousand kernels take a GPU less time than a host needs to start
-        them one by one. Between the two is where a host says what may be written."""
-        present = torch.cuda.current_stream()
-        aside = _aside()
-        aside.wait_stream(present)
-        with torch.cuda.stream(aside):  # the first runs allocate and choose kernels, which cannot be captured
-            for _ in range(WARM_UP):
-                self._read()
-                self._choose()
-        present.wait_stream(aside)
-        read, choose = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads load pictures meanwhile, and may do as they like.
-        with torch.cuda.graph(read, capture_error_mode="thread_local"):
-            self._read()
-        with torch.cuda.graph(choose, pool=read.pool(), capture_error_mode="thread_local"):
-            self._choose()
-        self.graphs = read, choose
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Leave out all other rows."""
-        self.cache.keep(rows)
-        self.written, self.logprobs, self.latest = self.written[rows], self.logprobs[rows], self.latest[rows]
-        self.limits, self.finished = self.limits[rows], self.finished[rows]
-        self.hidden = self.hidden[rows]
-        if self.allowed is not None:
-            self.allowed.keep(rows)
-
-    def rows(self, count: int | None = None) -> list[_Row]:
-        """What is written, up to `count` tokens of each row."""
-        return list(zip(self.written[:, :count].tolist(), self.logprobs[:, :count].tolist()))
-
-    def _read(self) -> None:
-        """Take in the latest token of each row."""
-        language_model: Any = self.model.model.language_model
-        hidden = language_model(  # B x 1 x D
-            inputs_embeds=language_model.embed_tokens(self.latest),
-            attention_mask=self.cache.mask(),
-            position_ids=1 + self.cache.position[None],
-            use_cache=True,
-            **{self.cache_name: self.cache},
-        ).last_hidden_state
-        self.cache.position += 1
-        self.hidden.copy_(hidden[:, -1])
-
-    def _choose(self) -> None:
-        """Write the next token of each row."""
-        logits = self.model.lm_head(self.hidden)  # B x V
-        token = (logits if self.allowed is None else self.allowed.mask(logits)).argmax(-1)  # B
-        self.logprobs.index_copy_(1, self.count, _logprob(self.model, logits, token)[:, None])
-        token = token.masked_fill(self.finished, self.pad)
-        self.written.index_copy_(1, self.count, token[:, None])
-        self.latest.copy_(token[:, None])
-        self.count += 1
-        self.finished |= (token == self.eos) | (self.limits <= self.count)
-
-
-def _logprob(model: PaliGemmaForConditionalGeneration, logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Log probability of each row's token (B), from B x V. transformers leaves out PaliGemma 2's cap on logits."""
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if cap is not None:
-        logits = cap * torch.tanh(logits.float() / cap)
-    return F.log_softmax(logits, 1, dtype=torch.float32).gather(1, token[:, None])[:, 0]
-
-
-@functools.cache
-def _aside() -> torch.cuda.Stream:
-    """The one stream for first runs: cuBLAS keeps 32 MiB for each stream that it was ever used on."""
-    return torch.cuda.Stream()
-
-
-def _until(eos: int, row: list[int]) -> list[int]:
-    return row[: row.index(eos) + 1] if eos in row else row
-
-
-def _window(model: PaliGemmaForConditionalGeneration) -> float:
-    """How many positions all layers can see."""
-    config = model.config.get_text_config()
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    return config.sliding_window if sliding else float("inf")
-
-
-def _cache_name(model: torch.nn.Module) -> str:
-    """What `forward` calls its cache: transformers has renamed it."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    def _admit(self, least: int) -> None:
+        """Begin with what is waiting, a group at a time, while at least so many slots are free."""
+        slots = self.slots
+        free = [slot for slot in range(slots.room.slots) if slot not in self.begun]
+        while len(free) >= least:
+            chosen = dict(zip(free, itertools.islice(self.waiting, slots.group)))
+            if not chosen:
+                return
+            self.begun.update(chosen)
+            pixels = torch.cat([request.pixels() for _, request in chosen.values()])
+            limits = [request.limit for _, request in chosen.values()]
+            slots.admit(list(chosen), pixels, limits, [request.source for _, request in chosen.values()])
+            free = free[len(chosen) :]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from im2json.data.collate import Collator
 from im2json.data.example import FirstExamples, Split
-from im2json.data.loader import loading_threads
+from im2json.data.loader import AHEAD, load_ahead, loading_threads
 from im2json.files import append_lines, keep_lines
-from im2json.inference.decode import Answer, Decoder, generate
+from im2json.inference.decode import Answer, Decoder, Request
 from im2json.inference.settings import DecodeSettings
 from im2json.jsontext import canonical, read
 from im2json.model.lora import merged_copy
@@ -34,11 +34,10 @@ from im2json.scoring import StreamingEvaluator
 from im2json.scoring.checks import check_results
 from im2json.scoring.confidence import leaf_confidence
 
+WINDOW = 1024  # examples of each process that are sorted by length
+
 Labelled = tuple[str, dict[str, Any]]
-"""An example's id and target: all that is kept of it beside its pixels."""
-Loading = tuple[list[int], Callable[[], tuple[list[Labelled], torch.Tensor]], bool]
-"""A batch, a function that waits for its examples and pixels, and whether it is the last of its window."""
-WINDOW = 16  # batches of each process that are sorted by length
+"""An example's id and target."""
 
 
 def evaluate_split(
@@ -52,7 +51,8 @@ def evaluate_split(
 ) -> dict[str, float]:
     """Generate text for a split, and return its metrics, the same on every process.
 
-    The processes share the examples out. Memory stays constant: only sums are kept.
+    The processes share the examples out. Each answer is drafted from its target, which makes it no other. Memory stays
+    constant: only sums and the predictions of a window are kept.
 
     Args:
         make_decoder: called once, while the first pictures are being loaded.
@@ -61,57 +61,45 @@ def evaluate_split(
     """
     evaluator, total = StreamingEvaluator(), len(split)
     bar = progress_bar(total, f"{key.split} {key.stage}", "ex", shown=accelerator.is_main_process, keep=False)
-    shared = _share_batches(split.targets, settings.batch_size, accelerator.process_index, accelerator.num_processes)
-    done, limit = 0, settings.max_new_tokens
-    predictions: dict[int, Prediction] = {}  # of the present window
-    with bar as progress, loading_threads(accelerator.device) as loading, ThreadPoolExecutor(1) as scoring:
-        batches = _loading(loading, split, collator, shared)
-        coming: Loading | None = next(batches, None)
-        written: tuple[list[int], list[Labelled], list[Answer]] | None = None
-        scored: Future[dict[int, Prediction]] | None = None
+    windows = list(_windows(split.targets, accelerator.process_index, accelerator.num_processes))
+    order = [i for window in windows for i in window]
+    drafts = [collator.target_ids(split.targets[i]) for i in order]
+    limit = settings.max_new_tokens
+    limits = [limit if isinstance(limit, int) else limit[i] for i in order]
+    predictions: dict[int, Prediction] = {}  # by index in the split
+    handed_out = 0
+
+    def hand_out() -> None:
+        """Pass on the predictions of all windows that are complete, at the same places in every process."""
+        nonlocal handed_out
+        while windows and all(i in predictions for i in windows[0]):
+            mine = [(i, predictions.pop(i)) for i in windows.pop(0)]
+            gathered = [prediction for _, prediction in sorted(gather_object(mine))]
+            if on_predictions is not None and accelerator.is_main_process:
+                on_predictions(handed_out, gathered)
+            handed_out += len(gathered)
+
+    with bar as progress, loading_threads(accelerator.device) as pool:
+        loaded = load_ahead(pool, partial(_load, split, collator), order, AHEAD)
         decoder = make_decoder()
+        labelled: dict[int, Future[tuple[Labelled, torch.Tensor]]] = {}
 
-        def meanwhile() -> None:
-            """While the device writes a batch, load the next one's pictures and score the one before."""
-            nonlocal coming, scored
-            coming = next(batches, None)
-            scored = None if written is None else scoring.submit(_score, evaluator, key, settings, *written)
+        def requests() -> Iterator[Request]:
+            for number, future in enumerate(loaded):
+                labelled[number] = future
+                yield Request(lambda future=future: future.result()[1], limits[number], drafts[number])  # type: ignore[misc]
 
-        while coming is not None:
-            batch, wait, ends_window = coming
-            limits = [limit if isinstance(limit, int) else limit[i] for i in batch]
-            decoder.prepare(limits)
-            examples, pixels = wait()
-            answers = generate(decoder, pixels, limits, meanwhile)
-            if scored is not None:
-                predictions.update(scored.result())
-            written = batch, examples, answers
-            progress.update(min(len(batch) * accelerator.num_processes, total - progress.n))
-            if ends_window:
-                predictions.update(_score(evaluator, key, settings, *written))
-                gathered = [prediction for _, prediction in sorted(gather_object(list(predictions.items())))]
-                if on_predictions is not None and accelerator.is_main_process:
-                    on_predictions(done, gathered)
-                done, written, predictions = done + len(gathered), None, {}
+        longest = max(map(len, drafts), default=0)
+        for number, answer in decoder.answers(requests(), max(limits, default=1), longest, len(order)):
+            example, _ = labelled.pop(number).result()
+            predictions[order[number]] = score_answer(evaluator, key, settings, example, answer)
+            progress.update(min(accelerator.num_processes, total - progress.n))
+            hand_out()
+    hand_out()
     merged = StreamingEvaluator()
     for other in gather_object([evaluator]):
         merged.merge(other)
     return merged.compute()
-
-
-def _score(
-    evaluator: StreamingEvaluator,
-    key: EvaluationKey,
-    settings: DecodeSettings,
-    batch: Sequence[int],
-    examples: Sequence[Labelled],
-    answers: Sequence[Answer],
-) -> dict[int, Prediction]:
-    """Return a batch's predictions by their indices in the split."""
-    return {
-        i: score_answer(evaluator, key, settings, labelled, answer)
-        for i, labelled, answer in zip(batch, examples, answers)
-    }
 
 
 def score_answer(
@@ -183,7 +171,7 @@ class Evaluation:
 
         def make_decoder() -> Decoder:
             copy = merged_copy(self.model, self.settings.dtype, adapter=adapter)
-            return Decoder(copy, self.collator, self.settings.grammar)
+            return Decoder(copy, self.collator, self.settings.grammar, self.settings.batch_size)
 
         if stage != "during":
             scored = f"the adapter of step {step}" if adapter else "the base model"
@@ -209,40 +197,21 @@ class Evaluation:
         return next((each.text for each in self.run.predictions(split, "before") if each.id == id), None)
 
 
-def _share_batches(
-    targets: Sequence[dict[str, Any]], batch_size: int, rank: int, processes: int
-) -> Iterator[tuple[list[int], bool]]:
-    """Yield the batches of a split that one process writes, and whether each is the last of its window, of which all
-    processes have equally many.
+def _windows(targets: Sequence[dict[str, Any]], rank: int, processes: int) -> Iterator[list[int]]:
+    """Yield the examples of a split that one process writes, window by window, of which all processes have equally
+    many.
 
-    A window is held in memory until it can be put into the split's order again. Within it, examples whose targets are
-    equally long are written together, the longest first: a batch takes as long as its longest text, and what fits is
-    known from the first batch on. They are dealt out in turn, so that all processes get some of each length and come to
-    the window's end together.
+    The predictions of a window are held in memory until they can be put into the split's order again. Within it, the
+    longest are begun first: then the last to be finished are short. They are dealt out in turn, so that all processes
+    get some of each length and come to the window's end together.
     """
-    window = WINDOW * batch_size * processes
-    for start in range(0, len(targets), window):
-        end = min(start + window, len(targets))
-        order = sorted(range(start, end), key=lambda i: len(canonical(targets[i])), reverse=True)
-        mine = order[rank::processes]
-        for first in range(0, max(1, len(mine)), batch_size):
-            last = first + batch_size
-            yield mine[first:last], last >= len(mine)
+    size = WINDOW * processes
+    for start in range(0, len(targets), size):
+        window = range(start, min(start + size, len(targets)))
+        yield sorted(window, key=lambda i: len(canonical(targets[i])), reverse=True)[rank::processes]
 
 
-def _loading(
-    pool: Executor, split: Split, collator: Collator, batches: Iterable[tuple[list[int], bool]]
-) -> Iterator[Loading]:
-    """Yield the batches with their pixels, B x 3 x H x W. Loading starts when a batch is requested; errors are raised
-    when its result is awaited."""
-
-    def load(i: int) -> tuple[Labelled, torch.Tensor]:
-        example = split[i]
-        return (example.id, example.target), collator.pixels([example.image])
-
-    def wait(coming: list[Future[tuple[Labelled, torch.Tensor]]]) -> tuple[list[Labelled], torch.Tensor]:
-        loaded = [one.result() for one in coming]
-        pixels = torch.cat([pixels for _, pixels in loaded]) if loaded else torch.empty(0)
-        return [labelled for labelled, _ in loaded], pixels
-
-    return ((batch, partial(wait, [pool.submit(load, i) for i in batch]), last) for batch, last in batches)
+def _load(split: Split, collator: Collator, i: int) -> tuple[Labelled, torch.Tensor]:
+    """Return an example's id, target and pixels, 1 x 3 x H x W."""
+    example = split[i]
+    return (example.id, example.target), collator.pixels([example.image])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +15,12 @@ from PIL import Image
 from transformers import PaliGemmaForConditionalGeneration
 
 from im2json.data.collate import Collator
-from im2json.data.loader import loading_threads
+from im2json.data.loader import AHEAD, load_ahead, loading_threads
 from im2json.data.modes import reading_note
 from im2json.data.pictures import count_pages, decode_picture, upright_rgb
 from im2json.data.stored import read_file
 from im2json.errors import UserError
-from im2json.inference.decode import Answer, Decoder, generate
+from im2json.inference.decode import Answer, Decoder, Request
 from im2json.inference.settings import DecodeSettings
 from im2json.jsontext import read
 from im2json.model.base import load_processor, positions, resolve_precision
@@ -36,14 +36,14 @@ from im2json.scoring.examples import read_calibration
 from im2json.scoring.schema import read_schema
 
 Row = dict[str, Any]
-FIRST = 4  # pictures in the first batch on a CPU, so that there is something to see early
 
 
 class _Loaded(NamedTuple):
     """A picture by name, with its pixels, 1 x 3 x H x W, or with what is wrong."""
 
     id: str
-    found: torch.Tensor | str
+    pixels: torch.Tensor | None = None
+    error: str | None = None
     pages: int = 1  # of its file
     note: str | None = None  # on how it was read
 
@@ -68,7 +68,8 @@ class Extractor:
         settings: DecodeSettings,
         calibration: Calibration = Calibration(),  # noqa: B008 (it is a named tuple)
     ) -> None:
-        self.decoder = Decoder(model, collator, settings.grammar)
+        self.decoder = Decoder(model, collator, settings.grammar, settings.batch_size)
+        self.draft: Sequence[int] = ()
         self.settings = settings
         self.calibration = calibration
 
@@ -109,7 +110,7 @@ class Extractor:
         return cls(merged_copy(adapted, settings.dtype), collator, settings, calibration)
 
     def __call__(self, pictures: Iterable[str | os.PathLike[str] | Image.Image]) -> Iterator[Row]:
-        """Yield a row for each picture, in their order. A batch and the one after it are held in memory.
+        """Yield a row for each picture, in their order. Those being written and the next few are held in memory.
 
         A row is {"id", "json", "reading", "confidence", "text"}: the file's name as given (of a picture in memory its
         index), the object or None, how it was read (strict, repaired or unreadable, see jsontext.read), the
@@ -118,31 +119,31 @@ class Extractor:
         than the first page, which was read, and "note", where its values had to be scaled. A picture that cannot be
         read gives {"id", "error"} in its place.
         """
-        numbered, batch_size, limit = enumerate(pictures), self.settings.batch_size, self.settings.max_new_tokens
-        on_gpu = self.decoder.model.device.type == "cuda"
-        sizes = itertools.chain([] if on_gpu else [min(FIRST, batch_size)], itertools.repeat(batch_size))
-        # the caller's code, which may use this very object, runs here and not while a batch is written
-        taken = (list(itertools.islice(numbered, size)) for size in sizes)
+        limit = self.settings.max_new_tokens
+        assert isinstance(limit, int)
+        rows: dict[int, Row] = {}  # by the picture's number; those that wait for one before them
+        reading: dict[int, tuple[int, _Loaded]] = {}  # pictures and their numbers, by the request's
+
+        def requests(loading: Iterator[Future[_Loaded]]) -> Iterator[Request]:
+            requested = itertools.count()
+            for number, future in enumerate(loading):
+                loaded = future.result()
+                if loaded.pixels is None:
+                    rows[number] = {"id": loaded.id, "error": loaded.error}
+                else:
+                    reading[next(requested)] = number, loaded
+                    yield Request(lambda pixels=loaded.pixels: pixels, limit, self.draft)  # type: ignore[misc]
+
+        shown = 0
         with loading_threads(self.decoder.model.device) as pool:
-            following = next(taken)
-            loading: list[Future[_Loaded]] = []
-
-            def load() -> None:
-                nonlocal loading
-                loading = [pool.submit(self._load, *each) for each in following]
-
-            load()
-            while loading:
-                following = next(taken)
-                batch = [one.result() for one in loading]
-                pixels = [one.found for one in batch if not isinstance(one.found, str)]
-                shown = torch.cat(pixels) if pixels else torch.empty(0)
-                answers = iter(generate(self.decoder, shown, limit, meanwhile=load))
-                for one in batch:
-                    if isinstance(one.found, str):
-                        yield {"id": one.id, "error": one.found}
-                    else:
-                        yield self._row(one, next(answers))
+            loading = load_ahead(pool, self._load, enumerate(pictures), AHEAD)
+            for request, answer in self.decoder.answers(requests(loading), limit, len(self.draft)):
+                number, loaded = reading.pop(request)
+                rows[number] = self._row(loaded, answer)
+                while shown in rows:
+                    yield rows.pop(shown)
+                    shown += 1
+        yield from (rows[number] for number in sorted(rows))
 
     def _row(self, loaded: _Loaded, answer: Answer) -> Row:
         reading = read(answer.text)
@@ -164,8 +165,9 @@ class Extractor:
             row["note"] = loaded.note
         return row
 
-    def _load(self, index: int, picture: str | os.PathLike[str] | Image.Image) -> _Loaded:
-        name = str(index) if isinstance(picture, Image.Image) else os.fspath(picture)
+    def _load(self, numbered: tuple[int, str | os.PathLike[str] | Image.Image]) -> _Loaded:
+        number, picture = numbered
+        name = str(number) if isinstance(picture, Image.Image) else os.fspath(picture)
         pages = 1
         try:
             if isinstance(picture, Image.Image):
@@ -174,5 +176,5 @@ class Extractor:
                 data = read_file(Path(name), name)
                 shown, pages = decode_picture(data, name), count_pages(data)
         except UserError as error:
-            return _Loaded(name, str(error))
-        return _Loaded(name, self.decoder.collator.pixels([shown]), pages, reading_note(shown))
+            return _Loaded(name, error=str(error))
+        return _Loaded(name, self.decoder.collator.pixels([shown]), pages=pages, note=reading_note(shown))

@@ -1,0 +1,73 @@
+"""Drafts: what a text will probably go on with, taken from a text that it resembles, and how much of it to try.
+
+Speculative decoding (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192) with greedy choices and no second model,
+as in prompt lookup decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+# B rows, S tokens of a source.
+NOTHING = -1  # where a source holds no token
+TAIL = 4  # tokens that are looked for in a source
+LENGTHS = (1, 2, 4, 8, 16, 32)  # tokens read of each row in a pass
+
+
+def aligned(source: torch.Tensor, tail: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return the place in each row's source from which its text probably goes on; B.
+
+    That is where the longest part of the text's end stands just before, of equals the one nearest to what is expected,
+    and the expected place if not even the last token stands anywhere.
+
+    Args:
+        source: B x S, NOTHING where no token is.
+        tail: B x TAIL, the last tokens of the text, the latest last; below NOTHING where the text has none yet.
+        expected: B, the place if the text does as its source.
+    """
+    places = torch.arange(source.shape[1], device=source.device)
+    matched = torch.zeros_like(source)  # how many of the last tokens stand before a place
+    unbroken = source != NOTHING
+    for back in range(1, TAIL + 1):
+        before = F.pad(source, (back, 0), value=NOTHING)[:, : source.shape[1]]
+        unbroken = unbroken & (before == tail[:, -back, None])
+        matched = matched + unbroken
+    away = places - expected[:, None]
+    # 2 |away| + (away < 0) is another number for each place, so that no device has ties to break
+    place = (matched * (4 * len(places)) - 2 * away.abs() - (away < 0).long()).argmax(1)
+    return torch.where(matched.gather(1, place[:, None])[:, 0] > 0, place, expected)
+
+
+class DraftLength:
+    """Chooses how many tokens a pass reads of each row: the last one written and a draft.
+
+    A function of counts alone, so that a run can be repeated to the byte. With one token a row nothing is drafted; how
+    often a draft of one would have been right is counted all the same.
+
+    Args:
+        overhead: the tokens that take as long as a pass takes besides.
+        most: the longest.
+    """
+
+    KEPT = 0.9  # of the counts, from pass to pass
+
+    def __init__(self, overhead: int, most: int) -> None:
+        self.overhead = overhead
+        self.lengths = [length for length in LENGTHS if length <= most]
+        self.right, self.tried = 7.0, 8.0
+
+    def observe(self, right: int, tried: int) -> None:
+        """Take note of the draft tokens of a pass that were right, and of those tried: each row's up to the first that
+        was not."""
+        self.right = self.KEPT * self.right + right
+        self.tried = self.KEPT * self.tried + tried
+
+    def choose(self, rows: int) -> int:
+        """Return the length that writes most tokens in a time, with so many rows computed in a pass."""
+        share = self.right / self.tried
+
+        def speed(length: int) -> float:
+            return sum(share**place for place in range(length)) / (self.overhead + rows * length)
+
+        return max(self.lengths, key=speed)

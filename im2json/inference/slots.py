@@ -1,0 +1,308 @@
+"""The slots that texts are written in: all that a pass reads and writes, on the device."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from im2json.inference.cache import PrefixCache, TokenCache
+from im2json.inference.constrain import Allowed, Grammar
+from im2json.inference.drafts import LENGTHS, NOTHING, TAIL, aligned
+from im2json.inference.paligemma import PaliGemmaReader
+
+# R slots, B rows computed, K tokens read of each, T tokens that may be written, S tokens of a source, L positions,
+# D hidden, V vocabulary.
+ROUND_UP = 64  # positions: kernels like multiples of 8, and what is recorded once fits more often
+CHUNK = 256  # tokens whose logits are held at once
+MOST_HELD = 8  # tokens of a row in a pass that are held to a grammar: each takes a bit for every word
+
+
+class Room(NamedTuple):
+    """What slots have room for."""
+
+    slots: int
+    tokens: int  # of an answer
+    source: int  # of what drafts are taken from
+
+    def holds(self, other: Room) -> bool:
+        return self.slots >= other.slots and self.tokens >= other.tokens and self.source >= other.source
+
+
+@dataclass(frozen=True)
+class Report:
+    """The slots between two passes, on the host. It lasts until the report after next."""
+
+    counts: np.ndarray  # R, tokens written
+    finished: np.ndarray  # R, bool
+    right: np.ndarray  # R, draft tokens of the pass before that were right
+    tried: np.ndarray  # R, those up to the first that was not
+    written: np.ndarray  # R x T
+    logprobs: np.ndarray  # R x T
+    drafts: np.ndarray  # R x (K - 1), of the next pass
+
+
+class Slots:
+    """Rows that are written side by side, each at its own position.
+
+    A pass reads the last token of each row and a draft of K - 1 more. The longest beginning of the draft that the model
+    would have written itself is accepted, and one token more: what the model says after it.
+
+    On a GPU a pass is two CUDA graphs, recorded when its K is first used: its thousand kernels take the GPU less time
+    than a host needs to start them one by one. Between the two the host says what a grammar allows.
+
+    Args:
+        room: the slots' number and sizes.
+        group: how many texts are begun at once, at most.
+        fixed: whether all slots are computed in every pass, as a graph asks for, or only the first `used`.
+    """
+
+    def __init__(
+        self, reader: PaliGemmaReader, room: Room, group: int, grammar: Grammar | None, *, fixed: bool
+    ) -> None:
+        device = reader.prefix.device
+        numbers: dict[str, Any] = {"dtype": torch.long, "device": device}
+        slots = room.slots
+        most = self.most = LENGTHS[-1] if grammar is None else MOST_HELD
+        length = -(-(len(reader.prefix) + room.tokens + most) // ROUND_UP) * ROUND_UP
+        self.reader = reader
+        self.room = room
+        self.group = group
+        self.device = device
+        self.fixed = fixed
+        self.used = slots if fixed else 0
+        self.cache = reader.new_cache(slots, length)
+        self.stops = torch.tensor(reader.stops, **numbers)
+        # what a row writes beyond its count is written over by its next pass
+        self.written = torch.zeros((slots, room.tokens + most), **numbers)
+        self.logprobs = torch.zeros((slots, room.tokens + most), device=device)
+        self.latest = torch.zeros((slots, 1), **numbers)  # the token that a row goes on from
+        self.position = torch.zeros(slots, **numbers)  # of `latest`, in the slot
+        self.offset = torch.zeros(slots, **numbers)  # what is added to it for rotation
+        self.count = torch.zeros(slots, **numbers)  # tokens written
+        self.limit = torch.zeros(slots, **numbers)
+        self.finished = torch.ones(slots, dtype=torch.bool, device=device)
+        # what drafts are taken from: a text that was handed in, and the row's own behind it
+        self.source = torch.full((slots, room.source + room.tokens + most), NOTHING, **numbers)  # R x S
+        self.place = torch.zeros(slots, **numbers)  # where in the source a row is
+        self.draft = torch.full((slots, most - 1), NOTHING, **numbers)
+        self.right, self.tried = torch.zeros(slots, **numbers), torch.zeros(slots, **numbers)
+        self.hidden = reader.prefix.new_zeros((slots, most, reader.model.lm_head.in_features), dtype=reader.model.dtype)
+        self.allowed = None if grammar is None else Allowed(grammar, slots, most, device)
+        self.seconds_recording = 0.0
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._pixels: torch.Tensor | None = None  # what the recorded prefixes are read from
+        self._slots = torch.zeros(group, **numbers)
+        self._hosts = itertools.cycle([self._host(), self._host()])  # for a report while another is read
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def clear(self) -> None:
+        """End all texts."""
+        self.finished.fill_(True)
+        self.used = self.room.slots if self.fixed else 0
+
+    @torch.no_grad()
+    def admit(
+        self, slots: Sequence[int], pixels: torch.Tensor, limits: Sequence[int], sources: Sequence[Sequence[int]]
+    ) -> None:
+        """Begin a text in each of B slots, at most `group`; where rows are not `fixed`, in those from `used` on.
+
+        Args:
+            pixels: B x 3 x H x W.
+            limits: how many tokens each may have, 1 to T.
+            sources: what each is drafted from; what is longer than there is room for is left out.
+        """
+        if self.fixed:
+            more = [0] * (self.group - len(slots))  # rows that a recorded graph asks for: the first again
+            pixels = pixels[[*range(len(slots)), *more]]
+            slots, limits = [*slots, *(slots[0] for _ in more)], [*limits, *(limits[0] for _ in more)]
+            sources = [*sources, *(sources[0] for _ in more)]
+        else:
+            self.used += len(slots)
+        given = torch.full((len(slots), self.source.shape[1]), NOTHING)
+        for row, source in zip(given, sources):
+            part = source[: self.room.source]
+            row[: len(part)] = torch.tensor(part, dtype=torch.long)
+        where, given, limited = (self._sent(values) for values in (torch.tensor(slots), given, torch.tensor(limits)))
+        self.source.index_copy_(0, where, given)
+        self.limit.index_copy_(0, where, limited)
+        self.place.index_fill_(0, where, 0)
+        self.draft.index_copy_(0, where, given[:, : self.draft.shape[1]])
+        self.count.index_fill_(0, where, 0)
+        self.finished.index_fill_(0, where, False)
+        if self.allowed is not None:
+            self.allowed.begin(slots)
+        if not self.on_gpu:
+            self._read_prefixes(where, pixels)
+            return
+        if self._pixels is None:
+            self._pixels = pixels.to(self.device)
+            self._warm_up(self._pixels)
+        self._pixels.copy_(self._sent(pixels))
+        self._slots.copy_(where)
+        shown = self._pixels
+        self._run("prefixes", self.group, lambda _: self._read_prefixes(self._slots, shown))
+
+    @torch.no_grad()
+    def advance(self, length: int, present: Callable[[], Report]) -> None:
+        """Make a pass of `length` tokens a row.
+
+        Args:
+            present: waits for a report of the present state.
+        """
+        self._run("read", length, self._read)
+        if self.allowed is not None:
+            report = present()
+            self.allowed.update(report.counts, report.written, report.drafts, length)
+        self._run("choose", length, self._choose)
+
+    def report(self) -> Callable[[], Report]:
+        """Start to fetch the present state, and return a function that waits for it."""
+        host, fetched = next(self._hosts)
+        for kept, value in zip(host, self._state()):
+            kept.copy_(value, non_blocking=True)
+        if fetched is not None:
+            fetched.record()
+
+        def wait() -> Report:
+            if fetched is not None:
+                fetched.synchronize()
+            return Report(*(kept.numpy() for kept in host))
+
+        return wait
+
+    @torch.no_grad()
+    def move(self, source: int, target: int) -> None:
+        """Go on with a row in another slot, which is free."""
+        self.cache.move(source, target)
+        for kept in (self.written, self.logprobs, self.latest, self.position, self.offset, self.count, self.limit):
+            kept[target] = kept[source]
+        for kept in (self.finished, self.source, self.place, self.draft, self.right, self.tried):
+            kept[target] = kept[source]
+        if self.allowed is not None:
+            self.allowed.move(source, target)
+
+    def _read_prefixes(self, slots: torch.Tensor, pixels: torch.Tensor) -> None:
+        length, offset = self.reader.read_prefixes(pixels, PrefixCache(self.cache, slots))
+        # The last token is read once more with the first draft, where it finds what it found before.
+        self.position.index_copy_(0, slots, length - 1)
+        self.offset.index_copy_(0, slots, offset)
+        self.latest.index_copy_(0, slots, self.reader.prefix[-1:].expand(len(slots), 1))
+
+    def _read(self, length: int) -> None:
+        """Take in the latest token of each row and `length` - 1 of its draft."""
+        rows = slice(0, self.used)
+        tokens = torch.cat([self.latest[rows], self.draft[rows, : length - 1].clamp(min=0)], 1)  # B x K
+        places = self.position[rows, None] + torch.arange(length, device=self.device)  # B x K
+        end = self.cache.length if self.fixed else int(self.position[rows].max()) + length
+        rotations = places + self.offset[rows, None]
+        self.hidden[rows, :length] = self.reader.read_tokens(tokens, rotations, TokenCache(self.cache, places, end))
+
+    def _choose(self, length: int) -> None:
+        """Accept what is right of each row's draft, write one token more, and draft what may follow."""
+        rows = slice(0, self.used)
+        steps = torch.arange(length, device=self.device)
+        choice, logprobs = self._likeliest(length)  # B x K
+        going, count, draft = ~self.finished[rows], self.count[rows], self.draft[rows]
+        shown = max(1, length - 1)  # a draft that was not read is compared all the same
+        right = (choice[:, :shown] == draft[:, :shown]).long().cumprod(1).sum(1)  # B
+        stops = (choice[:, :, None] == self.stops).any(-1)
+        first_stop = torch.where(stops, steps, length).min(1).values
+        new = torch.minimum(right.clamp(max=length - 1), first_stop) + 1
+        new = torch.minimum(new, self.limit[rows] - count) * going
+        self.right[rows] = right * going
+        self.tried[rows] = (right + 1).clamp(max=shown) * going
+        self.written[rows].scatter_(1, count[:, None] + steps, choice)
+        self.logprobs[rows].scatter_(1, count[:, None] + steps, logprobs)
+        own = torch.where(steps < new[:, None], choice, NOTHING)
+        self.source[rows].scatter_(1, self.room.source + count[:, None] + steps, own)
+        self.finished[rows] |= (first_stop < new) | (count + new >= self.limit[rows])
+        self.count[rows] += new
+        self.position[rows] += new
+        last = choice.gather(1, (new[:, None] - 1).clamp(min=0))
+        self.latest[rows] = torch.where(new[:, None] > 0, last, self.latest[rows])
+        self._draft(rows, new)
+
+    def _draft(self, rows: slice, new: torch.Tensor) -> None:
+        """Find where in its source each row is, and take the next draft from there. new: B, tokens just written"""
+        source, expected = self.source[rows], self.place[rows] + new
+        back = self.count[rows, None] - torch.arange(TAIL, 0, -1, device=self.device)  # B x TAIL
+        tail = torch.where(back >= 0, self.written[rows].gather(1, back.clamp(min=0)), NOTHING - 1)
+        before = source.gather(1, (expected - 1).clamp(0, source.shape[1] - 1)[:, None])
+        as_expected = before == self.latest[rows]
+        self.place[rows] = torch.where(as_expected[:, 0], expected, aligned(source, tail, expected))
+        places = self.place[rows, None] + torch.arange(self.draft.shape[1], device=self.device)
+        there = source.gather(1, places.clamp(max=source.shape[1] - 1))
+        self.draft[rows] = torch.where(places < source.shape[1], there, NOTHING)
+
+    def _likeliest(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the token that each of B x K positions goes on with, and its log probability in nats."""
+        hidden = self.hidden[: self.used, :length].flatten(0, 1)
+        tokens, logprobs = [], []
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            logits, plain = self.reader.logits(hidden[part])
+            if self.allowed is not None:
+                logits = self.allowed.mask(logits, part)
+            token = logits.argmax(-1)
+            tokens.append(token)
+            logprobs.append(F.log_softmax(plain, 1, dtype=torch.float32).gather(1, token[:, None])[:, 0])
+        return torch.cat(tokens).view(-1, length), torch.cat(logprobs).view(-1, length)
+
+    def _sent(self, values: torch.Tensor) -> torch.Tensor:
+        """On the device, without a wait for it."""
+        return values.pin_memory().to(self.device, non_blocking=True) if self.on_gpu else values
+
+    def _state(self) -> tuple[torch.Tensor, ...]:
+        return self.count, self.finished, self.right, self.tried, self.written, self.logprobs, self.draft
+
+    def _host(self) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+        """Return room for a report."""
+        room = [torch.empty_like(value, device="cpu", pin_memory=self.on_gpu) for value in self._state()]
+        return room, torch.cuda.Event() if self.on_gpu else None
+
+    def _warm_up(self, pixels: torch.Tensor) -> None:
+        """Run everything once, as what is allocated and chosen in first runs cannot be recorded. It leaves no trace:
+        no text has begun but the first, whose prefixes are read afterwards."""
+        begun = [value.clone() for value in (self.count, self.finished, self.source, self.place, self.draft)]
+        present, aside = torch.cuda.current_stream(), _aside()
+        aside.wait_stream(present)
+        with torch.cuda.stream(aside):
+            self._read_prefixes(self._slots, pixels)
+            self._read(1)
+            self._choose(1)
+        present.wait_stream(aside)
+        for kept, value in zip((self.count, self.finished, self.source, self.place, self.draft), begun):
+            kept.copy_(value)
+
+    def _run(self, name: str, length: int, work: Callable[[int], None]) -> None:
+        """Do some work, from a CUDA graph on a GPU."""
+        if not self.on_gpu:
+            work(length)
+            return
+        graph = self._graphs.get((name, length))
+        if graph is None:
+            start = time.perf_counter()
+            graph, pool = torch.cuda.CUDAGraph(), next(iter(self._graphs.values())).pool() if self._graphs else None
+            # Other threads load pictures meanwhile, and may do as they like.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                work(length)
+            self._graphs[name, length] = graph
+            self.seconds_recording += time.perf_counter() - start
+        graph.replay()
+
+
+@functools.cache
+def _aside() -> torch.cuda.Stream:
+    """The one stream for first runs: cuBLAS keeps 32 MiB for each stream that it was ever used on."""
+    return torch.cuda.Stream()
