@@ -16,26 +16,26 @@ LENGTHS = (1, 2, 4, 8, 16, 32)  # tokens read of each row in a pass
 
 
 def aligned(source: torch.Tensor, tail: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Return the place in each row's source from which its text probably goes on; B.
+    """Return the place in each row's source from which a text that has left it probably goes on; B.
 
     That is where the longest part of the text's end stands just before, of equals the one nearest to what is expected,
-    and the expected place if not even the last token stands anywhere.
+    where a way back counts twice. It is the expected place if not even the last token stands anywhere.
 
     Args:
         source: B x S, NOTHING where no token is.
         tail: B x TAIL, the last tokens of the text, the latest last; below NOTHING where the text has none yet.
-        expected: B, the place if the text does as its source.
+        expected: B, the place if one token was substituted: that before it was not what the text went on with.
     """
     places = torch.arange(source.shape[1], device=source.device)
     matched = torch.zeros_like(source)  # how many of the last tokens stand before a place
-    unbroken = source != NOTHING
+    away = places - expected[:, None]
+    unbroken = (source != NOTHING) & (away != -1)
     for back in range(1, TAIL + 1):
         before = F.pad(source, (back, 0), value=NOTHING)[:, : source.shape[1]]
         unbroken = unbroken & (before == tail[:, -back, None])
         matched = matched + unbroken
-    away = places - expected[:, None]
-    # 2 |away| + (away < 0) is another number for each place, so that no device has ties to break
-    place = (matched * (4 * len(places)) - 2 * away.abs() - (away < 0).long()).argmax(1)
+    steps = torch.where(away < 0, 1 - 4 * away, 2 * away)  # another number for each place: no device has ties to break
+    place = (matched * (8 * len(places)) - steps).argmax(1)
     return torch.where(matched.gather(1, place[:, None])[:, 0] > 0, place, expected)
 
 
