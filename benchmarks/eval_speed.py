@@ -2,9 +2,10 @@
 
 The same random weights in NF4 with LoRA of rank 8. Random weights never write EOS, so each answer is as long as its
 row's target. First one token is written in each pass, as if no draft were ever right. What a good model gains is
-simulated: drafts are then the model's own answers with one token in twenty replaced. Metrics and loading of pictures are included, merging the
-adapter and recording graphs are told apart, and so is how long the prefixes take alone (answers of one token). Beside
-it: `generate` on the 4-bit model with its adapter, 16 answers at a time, and one by one as the study did.
+simulated: after all that a model computes its target is written, drafted from a copy with one token in twenty replaced.
+Metrics and loading of pictures are included; merging the adapter and recording graphs are told apart, and so is how
+long the prefixes take alone (answers of one token). Beside it: `generate` on the 4-bit model with its adapter, 16
+answers at a time, and one by one as the study did.
 
 python benchmarks/eval_speed.py --work /tmp/speed
 """
@@ -36,10 +37,11 @@ def main(work: Path, resolution: int, size: str, count: int, slots: int, right: 
     from rows import Rows
 
     from im2json.data.collate import Collator
-    from im2json.inference import drafts as drafting
+    from im2json.inference import decode, drafts
     from im2json.inference.decode import Answer, Decoder, Request
     from im2json.inference.evaluate import evaluate_split
     from im2json.inference.settings import DecodeSettings
+    from im2json.inference.slots import Slots
     from im2json.model.base import DTYPES, load_base, load_processor
     from im2json.model.lora import add_lora, merged_copy, trained
     from im2json.options import TrainConfig
@@ -56,46 +58,54 @@ def main(work: Path, resolution: int, size: str, count: int, slots: int, right: 
         torch.nn.init.normal_(parameter, std=0.01)
     collator = Collator(load_processor(str(model)), config.data.prompt)
 
-    class Simulated(Decoder):
-        """Drafts from given texts in place of the targets."""
+    class Draft(list):
+        """A draft, and the text that it is a draft of."""
 
-        drafts: dict[int, list[int]] | None = None
-        texts: dict[int, list[int]]
+        def __init__(self, text: list[int]) -> None:
+            drawn = random.Random(len(text))
+            super().__init__(token if drawn.random() < right else drawn.randrange(1000) for token in text)
+            self.text = text
+
+    class Simulated(Slots):
+        """Compute all that a model computes, and then write a given text."""
+
+        def __init__(self, *given: Any, **more: Any) -> None:
+            super().__init__(*given, **more)
+            self.texts = torch.zeros_like(self.written)
+
+        def admit(self, slots: Any, pixels: Any, limits: Any, sources: Any) -> None:
+            for slot, source in zip(slots, sources):
+                self.texts[slot, : len(source)] = torch.tensor(source.text, device=self.device)
+            super().admit(slots, pixels, limits, sources)
+
+        def _likeliest(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+            _, logprobs = super()._likeliest(length)
+            places = self.count[: self.used, None] + torch.arange(length, device=self.device)
+            return self.texts[: self.used].gather(1, places), logprobs
+
+    class Drafted(Decoder):
+        """Draft from nearly what will be written."""
 
         def answers(self, requests: Iterable[Request], *given: Any) -> Iterator[tuple[int, Answer]]:
-            if self.drafts is not None:
-                requests = (each._replace(source=self.drafts[i]) for i, each in enumerate(requests))
-            self.texts = {}
-            for number, answer in super().answers(requests, *given):
-                self.texts[number] = answer.tokens
-                yield number, answer
+            return super().answers((each._replace(source=Draft(each.source)) for each in requests), *given)
 
-    def changed(tokens: list[int]) -> list[int]:
-        drawn = random.Random(len(tokens))
-        return [token if drawn.random() < right else drawn.randrange(collator.prefix_ids[0]) for token in tokens]
-
-    def evaluate(decoder: Simulated, rows: Rows, limits: list[int]) -> float:
+    def evaluate(decoder: Decoder, rows: Rows, limits: list[int]) -> float:
         """Seconds of an evaluation."""
         start, settings = clock(), DecodeSettings(limits, batch_size=slots)
         evaluate_split(EvaluationKey(0, "test", "after"), lambda: decoder, collator, rows, accelerator, settings)
         return clock() - start
 
-    def new_decoder(drafts: dict[int, list[int]] | None) -> Simulated:
-        decoder = Simulated(merged_copy(lora, DTYPES[precision]), collator, slots=slots)
-        decoder.drafts = drafts
-        return decoder
-
-    many, hundred, speed = Rows(count, resolution), Rows(min(100, count), resolution), 0.0
-    lengths = drafting.LENGTHS
-    drafts: dict[int, dict[int, list[int]] | None] = dict.fromkeys((len(many), len(hundred)))
-    for name in ("no draft right", f"{right:.0%} of a draft right (simulated)"):
+    many, hundred, speed, lengths = Rows(count, resolution), Rows(min(100, count), resolution), 0.0, drafts.LENGTHS
+    for name, simulated in (("no draft right", False), (f"{right:.0%} of a draft right (simulated)", True)):
+        drafts.LENGTHS = lengths if simulated else (1,)
+        decode.Slots = Simulated if simulated else Slots  # type: ignore[misc]
         for rows in (hundred, many):
             start = clock()
-            decoder = new_decoder(drafts[len(rows)])
-            drafting.LENGTHS = (1,) if decoder.drafts is None else lengths
+            plain = merged_copy(lora, DTYPES[precision])
+            decoder = (Drafted if simulated else Decoder)(plain, collator, slots=slots)
             merging = clock() - start
             first = evaluate(decoder, rows, rows.tokens)
-            texts, passes, recording = decoder.texts, decoder.passes, decoder.seconds_recording
+            passes, recording = decoder.passes, decoder.seconds_recording
             again = evaluate(decoder, rows, rows.tokens)
             prefixes = evaluate(decoder, rows, [1] * len(rows))
             speed = sum(rows.tokens) / again
@@ -104,8 +114,7 @@ def main(work: Path, resolution: int, size: str, count: int, slots: int, right: 
                 f"{merging:.2f} s of merging and {recording:.2f} s of recording; again {again:.2f} s, {speed:.0f} "
                 f"tokens/s; {passes} passes; prefixes alone {prefixes:.2f} s", flush=True,
             )  # fmt: skip
-            drafts[len(rows)] = {number: changed(tokens) for number, tokens in texts.items()}
-            del decoder
+            del decoder, plain
     for batch, tokens in ((16, 32), (1, 16)):
         speed_4_bit = as_transformers(lora, collator, Rows(batch, resolution), tokens, DTYPES[precision])
         print(f"transformers on the 4-bit model, {batch} at a time: {speed_4_bit:.1f} tokens/s; "

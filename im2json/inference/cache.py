@@ -48,7 +48,9 @@ class PrefixCache:
         """Keep what is new, B x S x G x E, clear the rest of the slots, and return what to attend to."""
         rest = (0, 0, 0, 0, 0, self.kept.length - keys.shape[1])
         for kept, new in zip(self.kept.layers[layer], (keys, values)):
-            kept.index_copy_(0, self.slots, F.pad(new, rest))  # what another text left may have overflowed
+            whole = F.pad(new, rest)  # what another text left may have overflowed
+            # moved in pieces of 8 bytes: a GPU takes an index for each
+            kept.view(torch.int64).index_copy_(0, self.slots, whole.view(torch.int64))
         return keys, values
 
     def mask(self, window: int | None) -> None:

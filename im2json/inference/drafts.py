@@ -18,8 +18,8 @@ LENGTHS = (1, 2, 4, 8, 16, 32)  # tokens read of each row in a pass
 def aligned(source: torch.Tensor, tail: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Return the place in each row's source from which a text that has left it probably goes on; B.
 
-    That is where the longest part of the text's end stands just before, of equals the one nearest to what is expected,
-    where a way back counts twice. It is the expected place if not even the last token stands anywhere.
+    That is where the longest part of the text's end stands just before: of equals the next one from the expected place
+    on, or else the nearest before it. It is the expected place if not even the last token stands anywhere.
 
     Args:
         source: B x S, NOTHING where no token is.
@@ -29,13 +29,14 @@ def aligned(source: torch.Tensor, tail: torch.Tensor, expected: torch.Tensor) ->
     places = torch.arange(source.shape[1], device=source.device)
     matched = torch.zeros_like(source)  # how many of the last tokens stand before a place
     away = places - expected[:, None]
-    unbroken = (source != NOTHING) & (away != -1)
+    unbroken = source != NOTHING
     for back in range(1, TAIL + 1):
         before = F.pad(source, (back, 0), value=NOTHING)[:, : source.shape[1]]
         unbroken = unbroken & (before == tail[:, -back, None])
         matched = matched + unbroken
-    steps = torch.where(away < 0, 1 - 4 * away, 2 * away)  # another number for each place: no device has ties to break
-    place = (matched * (8 * len(places)) - steps).argmax(1)
+    # another number for each place, so that no device has ties to break; what has just been wrong comes last
+    steps = torch.where(away < 0, len(places) - away, away).masked_fill(away == -1, 2 * len(places) + 1)
+    place = (matched * (4 * len(places)) - steps).argmax(1)
     return torch.where(matched.gather(1, place[:, None])[:, 0] > 0, place, expected)
 
 

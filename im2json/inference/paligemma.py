@@ -14,6 +14,7 @@ from im2json.inference.cache import KeyValues, PrefixCache, TokenCache, grouped_
 
 # B rows, S positions read of each, P prefix positions, D hidden, H query heads, G key/value heads, E head size,
 # V vocabulary.
+FEW = 1024  # positions whose joint product is quicker than two; with more, its halves lie too far apart in memory
 
 
 class PaliGemmaReader:
@@ -104,6 +105,8 @@ def _after_attention(layer: Any, hidden: torch.Tensor, attended: torch.Tensor, g
 
 
 def _feed_forward(mlp: Any, x: torch.Tensor, gate_up: Any) -> torch.Tensor:
+    if x.shape[:2].numel() > FEW:
+        return mlp(x)
     gate, up = F.linear(x, *gate_up).chunk(2, -1)
     return mlp.down_proj(mlp.act_fn(gate) * up)
 

@@ -292,14 +292,25 @@ class Slots:
             return
         graph = self._graphs.get((name, length))
         if graph is None:
-            start = time.perf_counter()
-            graph, pool = torch.cuda.CUDAGraph(), next(iter(self._graphs.values())).pool() if self._graphs else None
-            # Other threads load pictures meanwhile, and may do as they like.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                work(length)
-            self._graphs[name, length] = graph
-            self.seconds_recording += time.perf_counter() - start
+            graph = self._graphs[name, length] = self._record(functools.partial(work, length))
         graph.replay()
+
+    def _record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Record some work, without doing it. torch.cuda.graph would collect Python's garbage each time."""
+        start = time.perf_counter()
+        graph, pool = torch.cuda.CUDAGraph(), next(iter(self._graphs.values())).pool() if self._graphs else None
+        present, aside = torch.cuda.current_stream(), _aside()
+        aside.wait_stream(present)
+        with torch.cuda.stream(aside):
+            # Other threads load pictures meanwhile, and may do as they like.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        present.wait_stream(aside)
+        self.seconds_recording += time.perf_counter() - start
+        return graph
 
 
 @functools.cache
