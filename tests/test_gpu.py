@@ -353,6 +353,7 @@ def test_longer_answers_get_slots_of_their_own_and_memory_is_given_back(tmp_path
     from im2json.inference.decode import Decoder
 
     model, collator = decoding_model(tmp_path, "gemma", "float32")
+    Decoder(model, collator)(pictures(1), 2)  # cuBLAS keeps a workspace for each stream
     before = torch.cuda.memory_allocated()
     decoder = Decoder(model, collator, slots=16)
     small = decoder(pictures(2), 10)
@@ -363,4 +364,4 @@ def test_longer_answers_get_slots_of_their_own_and_memory_is_given_back(tmp_path
     assert [answer.text for answer in large[:2]] == [answer.text for answer in small]
     assert decoder._idle[0].room.tokens == 200
     del decoder
-    assert torch.cuda.memory_allocated() <= before + 2**25  # cuBLAS keeps a workspace for each stream
+    assert torch.cuda.memory_allocated() <= before + 2**20

@@ -11,15 +11,16 @@ import torch.nn.functional as F
 
 # B rows, S tokens of a source.
 NOTHING = -1  # where a source holds no token
-TAIL = 4  # tokens that are looked for in a source
+WEIGHTS = (4, 3, 2, 2, 1, 1, 1, 1)  # of the last tokens, the latest first, where a text is looked for in a source
+TAIL = len(WEIGHTS)
 LENGTHS = (1, 2, 4, 8, 16, 32)  # tokens read of each row in a pass
 
 
 def aligned(source: torch.Tensor, tail: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Return the place in each row's source from which a text that has left it probably goes on; B.
 
-    That is where the longest part of the text's end stands just before: of equals the next one from the expected place
-    on, or else the nearest before it. It is the expected place if not even the last token stands anywhere.
+    That is where most of the text's last tokens stand just before: of equals the next one from the expected place on,
+    or else the nearest before it.
 
     Args:
         source: B x S, NOTHING where no token is.
@@ -27,17 +28,15 @@ def aligned(source: torch.Tensor, tail: torch.Tensor, expected: torch.Tensor) ->
         expected: B, the place if one token was substituted: that before it was not what the text went on with.
     """
     places = torch.arange(source.shape[1], device=source.device)
-    matched = torch.zeros_like(source)  # how many of the last tokens stand before a place
     away = places - expected[:, None]
-    unbroken = source != NOTHING
-    for back in range(1, TAIL + 1):
+    likeness = torch.zeros_like(source)
+    for back, weight in enumerate(WEIGHTS, start=1):
         before = F.pad(source, (back, 0), value=NOTHING)[:, : source.shape[1]]
-        unbroken = unbroken & (before == tail[:, -back, None])
-        matched = matched + unbroken
+        likeness = likeness + weight * (before == tail[:, -back, None])
+    likeness = likeness * (source != NOTHING)
     # another number for each place, so that no device has ties to break; what has just been wrong comes last
     steps = torch.where(away < 0, len(places) - away, away).masked_fill(away == -1, 2 * len(places) + 1)
-    place = (matched * (4 * len(places)) - steps).argmax(1)
-    return torch.where(matched.gather(1, place[:, None])[:, 0] > 0, place, expected)
+    return (likeness * (4 * len(places)) - steps).argmax(1)
 
 
 class DraftLength:
