@@ -247,8 +247,12 @@ class DecodeOptions:
     schema: str | None = option(
         None, "JSON Schema to use instead of the one induced from the training targets.", metavar="PATH"
     )
-    eval_batch_size: int = option(
-        64, "Answers generated at a time, per process.", unit="examples", at_least=1, affects_result=False
+    eval_batch_size: int | Literal["auto"] = option(
+        "auto",
+        "Answers generated at a time, per process. auto: 64, or up to 256 where a GPU's memory has plenty of room.",
+        unit="examples",
+        at_least=1,
+        affects_result=False,
     )
     check_sum: str | None = option(
         None,

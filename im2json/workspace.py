@@ -33,7 +33,7 @@ from im2json.model.base import DTYPES, load_positions, load_processor, resolve_p
 from im2json.model.features import Features, feature_bytes, is_frozen
 from im2json.model.gpu import precision_note
 from im2json.model.loading import choose_device, load_adapted
-from im2json.model.memory import Setting, Sizes, free_bytes
+from im2json.model.memory import SLOTS, Setting, Sizes, free_bytes
 from im2json.model.replay import Forward, make_forward
 from im2json.options import DataOptions, TrainConfig
 from im2json.records import Content
@@ -116,6 +116,7 @@ class Workspace:
     def workload(self) -> Workload:
         """Return the inputs of `choose_strategy`, including the GPU memory that is free now."""
         assert isinstance(self.settings.max_new_tokens, int)
+        slots = SLOTS if self.settings.batch_size == "auto" else self.settings.batch_size
         return Workload(
             config=self.config,
             sizes=Sizes.of(self.model.config),
@@ -123,7 +124,7 @@ class Workspace:
             target_lengths=self.lengths.by_split["train"],
             longest_target=self.lengths.longest,
             prefix=len(self.collator.prefix_ids),
-            eval_batch=min(self.settings.batch_size, len(self.splits["validation"])),
+            eval_batch=min(slots, len(self.splits["validation"])),
             max_new_tokens=self.settings.max_new_tokens,
             processes=self.accelerator.num_processes,
             steps=self.order.total(self.config.train),

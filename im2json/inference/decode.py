@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -16,9 +16,10 @@ from im2json.data.collate import Collator
 from im2json.inference.constrain import Grammar
 from im2json.inference.drafts import DraftLength
 from im2json.inference.paligemma import PaliGemmaReader
-from im2json.inference.slots import Report, Room, Slots
+from im2json.inference.slots import Report, Room, Slots, positions
+from im2json.model.memory import PREFIXES, SLOTS, slots_that_fit
 
-GROUP = {"cuda": 16, "cpu": 4}  # prefixes read at once
+GROUP = {"cuda": PREFIXES, "cpu": 4}  # prefixes read at once
 OVERHEAD = {"cuda": 256, "cpu": 40}  # tokens that take as long as the rest of a pass
 
 
@@ -56,7 +57,7 @@ class Decoder:
         model: plain weights, in eval mode (see model.lora.merged_copy).
         grammar: what every text is held to. What cannot become a text of it is passed over; a text that the model would
             have written without it stays the same.
-        slots: how many texts are written at a time.
+        slots: how many texts are written at a time. auto: see model.memory.slots_that_fit.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Decoder:
         model: PaliGemmaForConditionalGeneration,
         collator: Collator,
         grammar: Grammar | None = None,
-        slots: int = 64,
+        slots: int | Literal["auto"] = "auto",
     ) -> None:
         self.model = model
         self.collator = collator
@@ -72,6 +73,7 @@ class Decoder:
         self.slots = slots  # halved where a GPU's memory is exceeded
         self.reader = PaliGemmaReader(model, collator)
         self.fixed = model.device.type == "cuda"
+        self.group = GROUP[model.device.type]
         self.tokens = 0  # written so far, EOS included
         self.passes = 0
         self._idle: list[Slots] = []
@@ -93,22 +95,22 @@ class Decoder:
         """
         waiting = enumerate(requests)
         while True:
-            work = _Work(self, self._take(Room(self.slots, longest, source), count), waiting)
+            room, begun = self._room(longest, source, count), {}  # type: ignore[var-annotated]
             try:
-                yield from work
-                self._idle.append(work.slots)
+                slots = self._take(room)
+                yield from _Work(self, slots, waiting, begun)
+                self._idle.append(slots)
                 return
             except torch.cuda.OutOfMemoryError:
-                if self.slots == 1:
+                if room.slots == 1:
                     raise
-                begun = list(work.begun.values())
             # Out here nothing holds on to the tensors of the attempt, as the error did with its traceback.
             self._idle.clear()
-            del work
+            slots = None  # type: ignore[assignment]
             torch.cuda.empty_cache()
-            had, self.slots = self.slots, max(1, self.slots // 2)
-            tqdm.write(f"out of GPU memory with {had} answers at once: going on with {self.slots}")
-            waiting = itertools.chain(begun, waiting)  # type: ignore[assignment]
+            self.slots = room.slots // 2
+            tqdm.write(f"out of GPU memory with {room.slots} answers at once: going on with {self.slots}")
+            waiting = itertools.chain(begun.values(), waiting)  # type: ignore[assignment]
 
     def __call__(self, pixels: torch.Tensor, limits: int | Sequence[int]) -> list[Answer]:
         """Return the answers to B pictures, B x 3 x H x W.
@@ -144,27 +146,47 @@ class Decoder:
         """What the slots that are not in use have spent on recording graphs."""
         return sum(slots.seconds_recording for slots in self._idle)
 
-    def _take(self, room: Room, count: int | None) -> Slots:
+    def _room(self, tokens: int, source: int, count: int | None) -> Room:
+        """Return what there is to be room for: of all slots no more than `count` answers need, in whole groups."""
+        if self.slots != "auto":
+            slots = self.slots
+        elif self.model.device.type == "cuda":
+            slots = slots_that_fit(self.reader.slot_bytes(positions(self.reader, tokens)))
+        else:
+            slots = SLOTS
+        if count is not None:
+            slots = min(slots, max(1, -(-count // self.group)) * self.group)
+        return Room(slots, tokens, source)
+
+    def _take(self, room: Room) -> Slots:
         """Return slots with so much room, those of an earlier call if they are free and have it."""
-        group = GROUP[self.model.device.type]
-        if count is not None:  # in whole groups
-            room = room._replace(slots=min(room.slots, max(1, -(-count // group)) * group))
         while self._idle:  # what is too small is given up
-            slots = self._idle.pop()
-            if slots.room.holds(room):
-                slots.clear()
-                return slots
-        return Slots(self.reader, room, min(group, room.slots), self.grammar, fixed=self.fixed)
+            idle = self._idle.pop()
+            if idle.room.holds(room):
+                idle.clear()
+                return idle
+        return Slots(self.reader, room, min(self.group, room.slots), self.grammar, fixed=self.fixed)
 
 
 class _Work:
-    """The requests of one call on their way through the slots."""
+    """Requests on their way through the slots.
 
-    def __init__(self, decoder: Decoder, slots: Slots, waiting: Iterator[tuple[int, Request]]) -> None:
+    Args:
+        waiting: the requests and their numbers.
+        begun: those whose answers are being written, by slot.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        slots: Slots,
+        waiting: Iterator[tuple[int, Request]],
+        begun: dict[int, tuple[int, Request]],
+    ) -> None:
         self.decoder = decoder
         self.slots = slots
         self.waiting = waiting
-        self.begun: dict[int, tuple[int, Request]] = {}  # by slot
+        self.begun = begun
         self.length = DraftLength(OVERHEAD[slots.device.type], slots.most)
 
     def __iter__(self) -> Iterator[tuple[int, Answer]]:

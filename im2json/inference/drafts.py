@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from im2json.model.memory import DRAFTED
+
 # B rows, S tokens of a source.
 NOTHING = -1  # where a source holds no token
 WEIGHTS = (4, 3, 2, 2, 1, 1, 1, 1)  # of the last tokens, the latest first, where a text is looked for in a source
 TAIL = len(WEIGHTS)
-LENGTHS = (1, 2, 4, 8, 16, 32)  # tokens read of each row in a pass
+LENGTHS = (1, 2, 4, 8, 16, DRAFTED)  # tokens read of each row in a pass
 
 
 def aligned(source: torch.Tensor, tail: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,11 @@ class PaliGemmaReader:
         like = self.model.lm_head.weight
         return KeyValues(len(self.text.layers), config.num_key_value_heads, config.head_dim, slots, length, like)
 
+    def slot_bytes(self, length: int) -> int:
+        """Return what the keys and values of a slot take."""
+        config, weight = self.config, self.model.lm_head.weight
+        return 2 * len(self.text.layers) * config.num_key_value_heads * config.head_dim * weight.itemsize * length
+
     def read_prefixes(self, pixels: torch.Tensor, cache: PrefixCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Read what precedes the answers to B pictures, B x 3 x H x W.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -20,7 +21,7 @@ class DecodeSettings:
     """What decides an answer besides model and picture."""
 
     max_new_tokens: int | Sequence[int]  # of every answer, or of each example of the split that is evaluated
-    batch_size: int  # answers written at a time, per process
+    batch_size: int | Literal["auto"] = "auto"  # answers written at a time, per process
     dtype: torch.dtype = torch.float32  # of the merged copy that writes them
     grammar: Grammar | None = None  # --constrain
     checks: Sequence[SumCheck] = ()  # --check-sum

@@ -17,11 +17,11 @@ from im2json.inference.cache import PrefixCache, TokenCache
 from im2json.inference.constrain import Allowed, Grammar
 from im2json.inference.drafts import LENGTHS, NOTHING, TAIL, aligned
 from im2json.inference.paligemma import PaliGemmaReader
+from im2json.model.memory import CHOICES
 
 # R slots, B rows computed, K tokens read of each, T tokens that may be written, S tokens of a source, L positions,
 # D hidden, V vocabulary.
 ROUND_UP = 64  # positions: kernels like multiples of 8, and what is recorded once fits more often
-CHUNK = 256  # tokens whose logits are held at once
 MOST_HELD = 8  # tokens of a row in a pass that are held to a grammar: each takes a bit for every word
 
 
@@ -49,6 +49,11 @@ class Report:
     drafts: np.ndarray  # R x (K - 1), of the next pass
 
 
+def positions(reader: PaliGemmaReader, tokens: int) -> int:
+    """Return how many positions a slot for so many tokens has."""
+    return -(-(len(reader.prefix) + tokens + LENGTHS[-1]) // ROUND_UP) * ROUND_UP
+
+
 class Slots:
     """Rows that are written side by side, each at its own position.
 
@@ -71,7 +76,7 @@ class Slots:
         numbers: dict[str, Any] = {"dtype": torch.long, "device": device}
         slots = room.slots
         most = self.most = LENGTHS[-1] if grammar is None else MOST_HELD
-        length = -(-(len(reader.prefix) + room.tokens + most) // ROUND_UP) * ROUND_UP
+        length = positions(reader, room.tokens)
         self.reader = reader
         self.room = room
         self.group = group
@@ -249,8 +254,8 @@ class Slots:
         """Return the token that each of B x K positions goes on with, and its log probability in nats."""
         hidden = self.hidden[: self.used, :length].flatten(0, 1)
         tokens, logprobs = [], []
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, start + CHUNK)
+        for start in range(0, len(hidden), CHOICES):
+            part = slice(start, start + CHOICES)
             logits, plain = self.reader.logits(hidden[part])
             if self.allowed is not None:
                 logits = self.allowed.mask(logits, part)

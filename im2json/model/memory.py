@@ -24,6 +24,14 @@ NF4_BYTES = 4.127 / 8
 """A weight in NF4 with double quantisation."""
 MARGIN = 0.9
 """Share of the free memory that is planned with: the rest is lost between blocks, or forecast wrongly."""
+SLOTS, MOST_SLOTS = 64, 256
+"""Answers generated at a time if that is left open: on a CPU and at least, and at most on a GPU."""
+PREFIXES = 16
+"""Pictures and prompts read at a time before their answers, on a GPU."""
+DRAFTED = 32
+"""Tokens of an answer read at a time, at most."""
+CHOICES = 256
+"""Tokens whose logits are held at a time in an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -244,9 +252,22 @@ def _evaluation(sizes: Sizes, setting: Setting, load: Load, linear: int) -> floa
     cache = 2 * text.layers * text.kv_heads * text.head_dim * e * load.eval_batch * load.eval_positions
     largest = max(wide * high for wide, high in text.linears.values())
     merging = 3 * 4 * largest  # LoRA's product in fp32, scaled, and in the weight's layout
-    read = load.eval_batch * sizes.image_tokens  # positions of the prefix, nearly
+    read = max(PREFIXES * sizes.image_tokens, DRAFTED * load.eval_batch)  # positions
     reading = 3 * e * read * max(text.intermediate, vision.intermediate)
-    return linear * e + max(merging, cache + reading)
+    choosing = CHOICES * sizes.vocabulary * (e + 4 + 4)  # logits, and their logarithms in fp32, twice
+    return linear * e + max(merging, cache + max(reading, choosing))
+
+
+def slots_that_fit(slot_bytes: int) -> int:
+    """Return how many answers to generate at a time on this GPU, SLOTS or up to MOST_SLOTS.
+
+    More than SLOTS take no more than half of the memory that no process holds, so nothing that is recorded gives way.
+
+    Args:
+        slot_bytes: keys and values of an answer and its prefix.
+    """
+    free, _ = torch.cuda.mem_get_info()
+    return max(SLOTS, largest_microbatch(MOST_SLOTS, lambda slots: slots * slot_bytes * MARGIN, free / 2))
 
 
 def largest_microbatch(most: int, needs: Callable[[int], float], available: float) -> int:
