@@ -24,7 +24,7 @@ def main(folder: Path, rounds: int, examples: int, batch_size: int, threads: int
     from im2json.cli import quiet_libraries
 
     quiet_libraries()
-    from im2json.inference.decode import Decoder, generate
+    from im2json.inference.decode import Decoder
     from im2json.model.lora import merged_copy
     from im2json.runs import RunFolder, adapter_folder
     from im2json.scoring import StreamingEvaluator
@@ -41,9 +41,9 @@ def main(folder: Path, rounds: int, examples: int, batch_size: int, threads: int
     speeds: dict[str, list[tuple[float, float]]] = {"free": [], "constrained": []}
     for _ in range(rounds):
         for name, grammar in (("free", None), ("constrained", space.settings.grammar)):
-            decoder = Decoder(model, space.collator, grammar)
+            decoder = Decoder(model, space.collator, grammar, batch_size)
             start, busy = time.perf_counter(), time.process_time()
-            answers = [a for some in pixels.split(batch_size) for a in generate(decoder, some, limit)]
+            answers = decoder(pixels, limit)
             seconds = time.perf_counter() - start, time.process_time() - busy
             speeds[name].append((decoder.tokens / seconds[0], decoder.tokens / seconds[1]))
             texts[name] = [answer.text for answer in answers]

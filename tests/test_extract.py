@@ -101,6 +101,18 @@ def test_an_answer_that_was_cut_says_so(extractor, pictures, monkeypatch):
     assert {**cut, "id": whole["id"]} == whole
 
 
+def test_answers_are_drafted_from_the_shape_of_the_targets(extractor, finished, pictures, tmp_path):
+    """And are the same without."""
+    text = extractor.decoder.collator.texts([extractor.draft])[0]
+    keys = re.findall(r'"([^"]+)":', text)
+    assert keys == list(json.loads(finished.schema.read_text())["properties"])
+    folder = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
+    (folder / "schema.json").write_text("{")
+    bare = im2json.Extractor.from_run(folder)
+    assert bare.draft == ()
+    assert list(bare(pictures)) == list(extractor(pictures))
+
+
 def test_batches_of_any_size_give_the_same_rows(extractor, finished, pictures):
     one_by_one = im2json.Extractor.from_run(finished.path, eval_batch_size=1)
     assert list(one_by_one(pictures)) == list(extractor(pictures))

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from im2json.runs import home_of
 from im2json.scoring.checks import check_results, parse_checks
 from im2json.scoring.confidence import Calibration, leaf_confidence
 from im2json.scoring.examples import read_calibration
-from im2json.scoring.schema import read_schema
+from im2json.scoring.schema import outline, read_schema
 
 Row = dict[str, Any]
 
@@ -69,7 +70,7 @@ class Extractor:
         calibration: Calibration = Calibration(),  # noqa: B008 (it is a named tuple)
     ) -> None:
         self.decoder = Decoder(model, collator, settings.grammar, settings.batch_size)
-        self.draft: Sequence[int] = ()
+        self.draft: Sequence[int] = ()  # tokens that answers are drafted from, beside what they repeat themselves
         self.settings = settings
         self.calibration = calibration
 
@@ -107,7 +108,11 @@ class Extractor:
         collator = Collator(load_processor(config.model.model), config.data.prompt, config.data.letterbox)
         limit = config.decode.max_new_tokens or positions(adapted)
         settings = DecodeSettings.of(config, precision, adapted, collator, limit, schema, checks)
-        return cls(merged_copy(adapted, settings.dtype), collator, settings, calibration)
+        extractor = cls(merged_copy(adapted, settings.dtype), collator, settings, calibration)
+        with suppress(UserError):  # without --constrain the schema may be missing, or wrong
+            shape = outline(read_schema(home_of(Path(config.model.adapter)).schema))
+            extractor.draft = collator.target_ids(shape)[:-1]
+        return extractor
 
     def __call__(self, pictures: Iterable[str | os.PathLike[str] | Image.Image]) -> Iterator[Row]:
         """Yield a row for each picture, in their order. Those being written and the next few are held in memory.

@@ -103,6 +103,15 @@ def types_of(schema: Schema) -> list[str]:
     return [types] if isinstance(types, str) else types
 
 
+def outline(schema: Schema) -> Any:
+    """Return a document of a schema's shape: each key once, one entry in every array, and empty strings for values."""
+    if "anyOf" in schema:
+        return max(map(outline, schema["anyOf"]), key=lambda document: len(dumps(document)), default="")
+    if "properties" in schema:
+        return {key: outline(each) for key, each in schema["properties"].items()}
+    return [outline(schema["items"])] if "items" in schema else ""
+
+
 def read_schema(path: Path) -> Schema:
     """Read a schema that decoding can be constrained to.
 
