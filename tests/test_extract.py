@@ -104,8 +104,7 @@ def test_an_answer_that_was_cut_says_so(extractor, pictures, monkeypatch):
 def test_answers_are_drafted_from_the_shape_of_the_targets(extractor, finished, pictures, tmp_path):
     """And are the same without."""
     text = extractor.decoder.collator.texts([extractor.draft])[0]
-    keys = re.findall(r'"([^"]+)":', text)
-    assert keys == list(json.loads(finished.schema.read_text())["properties"])
+    assert json.loads(text) == {"total": "", "menu": [{"nm": ""}]}
     folder = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
     (folder / "schema.json").write_text("{")
     bare = im2json.Extractor.from_run(folder)

@@ -45,6 +45,7 @@ from im2json.data.loader import StepLoader
 from im2json.data.order import Order, Share
 from im2json.data.sources import load_splits
 from im2json.files import read_lines
+from im2json.inference.decode import Decoder
 from im2json.inference.evaluate import Evaluation
 from im2json.model.base import load_base, load_processor
 from im2json.model.lora import add_lora, trained
@@ -446,23 +447,21 @@ def test_evaluating_changes_nothing(train, tmp_path, precision):
 
 def stop_at(monkeypatch, step: int, stage: str = "during") -> None:
     """Stop the run in its evaluation at `step`, when half of the predictions are made."""
-    import im2json.inference.evaluate as room
-
-    original_call, original_generate = Evaluation.__call__, room.generate
-    now: dict[str, Any] = {}
+    original_call, original_answers = Evaluation.__call__, Decoder.answers
+    now: dict[str, bool] = {}
 
     def call(self: Evaluation, split: str, at: int, in_stage: str, **more: Any) -> dict[str, float]:
-        now.update(stop=(at, in_stage) == (step, stage), batches=0)
+        now.update(stop=(at, in_stage) == (step, stage))
         return original_call(self, split, at, in_stage, **more)
 
-    def generate(*args: Any) -> Any:
-        now["batches"] += 1
-        if now["stop"] and now["batches"] == 2:
-            raise Stopped
-        return original_generate(*args)
+    def answers(*given: Any) -> Any:
+        for number, each in enumerate(original_answers(*given)):
+            if now["stop"] and number == 2:
+                raise Stopped
+            yield each
 
     monkeypatch.setattr(Evaluation, "__call__", call)
-    monkeypatch.setattr(room, "generate", generate)
+    monkeypatch.setattr(Decoder, "answers", answers)
 
 
 @pytest.fixture(scope="module")
