@@ -6,6 +6,7 @@ import gc
 import importlib.metadata
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -713,19 +714,59 @@ def test_a_model_that_lacks_weights_is_refused(cli, base_args, small_model, tmp_
 # --- the embedded base
 
 
-@pytest.mark.slow
-def test_merged_and_unmerged_answer_alike(train, tmp_path):
-    """Compare the merged copy that evaluations decode with transformers on the 4-bit layers and LoRA beside them.
+@pytest.fixture(scope="module")
+def seventy_steps(train, tmp_path_factory) -> tuple[RunFolder, Any]:
+    """A run of the embedded base that writes JSON, and its workspace with the best adapter.
 
     The validation split serves, because the test split would be answered twice, and before training in full length.
     """
     from im2json.workspace import open_workspace, start_accelerator
 
     flags = "--steps 70 --eval-every 70 --eval-examples 40 --no-test --threads 1"
-    run = train(tmp_path / "run", base=flags.split())
+    run = train(tmp_path_factory.mktemp("seventy") / "run", base=flags.split())
     reset_accelerate()
     config = run.read_config()
-    space = open_workspace(config, *start_accelerator(config), adapter=run.adapter)
+    return run, open_workspace(config, *start_accelerator(config), adapter=run.adapter)
+
+
+@pytest.mark.slow
+def test_no_draft_changes_what_a_trained_model_writes(seventy_steps):
+    from im2json.inference.decode import Decoder, Request
+    from im2json.model.lora import merged_copy
+
+    _, space = seventy_steps
+    collator, limit, rng = space.collator, space.settings.max_new_tokens, random.Random(0)
+    examples = [space.splits["validation"][i] for i in range(40)]
+    targets = [collator.target_ids(example.target) for example in examples]
+    sources = {
+        "none": [[]] * 40,
+        "the target": targets,
+        "another's": targets[1:] + targets[:1],
+        "the target reversed": [target[::-1] for target in targets],
+        "random tokens": [rng.choices(range(1, 1500), k=len(target)) for target in targets],
+    }
+    pixels = collator.pictures(examples)
+    decoder, written, passes = Decoder(merged_copy(space.model, torch.float32), collator), {}, {}
+    for name, drafts in sources.items():
+        before = decoder.passes
+        requests = [
+            Request(lambda i=i: pixels[i : i + 1], limit, drafts[i])  # type: ignore[misc]
+            for i in range(40)
+        ]
+        written[name] = dict(decoder.answers(requests, limit, max(map(len, drafts)), 40))
+        passes[name] = decoder.passes - before
+    for name, answers in written.items():
+        for number, answer in answers.items():
+            plain = written["none"][number]
+            assert answer.tokens == plain.tokens, name
+            assert answer.logprobs == pytest.approx(plain.logprobs, abs=1e-4), name
+    assert passes["the target"] < passes["none"] / 2, passes
+
+
+@pytest.mark.slow
+def test_merged_and_unmerged_answer_alike(seventy_steps):
+    """Compare the merged copy that evaluations decode with transformers on the 4-bit layers and LoRA beside them."""
+    run, space = seventy_steps
     texts: list[str] = []
     for start in range(0, 40, 20):
         examples = [space.splits["validation"][i] for i in range(start, start + 20)]
