@@ -6,7 +6,7 @@ import itertools
 import random
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from im2json.errors import UserError
 from im2json.inference.grammar import lark
 from im2json.scoring.schema import Schema
+
+if TYPE_CHECKING:
+    from im2json.inference.slots import Report
 
 # B rows, K tokens of each in a pass, T tokens of a text, V vocabulary, W bytes of V bits, in whole words of 32 bits.
 NO_LIMIT = 10**9  # of the engine's work for a token; what it would give up on by default is a large schema
@@ -39,7 +42,6 @@ class Grammar:
             import llguidance.hf
         except ImportError as error:
             raise UserError("--constrain needs the package llguidance: pip install -e '.[constrain]'") from error
-        self.ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
         self.engine = llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(size, len(tokenizer)))
         self.executor = llguidance.LLExecutor(num_threads=torch.get_num_threads())
         limits = llguidance.LLParserLimits(step_max_items=NO_LIMIT, step_lexer_fuel=NO_LIMIT)
@@ -109,15 +111,8 @@ class Allowed:
         for row in rows:
             self.matchers[row], self.seen[row] = self.grammar.matcher(), 0
 
-    def update(self, counts: np.ndarray, written: np.ndarray, drafts: np.ndarray, length: int) -> None:
-        """Let the bits follow what is written.
-
-        Args:
-            counts: B, of each row's tokens.
-            written: B x T, the tokens.
-            drafts: B x (at least `length` - 1), the tokens tried next; negative where there is none.
-            length: K, tokens of a row in the pass.
-        """
+    def update(self, report: Report, length: int) -> None:
+        """Let the bits follow what is written, in a pass of `length` tokens a row."""
         from llguidance.numpy import (
             fill_next_token_bitmask_par,
             fill_next_token_bitmask_par_with_draft_tokens,
@@ -127,13 +122,14 @@ class Allowed:
         for row, matcher in enumerate(self.matchers):
             if matcher is None:
                 continue
-            new, self.seen[row] = written[row, self.seen[row] : counts[row]].tolist(), int(counts[row])
-            if self.grammar.ends.intersection(new):
+            if report.finished[row]:
                 self.matchers[row] = None
                 continue
+            count = int(report.counts[row])
+            new, self.seen[row] = report.written[row, self.seen[row] : count].tolist(), count
             consumed = matcher.consume_tokens(new)
             assert consumed, matcher.get_error()
-            draft = list(itertools.takewhile(lambda token: token >= 0, drafts[row, : length - 1].tolist()))
+            draft = list(itertools.takewhile(lambda token: token >= 0, report.drafts[row, : length - 1].tolist()))
             if draft:
                 drafted.append((matcher, row * length, draft))
             else:

@@ -167,8 +167,7 @@ class Slots:
         """
         self._run("read", length, self._read)
         if self.allowed is not None:
-            report = present()
-            self.allowed.update(report.counts, report.written, report.drafts, length)
+            self.allowed.update(present(), length)
         self._run("choose", length, self._choose)
 
     def report(self) -> Callable[[], Report]:
