@@ -40,7 +40,7 @@ KINDS = {
     "gemma2": {"model_type": "gemma2", "final_logit_softcapping": 30.0, "attn_logit_softcapping": 5.0,
                "query_pre_attn_scalar": 16, "sliding_window": 4096},
     "gemma2 with a short window": {"model_type": "gemma2", "final_logit_softcapping": 30.0,
-                                   "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16, "sliding_window": 32},
+                                   "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16, "sliding_window": 8},
 }  # fmt: skip
 
 
@@ -260,6 +260,25 @@ def test_a_call_within_another_and_one_that_was_left(model, collator, pixels, ex
     assert [found[i] for i in range(len(pixels))] == expected
     next(decoder.answers(requests, NEW))
     assert [answer.tokens for answer in decoder(pixels, NEW)] == expected
+
+
+def test_what_one_row_drafted_does_not_outlive_it(small_model, collator, pixels, monkeypatch):
+    """Eight short texts that were drafted right must not make a pass for the ninth, whose draft is wrong, long."""
+    model = make_model(small_model, "gemma")
+    long = 3 * NEW
+    texts = [answer.tokens for answer in Decoder(model, collator)(pixels, long)]
+    lengths: list[int] = []
+    advance = Slots.advance
+
+    def noting(slots: Slots, length: int, *given: Any) -> None:
+        lengths.append(length)
+        advance(slots, length, *given)
+
+    monkeypatch.setattr(Slots, "advance", noting)
+    wrong = [random.Random(1).randrange(3, 250) for _ in range(long)]
+    answers = drafted(make_decoder(model, collator, slots=9), pixels, [NEW] * 8 + [long], [*texts[:8], wrong])
+    assert [answer.tokens for answer in answers] == [text[:NEW] for text in texts[:8]] + [texts[8]]
+    assert max(lengths) >= 16 and max(lengths[-long // 3 :]) <= 2, lengths
 
 
 def test_a_slot_that_overflowed_is_clean_for_the_next_text(small_model, collator, pixels):

@@ -347,6 +347,18 @@ def test_batches_of_nothing_but_bad_pictures(extractor, pictures, tmp_path, monk
     assert ["error" in row for row in rows] == [True] * bad + [False]
 
 
+def test_bad_pictures_are_shown_as_they_come(extractor, pictures):
+    """And what nobody waits for any more is not loaded."""
+    asked = io.StringIO()
+    rows = extractor(asked.write("x") and str(i) for i in range(1_000))
+    assert "error" in next(rows)
+    assert len(asked.getvalue()) <= AHEAD + 2
+    rows.close()
+    rows = list(extractor([*map(str, range(50)), pictures[0], *map(str, range(50, 90))]))
+    assert [row["id"] for row in rows] == [*map(str, range(50)), pictures[0], *map(str, range(50, 90))]
+    assert ["error" in row for row in rows] == [True] * 50 + [False] + [True] * 40
+
+
 @pytest.mark.slow
 def test_a_hundred_thousand_pictures_are_not_held(extractor, pictures, monkeypatch):
     """Ten thousand, and how many are read ahead."""

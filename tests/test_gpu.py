@@ -362,6 +362,6 @@ def test_longer_answers_get_slots_of_their_own_and_memory_is_given_back(tmp_path
     assert decoder.seconds_recording == recorded > 0
     large = decoder(pictures(9), [10] * 2 + [200] * 7)
     assert [answer.text for answer in large[:2]] == [answer.text for answer in small]
-    assert decoder._idle[0].room.tokens == 200
+    assert decoder._idle.room.tokens == 200
     del decoder
     assert torch.cuda.memory_allocated() <= before + 2**20

@@ -8,6 +8,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -25,9 +26,17 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def loading_threads(device: torch.device) -> ThreadPoolExecutor:
-    """Return threads to load pictures in while a model reads: up to 8 beside a GPU, one beside a busy CPU."""
-    return ThreadPoolExecutor(max(1, min(8, own_cores() - 1)) if device.type == "cuda" else 1)
+@contextmanager
+def loading_threads(device: torch.device) -> Iterator[Executor]:
+    """Provide threads to load pictures in while a model reads: up to 8 beside a GPU, one beside a busy CPU.
+
+    What has not begun when they are left is not done.
+    """
+    pool = ThreadPoolExecutor(max(1, min(8, own_cores() - 1)) if device.type == "cuda" else 1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def load_ahead(pool: Executor, load: Callable[[S], T], items: Iterable[S], ahead: int) -> Iterator[Future[T]]:

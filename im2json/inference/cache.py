@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 
 class KeyValues:
-    """The keys and values of all layers. A slot is the room of one text; it has L positions.
+    """The keys and values of all layers. A slot holds one text; it has L positions.
 
     The tensors never move, so that a CUDA graph can be replayed on them.
 
@@ -49,7 +49,7 @@ class PrefixCache:
         rest = (0, 0, 0, 0, 0, self.kept.length - keys.shape[1])
         for kept, new in zip(self.kept.layers[layer], (keys, values)):
             whole = F.pad(new, rest)  # what another text left may have overflowed
-            # moved in pieces of 8 bytes: a GPU takes an index for each
+            # 8 bytes at a time: index_copy_ computes an index per element
             kept.view(torch.int64).index_copy_(0, self.slots, whole.view(torch.int64))
         return keys, values
 
@@ -67,6 +67,7 @@ class TokenCache:
     kept: KeyValues
     places: torch.Tensor  # B x S, positions in the slots
     end: int  # no token stands at this position or beyond
+    begins: torch.Tensor  # B, where the answers begin
 
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep what is new, B x S x G x E, and return what to attend to, B x `end` x G x E."""
@@ -84,7 +85,9 @@ class TokenCache:
             window: how many positions a layer sees, the token's own included. None: all.
         """
         back = self.places[:, :, None] - torch.arange(self.end, device=self.places.device)
-        hidden = back < 0 if window is None else (back < 0) | (back >= window)
+        hidden = back < 0
+        if window is not None:  # a prefix attends to all of itself in every layer
+            hidden = hidden | ((back >= window) & (self.places >= self.begins[:, None])[:, :, None])
         # Added and not boolean: attention would convert that in every layer.
         return self.kept.layers[0][0].new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 

@@ -1,4 +1,4 @@
-"""Greedy decoding: texts are written side by side in slots, several tokens of each in a pass where a draft is right."""
+"""Greedy decoding of many texts at once. A pass accepts several tokens of a text if its draft is right."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from im2json.inference.constrain import Grammar
 from im2json.inference.drafts import DraftLength
 from im2json.inference.paligemma import PaliGemmaReader
 from im2json.inference.slots import Report, Room, Slots, positions
-from im2json.model.memory import PREFIXES, SLOTS, slots_that_fit
+from im2json.model.memory import PREFIXES, SLOTS, largest_microbatch, slots_that_fit
 
+CPU_BYTES = 4 * 2**30  # that keys and values may take of a CPU's memory if the number of slots is left open
 GROUP = {"cuda": PREFIXES, "cpu": 4}  # prefixes read at once
 OVERHEAD = {"cuda": 256, "cpu": 40}  # tokens that take as long as the rest of a pass
 
@@ -48,7 +49,8 @@ class Decoder:
     """Writes the most likely text for each picture until EOS or a limit.
 
     The texts are those of transformers' greedy `generate`, whatever they are drafted from. Where a GPU rounds, two
-    tokens that are equally likely up to rounding may change places.
+    tokens that are equally likely up to rounding may change places. A model that overflows on the tokens of a draft
+    loses that text.
 
     Keep one decoder for an evaluation, and none longer, since it holds the model's weights and the slots' keys and
     values.
@@ -76,7 +78,7 @@ class Decoder:
         self.group = GROUP[model.device.type]
         self.tokens = 0  # written so far, EOS included
         self.passes = 0
-        self._idle: list[Slots] = []
+        self._idle: Slots | None = None
         self._pieces: dict[int, str] = {}  # what each token is by itself
 
     def answers(
@@ -94,19 +96,21 @@ class Decoder:
             count: how many there are, if that is known.
         """
         waiting = enumerate(requests)
+        if (first := next(waiting, None)) is None:
+            return
+        waiting = itertools.chain([first], waiting)  # type: ignore[assignment]
         while True:
             room, begun = self._room(longest, source, count), {}  # type: ignore[var-annotated]
             try:
                 slots = self._take(room)
                 yield from _Work(self, slots, waiting, begun)
-                self._idle.append(slots)
+                self._idle = slots
                 return
             except torch.cuda.OutOfMemoryError:
                 if room.slots == 1:
                     raise
             # Out here nothing holds on to the tensors of the attempt, as the error did with its traceback.
-            self._idle.clear()
-            slots = None  # type: ignore[assignment]
+            slots = self._idle = None  # type: ignore[assignment]
             torch.cuda.empty_cache()
             self.slots = room.slots // 2
             tqdm.write(f"out of GPU memory with {room.slots} answers at once: going on with {self.slots}")
@@ -144,27 +148,29 @@ class Decoder:
     @property
     def seconds_recording(self) -> float:
         """What the slots that are not in use have spent on recording graphs."""
-        return sum(slots.seconds_recording for slots in self._idle)
+        return 0.0 if self._idle is None else self._idle.seconds_recording
 
     def _room(self, tokens: int, source: int, count: int | None) -> Room:
         """Return what there is to be room for: of all slots no more than `count` answers need, in whole groups."""
         if self.slots != "auto":
             slots = self.slots
         elif self.model.device.type == "cuda":
-            slots = slots_that_fit(self.reader.slot_bytes(positions(self.reader, tokens)))
+            slots = slots_that_fit(self._slot_bytes(tokens))
         else:
-            slots = SLOTS
+            slots = largest_microbatch(SLOTS, lambda count: count * self._slot_bytes(tokens), CPU_BYTES)
         if count is not None:
             slots = min(slots, max(1, -(-count // self.group)) * self.group)
         return Room(slots, tokens, source)
 
+    def _slot_bytes(self, tokens: int) -> int:
+        return self.reader.slot_bytes(positions(self.reader, tokens))
+
     def _take(self, room: Room) -> Slots:
         """Return slots with so much room, those of an earlier call if they are free and have it."""
-        while self._idle:  # what is too small is given up
-            idle = self._idle.pop()
-            if idle.room.holds(room):
-                idle.clear()
-                return idle
+        idle, self._idle = self._idle, None
+        if idle is not None and idle.room.holds(room):
+            idle.clear()
+            return idle
         return Slots(self.reader, room, min(self.group, room.slots), self.grammar, fixed=self.fixed)
 
 
@@ -196,13 +202,14 @@ class _Work:
             report = slots.report()
             slots.advance(self.length.choose(slots.used), report)
             self.decoder.passes += 1
-            # Where all rows are computed anyway we look at what was before the pass, so that no GPU waits for the host.
+            # with fixed rows the report from before this pass, so that the GPU never waits for the host
             yield from self._settle((report if slots.fixed else slots.report())())
             self._admit(slots.group)
 
     def _settle(self, report: Report) -> Iterator[tuple[int, Answer]]:
         """Yield what is finished, and make room for what is waiting."""
-        self.length.observe(int(report.right.sum()), int(report.tried.sum()))
+        used = slice(0, self.slots.used)
+        self.length.observe(int(report.right[used].sum()), int(report.tried[used].sum()))
         done: list[tuple[int, list[int], list[float]]] = []
         for slot in sorted(slot for slot in self.begun if report.finished[slot]):
             number, _ = self.begun.pop(slot)

@@ -21,13 +21,13 @@ LENGTHS = (1, 2, 4, 8, 16, DRAFTED)  # tokens read of each row in a pass
 def aligned(source: torch.Tensor, tail: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Return the place in each row's source from which a text that has left it probably goes on; B.
 
-    That is where most of the text's last tokens stand just before: of equals the next one from the expected place on,
-    or else the nearest before it.
+    That is where most of the text's last tokens stand just before. Of equals take the first at or after the expected
+    place, or else the nearest before it.
 
     Args:
         source: B x S, NOTHING where no token is.
         tail: B x TAIL, the last tokens of the text, the latest last; below NOTHING where the text has none yet.
-        expected: B, the place if one token was substituted: that before it was not what the text went on with.
+        expected: B, where the text goes on if one token has been substituted.
     """
     places = torch.arange(source.shape[1], device=source.device)
     away = places - expected[:, None]
@@ -36,7 +36,7 @@ def aligned(source: torch.Tensor, tail: torch.Tensor, expected: torch.Tensor) ->
         before = F.pad(source, (back, 0), value=NOTHING)[:, : source.shape[1]]
         likeness = likeness + weight * (before == tail[:, -back, None])
     likeness = likeness * (source != NOTHING)
-    # another number for each place, so that no device has ties to break; what has just been wrong comes last
+    # another number for each place, so that no device has ties to break; the place that has just failed comes last
     steps = torch.where(away < 0, len(places) - away, away).masked_fill(away == -1, 2 * len(places) + 1)
     return (likeness * (4 * len(places)) - steps).argmax(1)
 
@@ -66,7 +66,7 @@ class DraftLength:
         self.tried = self.KEPT * self.tried + tried
 
     def choose(self, rows: int) -> int:
-        """Return the length that writes most tokens in a time, with so many rows computed in a pass."""
+        """Return the length with the most tokens expected per unit of time, for so many rows in a pass."""
         share = self.right / self.tried
 
         def speed(length: int) -> float:

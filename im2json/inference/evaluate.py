@@ -51,7 +51,7 @@ def evaluate_split(
 ) -> dict[str, float]:
     """Generate text for a split, and return its metrics, the same on every process.
 
-    The processes share the examples out. Each answer is drafted from its target, which makes it no other. Memory stays
+    The processes share the examples out. Each answer is drafted from its target, which does not change it. Memory stays
     constant: only sums and the predictions of a window are kept.
 
     Args:
@@ -63,7 +63,6 @@ def evaluate_split(
     bar = progress_bar(total, f"{key.split} {key.stage}", "ex", shown=accelerator.is_main_process, keep=False)
     windows = list(_windows(split.targets, accelerator.process_index, accelerator.num_processes))
     order = [i for window in windows for i in window]
-    drafts = [collator.target_ids(split.targets[i]) for i in order]
     limit = settings.max_new_tokens
     limits = [limit if isinstance(limit, int) else limit[i] for i in order]
     predictions: dict[int, Prediction] = {}  # by index in the split
@@ -87,10 +86,11 @@ def evaluate_split(
         def requests() -> Iterator[Request]:
             for number, future in enumerate(loaded):
                 labelled[number] = future
-                yield Request(lambda future=future: future.result()[1], limits[number], drafts[number])  # type: ignore[misc]
+                draft = collator.target_ids(split.targets[order[number]])
+                yield Request(lambda future=future: future.result()[1], limits[number], draft)  # type: ignore[misc]
 
-        longest = max(map(len, drafts), default=0)
-        for number, answer in decoder.answers(requests(), max(limits, default=1), longest, len(order)):
+        longest = max(limits, default=1)
+        for number, answer in decoder.answers(requests(), longest, longest, len(order)):
             example, _ = labelled.pop(number).result()
             predictions[order[number]] = score_answer(evaluator, key, settings, example, answer)
             progress.update(min(accelerator.num_processes, total - progress.n))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from im2json.scoring.examples import read_calibration
 from im2json.scoring.schema import outline, read_schema
 
 Row = dict[str, Any]
+WAITING = 512  # rows that may wait for one before them
 
 
 class _Loaded(NamedTuple):
@@ -128,27 +128,36 @@ class Extractor:
         assert isinstance(limit, int)
         rows: dict[int, Row] = {}  # by the picture's number; those that wait for one before them
         reading: dict[int, tuple[int, _Loaded]] = {}  # pictures and their numbers, by the request's
+        shown, more = 0, True
 
-        def requests(loading: Iterator[Future[_Loaded]]) -> Iterator[Request]:
+        def requests() -> Iterator[Request]:
+            """Yield what is to be read, until rows should be shown first."""
+            nonlocal more
             requested = itertools.count()
-            for number, future in enumerate(loading):
+            for number, future in loading:
                 loaded = future.result()
                 if loaded.pixels is None:
                     rows[number] = {"id": loaded.id, "error": loaded.error}
                 else:
                     reading[next(requested)] = number, loaded
                     yield Request(lambda pixels=loaded.pixels: pixels, limit, self.draft)  # type: ignore[misc]
+                if len(rows) > WAITING or (rows and not reading):
+                    return
+            more = False
 
-        shown = 0
+        count = len(pictures) if isinstance(pictures, Sized) else None
         with loading_threads(self.decoder.model.device) as pool:
-            loading = load_ahead(pool, self._load, enumerate(pictures), AHEAD)
-            for request, answer in self.decoder.answers(requests(loading), limit, len(self.draft)):
-                number, loaded = reading.pop(request)
-                rows[number] = self._row(loaded, answer)
+            loading = enumerate(load_ahead(pool, self._load, enumerate(pictures), AHEAD))
+            while more:
+                for request, answer in self.decoder.answers(requests(), limit, len(self.draft), count):
+                    number, loaded = reading.pop(request)
+                    rows[number] = self._row(loaded, answer)
+                    while shown in rows:
+                        yield rows.pop(shown)
+                        shown += 1
                 while shown in rows:
                     yield rows.pop(shown)
                     shown += 1
-        yield from (rows[number] for number in sorted(rows))
 
     def _row(self, loaded: _Loaded, answer: Answer) -> Row:
         reading = read(answer.text)

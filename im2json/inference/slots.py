@@ -6,6 +6,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ class Room(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """The slots between two passes, on the host. It lasts until the report after next."""
+    """The slots between two passes, on the host. Valid until the second report after it, which has the same buffers."""
 
     counts: np.ndarray  # R, tokens written
     finished: np.ndarray  # R, bool
@@ -91,6 +92,7 @@ class Slots:
         self.latest = torch.zeros((slots, 1), **numbers)  # the token that a row goes on from
         self.position = torch.zeros(slots, **numbers)  # of `latest`, in the slot
         self.offset = torch.zeros(slots, **numbers)  # what is added to it for rotation
+        self.begins = torch.zeros(slots, **numbers)  # position of the answer's first token
         self.count = torch.zeros(slots, **numbers)  # tokens written
         self.limit = torch.zeros(slots, **numbers)
         self.finished = torch.ones(slots, dtype=torch.bool, device=device)
@@ -114,6 +116,8 @@ class Slots:
     def clear(self) -> None:
         """End all texts."""
         self.finished.fill_(True)
+        self.right.zero_()
+        self.tried.zero_()
         self.used = self.room.slots if self.fixed else 0
 
     @torch.no_grad()
@@ -191,7 +195,7 @@ class Slots:
         self.cache.move(source, target)
         for kept in (self.written, self.logprobs, self.latest, self.position, self.offset, self.count, self.limit):
             kept[target] = kept[source]
-        for kept in (self.finished, self.source, self.place, self.draft, self.right, self.tried):
+        for kept in (self.begins, self.finished, self.source, self.place, self.draft):
             kept[target] = kept[source]
         if self.allowed is not None:
             self.allowed.move(source, target)
@@ -199,6 +203,7 @@ class Slots:
     def _read_prefixes(self, slots: torch.Tensor, pixels: torch.Tensor) -> None:
         length, offset = self.reader.read_prefixes(pixels, PrefixCache(self.cache, slots))
         # The last token is read once more with the first draft, where it finds what it found before.
+        self.begins.index_copy_(0, slots, length)
         self.position.index_copy_(0, slots, length - 1)
         self.offset.index_copy_(0, slots, offset)
         self.latest.index_copy_(0, slots, self.reader.prefix[-1:].expand(len(slots), 1))
@@ -210,7 +215,9 @@ class Slots:
         places = self.position[rows, None] + torch.arange(length, device=self.device)  # B x K
         end = self.cache.length if self.fixed else int(self.position[rows].max()) + length
         rotations = places + self.offset[rows, None]
-        self.hidden[rows, :length] = self.reader.read_tokens(tokens, rotations, TokenCache(self.cache, places, end))
+        self.hidden[rows, :length] = self.reader.read_tokens(
+            tokens, rotations, TokenCache(self.cache, places, end, self.begins[rows])
+        )
 
     def _choose(self, length: int) -> None:
         """Accept what is right of each row's draft, write one token more, and draft what may follow."""
@@ -264,7 +271,7 @@ class Slots:
         return torch.cat(tokens).view(-1, length), torch.cat(logprobs).view(-1, length)
 
     def _sent(self, values: torch.Tensor) -> torch.Tensor:
-        """On the device, without a wait for it."""
+        """Copy values to the device without waiting for it."""
         return values.pin_memory().to(self.device, non_blocking=True) if self.on_gpu else values
 
     def _state(self) -> tuple[torch.Tensor, ...]:
@@ -276,8 +283,10 @@ class Slots:
         return room, torch.cuda.Event() if self.on_gpu else None
 
     def _warm_up(self, pixels: torch.Tensor) -> None:
-        """Run everything once, as what is allocated and chosen in first runs cannot be recorded. It leaves no trace:
-        no text has begun but the first, whose prefixes are read afterwards."""
+        """Run everything once, as what is allocated and chosen in first runs cannot be recorded.
+
+        State is restored afterwards. Only the first group has begun, and its prefixes are read again.
+        """
         begun = [value.clone() for value in (self.count, self.finished, self.source, self.place, self.draft)]
         present, aside = torch.cuda.current_stream(), _aside()
         aside.wait_stream(present)
@@ -310,8 +319,11 @@ class Slots:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 work()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # what went wrong first is what counts
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         present.wait_stream(aside)
         self.seconds_recording += time.perf_counter() - start
         return graph

@@ -261,7 +261,7 @@ def _evaluation(sizes: Sizes, setting: Setting, load: Load, linear: int) -> floa
 def slots_that_fit(slot_bytes: int) -> int:
     """Return how many answers to generate at a time on this GPU, SLOTS or up to MOST_SLOTS.
 
-    More than SLOTS take no more than half of the memory that no process holds, so nothing that is recorded gives way.
+    More than SLOTS take no more than half of the memory that no process holds, so that training's recorded passes stay.
 
     Args:
         slot_bytes: keys and values of an answer and its prefix.
