@@ -10,9 +10,11 @@ def clock_time(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration for a sentence: hours and minutes, or minutes and seconds."""
+    """Return a duration for a sentence: hours and minutes, minutes and seconds, or seconds alone."""
     hours, minutes, rest = _parts(seconds)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _parts(seconds: float) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from im2json.jsontext import canonical, dumps
 from im2json.records import Prediction
 from im2json.report.page import html_page, html_table
 from im2json.report.plot import Curve, curve_plot, legend
-from im2json.report.table import cell_text
+from im2json.report.table import cell_text, counted
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS
 from im2json.scoring.confidence import DIGITS, Calibration, judge_leaves, reliability, risk_coverage
@@ -70,7 +70,8 @@ def write_report(
     examples = [_example(each, scores[each.id], confidence.calibration, picture(each.id)) for each in worst]
     left_out = f" The {MOST} worst of {len(kept)} are shown." if len(kept) > MOST else ""
     parts = [
-        f"<p>{len(kept)} examples of the {html.escape(split)} split, generated text, with 95 % intervals.</p>",
+        f"<p>{counted(len(kept), 'example')} of the {html.escape(split)} split, generated text, "
+        "with 95 % intervals.</p>",
         f'<div class="columns">{_metrics(scorecard, before)}{_errors(scorecard)}</div>',
         _fields(scorecard, confidence),
         _confidence(confidence),
