@@ -34,7 +34,7 @@ class KeyValues:
 
 
 class PrefixCache:
-    """What a prefix is read with: it fills B slots from their beginning, and attends to itself alone.
+    """Keep the keys and values of prefixes that are being read. Each fills a slot from its beginning.
 
     Args:
         slots: B indices. One may stand there several times if its rows are the same.
@@ -59,9 +59,9 @@ class PrefixCache:
 
 @dataclass(frozen=True)
 class TokenCache:
-    """What the next tokens of the first B slots are read with, S of each.
+    """Keep the keys and values of the next S tokens of the first B slots, and show each token what it attends to.
 
-    A token attends to all that its slot holds up to its own position.
+    That is all that its slot holds up to its own position.
     """
 
     kept: KeyValues

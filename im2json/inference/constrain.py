@@ -89,7 +89,7 @@ class Grammar:
 
 
 class Allowed:
-    """What each row of a batch may write next, and after each token of its draft.
+    """Mask what each row of a batch may not write next, and after each token of its draft.
 
     The bits lie where the model computes and never move, so a CUDA graph can read them.
 

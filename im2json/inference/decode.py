@@ -147,7 +147,7 @@ class Decoder:
 
     @property
     def seconds_recording(self) -> float:
-        """What the slots that are not in use have spent on recording graphs."""
+        """Return the seconds that slots which are not in use have spent on recording graphs."""
         return 0.0 if self._idle is None else self._idle.seconds_recording
 
     def _room(self, tokens: int, source: int, count: int | None) -> Room:
@@ -202,8 +202,7 @@ class _Work:
             report = slots.report()
             slots.advance(self.length.choose(slots.used), report)
             self.decoder.passes += 1
-            # with fixed rows the report from before this pass, so that the GPU never waits for the host
-            yield from self._settle((report if slots.fixed else slots.report())())
+            yield from self._settle(report())
             self._admit(slots.group)
 
     def _settle(self, report: Report) -> Iterator[tuple[int, Answer]]:

@@ -145,6 +145,13 @@ class Extractor:
                     return
             more = False
 
+        def ready() -> Iterator[Row]:
+            """Yield the rows that wait for none before them."""
+            nonlocal shown
+            while shown in rows:
+                yield rows.pop(shown)
+                shown += 1
+
         count = len(pictures) if isinstance(pictures, Sized) else None
         with loading_threads(self.decoder.model.device) as pool:
             loading = enumerate(load_ahead(pool, self._load, enumerate(pictures), AHEAD))
@@ -152,12 +159,8 @@ class Extractor:
                 for request, answer in self.decoder.answers(requests(), limit, len(self.draft), count):
                     number, loaded = reading.pop(request)
                     rows[number] = self._row(loaded, answer)
-                    while shown in rows:
-                        yield rows.pop(shown)
-                        shown += 1
-                while shown in rows:
-                    yield rows.pop(shown)
-                    shown += 1
+                    yield from ready()
+                yield from ready()
 
     def _row(self, loaded: _Loaded, answer: Answer) -> Row:
         reading = read(answer.text)

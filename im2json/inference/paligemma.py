@@ -1,4 +1,4 @@
-"""How PaliGemma reads a picture's prefix and the tokens after it: its side of decoding."""
+"""Read a picture's prefix and the tokens after it with PaliGemma: the model's side of decoding."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Room(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """The slots between two passes, on the host. Valid until the second report after it, which has the same buffers."""
+    """The slots between two passes, on the host. It is read before the next one is asked for."""
 
     counts: np.ndarray  # R, tokens written
     finished: np.ndarray  # R, bool
@@ -107,7 +107,8 @@ class Slots:
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
         self._pixels: torch.Tensor | None = None  # what the recorded prefixes are read from
         self._slots = torch.zeros(group, **numbers)
-        self._hosts = itertools.cycle([self._host(), self._host()])  # for a report while another is read
+        # for a report while another is read
+        self._hosts = itertools.cycle([self._host(), self._host()] if fixed else [])
 
     @property
     def on_gpu(self) -> bool:
@@ -167,7 +168,7 @@ class Slots:
         """Make a pass of `length` tokens a row.
 
         Args:
-            present: waits for a report of the present state.
+            present: returns a report of the state before the pass, see `report`.
         """
         self._run("read", length, self._read)
         if self.allowed is not None:
@@ -175,7 +176,13 @@ class Slots:
         self._run("choose", length, self._choose)
 
     def report(self) -> Callable[[], Report]:
-        """Start to fetch the present state, and return a function that waits for it."""
+        """Return a function that returns the state.
+
+        With fixed rows it is the present one, which begins to be fetched and is waited for then: so a pass can be begun
+        meanwhile, and a GPU never waits for the host. Otherwise it is the state at the time of that call.
+        """
+        if not self.fixed:
+            return lambda: Report(*(value.numpy() for value in self._state()))
         host, fetched = next(self._hosts)
         for kept, value in zip(host, self._state()):
             kept.copy_(value, non_blocking=True)
