@@ -12,7 +12,7 @@ from transformers import PaliGemmaConfig
 from im2json.data.collate import Batch
 from im2json.model.base import load_base
 from im2json.model.lora import add_lora, count_parameters
-from im2json.model.memory import MARGIN, Load, Setting, Sizes, forecast, largest_microbatch
+from im2json.model.memory import MARGIN, Load, Setting, Sizes, forecast, most_that_fit
 from im2json.model.replay import make_forward
 from im2json.options import DEFAULT_TARGET_MODULES, TrainConfig
 
@@ -119,12 +119,12 @@ def test_what_paligemma_took_on_a_gpu(resolution, microbatch, changes, gib):
     assert (parts.resident + parts.step) / GIB == pytest.approx(gib, rel=0.15)
 
 
-def test_the_largest_microbatch_that_has_room():
+def test_the_most_that_fit_that_has_room():
     sizes, one = paligemma(224), setting()
     needs = {size: forecast(sizes, one, load(224, size)).step for size in (16, 8, 4, 2, 1)}
     assert list(needs.values()) == sorted(needs.values(), reverse=True)
     for size, need in needs.items():
-        assert largest_microbatch(16, needs.__getitem__, need * 1.001 / MARGIN) == size
-        assert largest_microbatch(16, needs.__getitem__, need * 0.999 / MARGIN) == max(size // 2, 1)
-    assert largest_microbatch(10, float, 6.0) == 5
-    assert largest_microbatch(5, float, 2.0) == 1
+        assert most_that_fit(16, needs.__getitem__, need * 1.001 / MARGIN) == size
+        assert most_that_fit(16, needs.__getitem__, need * 0.999 / MARGIN) == max(size // 2, 1)
+    assert most_that_fit(10, float, 6.0) == 5
+    assert most_that_fit(5, float, 2.0) == 1

@@ -17,7 +17,7 @@ from im2json.inference.constrain import Grammar
 from im2json.inference.drafts import DraftLength
 from im2json.inference.paligemma import PaliGemmaReader
 from im2json.inference.slots import Report, Room, Slots, positions
-from im2json.model.memory import PREFIXES, SLOTS, largest_microbatch, slots_that_fit
+from im2json.model.memory import PREFIXES, SLOTS, most_that_fit, slots_that_fit
 
 CPU_BYTES = 4 * 2**30  # that keys and values may take of a CPU's memory if the number of slots is left open
 GROUP = {"cuda": PREFIXES, "cpu": 4}  # prefixes read at once
@@ -157,7 +157,7 @@ class Decoder:
         elif self.model.device.type == "cuda":
             slots = slots_that_fit(self._slot_bytes(tokens))
         else:
-            slots = largest_microbatch(SLOTS, lambda count: count * self._slot_bytes(tokens), CPU_BYTES)
+            slots = most_that_fit(SLOTS, lambda count: count * self._slot_bytes(tokens), CPU_BYTES)
         if count is not None:
             slots = min(slots, max(1, -(-count // self.group)) * self.group)
         return Room(slots, tokens, source)

@@ -267,11 +267,11 @@ def slots_that_fit(slot_bytes: int) -> int:
         slot_bytes: keys and values of an answer and its prefix.
     """
     free, _ = torch.cuda.mem_get_info()
-    return max(SLOTS, largest_microbatch(MOST_SLOTS, lambda slots: slots * slot_bytes * MARGIN, free / 2))
+    return max(SLOTS, most_that_fit(MOST_SLOTS, lambda slots: slots * slot_bytes, free / 2))
 
 
-def largest_microbatch(most: int, needs: Callable[[int], float], available: float) -> int:
-    """Return `most` examples, halved until the bytes that they need are available; at least 1."""
+def most_that_fit(most: int, needs: Callable[[int], float], available: float) -> int:
+    """Return `most`, of examples or of answers, halved until the bytes that they need are available; at least 1."""
     while most > 1 and needs(most) > MARGIN * available:
         most = (most + 1) // 2
     return most

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from im2json.data.order import even
-from im2json.model.memory import MARGIN, Forecast, Load, Setting, Sizes, forecast, largest_microbatch
+from im2json.model.memory import MARGIN, Forecast, Load, Setting, Sizes, forecast, most_that_fit
 from im2json.options import TrainConfig
 
 MICROBATCH_ON_CPU = 4  # examples
@@ -87,7 +87,7 @@ def choose_strategy(work: Workload) -> Strategy:
         microbatch = given
     else:
         most = share if launch == "single" or checkpointing else _enough(work)
-        microbatch = largest_microbatch(even(share, most), lambda size: needs(size, checkpointing), work.free_bytes)
+        microbatch = most_that_fit(even(share, most), lambda size: needs(size, checkpointing), work.free_bytes)
     return Strategy("single" if checkpointing and launch == "graphs" else launch, checkpointing, microbatch)
 
 
