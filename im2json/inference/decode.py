@@ -21,7 +21,7 @@ from im2json.model.memory import PREFIXES, SLOTS, most_that_fit, slots_that_fit
 
 CPU_BYTES = 4 * 2**30  # that keys and values may take of a CPU's memory if the number of slots is left open
 GROUP = {"cuda": PREFIXES, "cpu": 4}  # prefixes read at once
-OVERHEAD = {"cuda": 256, "cpu": 40}  # tokens that take as long as the rest of a pass
+OVERHEAD = {"cuda": 256, "cpu": 40}  # tokens that take as long as all in a pass that does not grow with its tokens
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Decoder:
         return 0.0 if self._idle is None else self._idle.seconds_recording
 
     def _room(self, tokens: int, source: int, count: int | None) -> Room:
-        """Return what there is to be room for: of all slots no more than `count` answers need, in whole groups."""
+        """Return the room to make, with no more slots than `count` answers need, in whole groups."""
         if self.slots != "auto":
             slots = self.slots
         elif self.model.device.type == "cuda":

@@ -60,8 +60,7 @@ class DraftLength:
         self.right, self.tried = 7.0, 8.0
 
     def observe(self, right: int, tried: int) -> None:
-        """Take note of the draft tokens of a pass that were right, and of those tried: each row's up to the first that
-        was not."""
+        """Count the draft tokens of a pass that were right, and those tried: in each row up to the first wrong one."""
         self.right = self.KEPT * self.right + right
         self.tried = self.KEPT * self.tried + tried
 

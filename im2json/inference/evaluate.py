@@ -69,7 +69,7 @@ def evaluate_split(
     handed_out = 0
 
     def hand_out() -> None:
-        """Pass on the predictions of all windows that are complete, at the same places in every process."""
+        """Pass on the predictions of all complete windows. All processes have as many windows, so they gather alike."""
         nonlocal handed_out
         while windows and all(i in predictions for i in windows[0]):
             mine = [(i, predictions.pop(i)) for i in windows.pop(0)]

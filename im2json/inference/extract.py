@@ -131,7 +131,7 @@ class Extractor:
         shown, more = 0, True
 
         def requests() -> Iterator[Request]:
-            """Yield what is to be read, until rows should be shown first."""
+            """Yield pictures to read. End where rows should be shown before more is read."""
             nonlocal more
             requested = itertools.count()
             for number, future in loading:

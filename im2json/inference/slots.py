@@ -58,8 +58,8 @@ def positions(reader: PaliGemmaReader, tokens: int) -> int:
 class Slots:
     """Rows that are written side by side, each at its own position.
 
-    A pass reads the last token of each row and a draft of K - 1 more. The longest beginning of the draft that the model
-    would have written itself is accepted, and one token more: what the model says after it.
+    A pass reads the last token of each row and a draft of K - 1 more. It accepts the draft up to the first token that
+    the model would not have written itself, and adds the model's own next token.
 
     On a GPU a pass is two CUDA graphs, recorded when its K is first used: its thousand kernels take the GPU less time
     than a host needs to start them one by one. Between the two the host says what a grammar allows.
