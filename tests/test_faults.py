@@ -45,7 +45,7 @@ def counted(call):
 for owner, names in (
     (os, ("replace", "rename", "fsync")), (torch, ("save",)), (im2json.model.lora, ("save_file",)),
     (im2json.files, ("append_lines",)), (im2json.training.tracking, ("append_lines",)),
-    (im2json.inference.evaluate, ("append_lines", "generate")), (loop, ("report",)), (Update, ("__call__",)),
+    (im2json.inference.evaluate, ("append_lines", "score_answer")), (loop, ("report",)), (Update, ("__call__",)),
     (Checkpoints, ("save", "keep_adapter")),
 ):
     for name in names:

@@ -94,17 +94,19 @@ def test_two_processes_evaluate_each_example_once_and_in_order(one, two):
     assert during == [f"validation/{i}.png" for i in range(5)]
 
 
-# Has each process say how long the targets are that it writes answers to.
+# Has each process say which it is, and how long each target is that it has scored an answer to.
 COUNTING = """
+import os
 import sys
 import im2json.inference.evaluate as evaluate
-score = evaluate._score
+score = evaluate.score_answer
 
-def noting(evaluator, key, settings, batch, examples, *more):
-    sys.stdout.write("wrote " + " ".join(str(len(target["a"])) for _, target in examples) + "\\n")
-    return score(evaluator, key, settings, batch, examples, *more)
+def noting(evaluator, key, settings, labelled, answer):
+    _, target = labelled
+    sys.stdout.write(f"wrote {os.environ['RANK']} {len(target['a'])}\\n")
+    return score(evaluator, key, settings, labelled, answer)
 
-evaluate._score = noting
+evaluate.score_answer = noting
 """
 
 
@@ -120,8 +122,8 @@ def test_processes_share_long_and_short_answers_alike(small_model, base_args, ni
     (data / "validation" / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     flags = ["--dataset", data, "--steps", 1, "--eval-every", 1, "--eval-batch-size", 2, "--no-test"]
     printed = launch("train", "--output", tmp_path / "run", *base_args, *flags, before=COUNTING)
-    written = [list(map(int, line[6:].split())) for line in printed.splitlines() if line.startswith("wrote ")]
-    assert sorted(written) == [[4, 2], [5, 3], [38, 34], [40, 36]]
+    written = sorted(tuple(map(int, line.split()[1:])) for line in printed.splitlines() if line.startswith("wrote "))
+    assert written == [(0, 3), (0, 5), (0, 36), (0, 40), (1, 2), (1, 4), (1, 34), (1, 38)]
     rows = list(read_lines(RunFolder(tmp_path / "run").predictions_file))
     assert [len(row["target"]["a"]) for row in rows] == lengths
 
