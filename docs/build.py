@@ -16,7 +16,7 @@ the same on any machine:
 A comment above a picture says what it is made of: from what runs left for TensorBoard, or the n-th plot of a page.
 
     <!-- curves runs/a runs/b: train/loss log -->
-    <!-- image runs/a: test_after/0 -->
+    <!-- image runs/a: pictures/test_after/0 -->
     <!-- plot runs/sweep/report.html: 1 -->
 """
 

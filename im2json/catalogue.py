@@ -38,10 +38,10 @@ examples, which is not a metric."""
 
 
 MIN_EXAMPLES = 5
-"""Fewer examples say little about others, so a difference between them has no interval and no verdict."""
+"""Fewer examples say little about others, so they have neither an interval nor a verdict."""
 
 TOO_FEW = "too few"
-"""The verdict on a difference between fewer than MIN_EXAMPLES examples."""
+"""Shown in place of the interval or the verdict of fewer than MIN_EXAMPLES examples."""
 
 
 def labelled(name: str) -> str:

@@ -14,10 +14,20 @@ from typing import IO, Any
 
 from im2json.errors import UserError
 from im2json.jsontext import dumps, load_json, loads
+from im2json.options import nearest
 from im2json.text import escape_surrogates
 
 CHECKSUMS = "checksums.json"
 """In a folder that `folder_atomically` wrote: {file: SHA-256}."""
+
+
+def did_you_mean(path: Path) -> str:
+    """Return a question in parentheses for the error about a path that does not exist: whether it was meant to be the
+    one of a similar name in the same folder. Return nothing if there is none."""
+    if os.path.lexists(path) or not path.parent.is_dir():
+        return ""
+    found = nearest(path.name, os.listdir(path.parent))
+    return "" if found is None else f" (did you mean {path.parent / found}?)"
 
 
 @contextlib.contextmanager

@@ -490,6 +490,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     from rapidfuzz.distance import OSA
 
     names = list(known)
+    if not names:
+        return None
     if _SYNONYMS.get(name) in names:
         return _SYNONYMS[name]
     letters = min(len(name) - 1, 1 if len(name) < 8 else 2)

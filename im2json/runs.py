@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from im2json.errors import UserError
-from im2json.files import damage, keep_lines, lock, not_ours, read_json, read_lines, write_json
+from im2json.files import damage, did_you_mean, keep_lines, lock, not_ours, read_json, read_lines, write_json
 from im2json.options import TrainConfig
 from im2json.records import LogLine, Prediction, RunResult, SplitRecord
 from im2json.text import command_line, is_utf8
@@ -151,6 +151,12 @@ class RunFolder:
         """
         return TrainConfig.from_values(self.read_stored()["options"])
 
+    def missing(self) -> UserError:
+        """Return the error that says that there is no run here."""
+        if self.path.exists():
+            return UserError(f"{self.path} is not a run folder: it has no config.json")
+        return UserError(f"{self.path}: there is no such run folder{did_you_mean(self.path)}")
+
     def read_stored(self) -> dict[str, Any]:
         """Return all that config.json holds: options, versions, git, data, processes and changes.
 
@@ -158,7 +164,7 @@ class RunFolder:
             UserError: if the folder holds no run, or its config.json was not written by one.
         """
         if not self.config.is_file():
-            raise UserError(f"{self.path} is not a run folder: it has no config.json")
+            raise self.missing()
         stored = read_json(self.config)
         if not isinstance(stored, dict) or not isinstance(stored.get("options"), dict):
             raise UserError(f"{self.config} does not hold a run's options")
@@ -372,6 +378,8 @@ def adapter_folder(path: Path) -> Path:
     for folder in (path / "adapter", path):
         if (folder / WEIGHTS).is_file() and (folder / ADAPTER_CONFIG).is_file():
             return folder
+    if not path.exists():
+        raise UserError(f"{path}: there is no such folder{did_you_mean(path)}")
     raise UserError(f"{path} holds no adapter: expected {WEIGHTS} and {ADAPTER_CONFIG} in it or in its adapter/")
 
 

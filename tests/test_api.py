@@ -84,11 +84,11 @@ def test_an_interrupted_call_saves_a_checkpoint_and_can_be_continued(options, tm
 def test_a_mistake_is_the_line_that_the_command_prints(options, tmp_path):
     with pytest.raises(im2json.UserError, match="did you mean 'dropout'"):
         im2json.train(**options, drop_out=0.1)
-    with pytest.raises(im2json.UserError, match="nowhere is not a run folder"):
+    with pytest.raises(im2json.UserError, match="nowhere: there is no such run folder"):
         im2json.evaluate(tmp_path / "nowhere")
     with pytest.raises(im2json.UserError, match="stop_after: 0 is not a step"):
         im2json.train(**options, stop_after=0)
-    with pytest.raises(im2json.UserError, match=r"nowhere is not a run folder"):
+    with pytest.raises(im2json.UserError, match=r"nowhere: there is no such run folder"):
         im2json.Run(str(tmp_path / "nowhere"))
     with pytest.raises(im2json.UserError, match=r"grid\.json: there is no such file"):
         im2json.sweep(tmp_path / "grid.json")

@@ -59,7 +59,8 @@ def test_copies_are_found_by_their_pixels(data):
     between = found.checkup.copies_between(found.splits)
     assert between == ["train/3.png (train) = validation/copy.tiff (validation) = test/copy.bmp (test)"]
     assert found.checkup.copies_within(found.splits) == {"train": 1}
-    (note,) = found.notes()
+    note, few = found.notes()
+    assert few == "too few rows for scores that say much about others: 4 in test"
     assert note.startswith("pictures in more than one split, which flatters scores: 1\n  train/3.png (train) = ")
 
 
@@ -87,7 +88,8 @@ def test_up_to_so_many_bad_rows_are_left_out(data):
     assert train.ids == [f"train/{i}.png" for i in range(10) if i != 3]
     assert [e.target for e in (train[i] for i in range(9))] == train.targets
     assert train.targets[3]["total"] == "148"
-    (note,) = found.notes()
+    note, few = found.notes()
+    assert few == "too few rows for scores that say much about others: 4 in validation, 2 in test"
     assert note.splitlines()[0] == "rows left out, because they are bad: 2 of 17"
     assert [line.strip().split(": ")[0] for line in note.splitlines()[1:]] == [
         str(data / "train/3.png"), str(data / "test/0.png"),

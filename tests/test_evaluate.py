@@ -58,7 +58,7 @@ def test_rows_with_targets(cli, tmp_path):
     values, bounds = evaluator.compute(), evaluator.intervals()
     assert list(found["metrics"]) == list(METRICS)
     for name, metric in found["metrics"].items():
-        low, high = bounds[name]
+        low, high = bounds[name] or (None, None)
         assert metric == pytest.approx({"value": values[name], "low": low, "high": high}, abs=1e-12)
     (name,) = (row for row in found["fields"] if row["path"] == "menu.nm")
     assert (name["support"], name["predicted"], name["recall"], name["precision"]) == (8, 3, 3 / 8, 1.0)
@@ -80,12 +80,17 @@ def test_two_files_are_joined_by_id_in_any_order(cli, tmp_path):
 def test_tables(cli, tmp_path):
     printed = cli("evaluate", "--predictions", write(tmp_path / "p.jsonl", ROWS)).stdout
     lines = [line.split() for line in printed.splitlines()]
-    value, (low, high) = wanted(ROWS).compute()["field_f1"], wanted(ROWS).intervals()["field_f1"]
-    assert ["field_f1", f"{value:.3f}", f"{low:.3f}", f"{high:.3f}"] in lines
+    value = wanted(ROWS).compute()["field_f1"]
+    assert ["field_f1", f"{value:.3f}", "-", "-"] in lines
     assert ["field", "support", "predicted", "precision", "recall", "F1", "similarity"] in lines
     assert ["total", "4", "2", "0.500", "0.250", "0.333", "0.250"] in lines
     assert ["invalid_json", "2", "2"] in lines
-    assert "4 examples" in printed
+    assert "4 examples, too few for intervals" in printed
+    more = [{**row, "id": f"{row['id']} again"} for row in ROWS] + ROWS
+    printed = cli("evaluate", "--predictions", write(tmp_path / "more.jsonl", more)).stdout
+    low, high = wanted(more).intervals()["field_f1"]
+    assert ["field_f1", f"{value:.3f}", f"{low:.3f}", f"{high:.3f}"] in map(str.split, printed.splitlines())
+    assert "8 examples, with 95 % intervals" in printed
 
 
 BAD = {
@@ -267,7 +272,7 @@ def test_against_needs_the_same_examples(cli, runs, tmp_path):
     fewer.predictions_file.write_text("".join(b.predictions_file.read_text().splitlines(keepends=True)[:30]))
     assert "70 examples are not the same" in clear_error(cli("evaluate", a.path, "--against", fewer.path))
     empty = clear_error(cli("evaluate", a.path, "--against", tmp_path / "nowhere"))
-    assert empty == f"{tmp_path / 'nowhere'} is not a run folder: it has no config.json"
+    assert empty == f"{tmp_path / 'nowhere'}: there is no such run folder"
     (tmp_path / "nowhere").mkdir()
     (tmp_path / "nowhere" / "config.json").touch()
     empty = clear_error(cli("evaluate", a.path, "--against", tmp_path / "nowhere"))
@@ -296,16 +301,16 @@ def test_verdicts_know_which_way_is_better():
     assert verdict(Difference(0.5, 0.4, -0.1, -0.2, 0.05), higher_is_better=True) == "within noise"
 
 
-def test_a_run_is_shown_with_intervals(cli, finished, tmp_path):
+def test_a_run_is_shown_in_detail(cli, finished, tmp_path):
     run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
     printed = cli("evaluate", run.path).stdout
-    assert f"after, in detail: {COUNTS['test']} examples, with 95 % intervals:" in printed
+    assert f"after, in detail: {COUNTS['test']} examples, too few for intervals:" in printed
     detail = next(
         line for line in printed.split("after, in detail")[1].splitlines() if line.startswith("edit_distance")
     )
-    value, low, high = map(float, detail.split()[-3:])
-    assert value == pytest.approx(json.loads(run.result.read_text())["test"]["after"]["edit_distance"], abs=5e-4)
-    assert low <= value <= high
+    value, low, high = detail.split()[-3:]
+    wanted = json.loads(run.result.read_text())["test"]["after"]["edit_distance"]
+    assert float(value) == pytest.approx(wanted, abs=5e-4) and low == high == "-"
 
 
 def test_paths_that_no_target_has_are_shown_in_part():

@@ -101,7 +101,7 @@ def test_answers_without_confidence(run):
     assert calibrate(run, 7) is None and not run.calibration.exists()
     assert "no field has a confidence" in run_report(run, "test", METRICS)
     write_report(run, "test", lambda id: Image.new("RGB", (9, 9)))
-    assert "kept without it" in run.report.read_text("utf-8")
+    assert "kept by a version without it" in run.report.read_text("utf-8")
 
 
 class Page(html.parser.HTMLParser):

@@ -862,7 +862,7 @@ def test_pictures_are_drawn_aside_but_never_while_the_loader_is_set_up(train, tm
     run = train(tmp_path / "run", "--eval-every", 0)
     assert events == [False, "drawn"] * 3 + ["loader"] + [False, "drawn"] * 3
     images = EventAccumulator(str(run.tensorboard)).Reload().Tags()["images"]
-    assert images == [f"test_{stage}/{i}" for stage in ("before", "after") for i in range(3)]
+    assert images == [f"pictures/test_{stage}/{i}" for stage in ("before", "after") for i in range(3)]
 
 
 def test_a_picture_that_cannot_be_drawn_stops_the_run(cli, base_args, tmp_path, monkeypatch):
@@ -891,7 +891,7 @@ def test_pictures_of_an_evaluation_are_drawn_before_its_checkpoint_is_there(trai
 
     def saving(self: Checkpoints) -> None:
         events = EventAccumulator(str(self.run.tensorboard)).Reload()
-        shown.append((self.state.step, [event.step for event in events.Images("validation_during/0")]))
+        shown.append((self.state.step, [event.step for event in events.Images("pictures/validation_during/0")]))
         save(self)
 
     def drawing(*given: Any) -> Any:

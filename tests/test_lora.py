@@ -444,7 +444,7 @@ def test_a_warm_start_is_resumed_without_the_adapter_it_began_with(finished, tra
 
 
 def test_a_warm_start_from_what_does_not_fit_is_refused(finished, cli, base_args, tmp_path):
-    for name, said in (("nowhere", "holds no adapter"), ("other", "does not fit this model")):
+    for name, said in (("nowhere", "there is no such folder"), ("other", "does not fit this model")):
         folder = tmp_path / name
         if name == "other":
             shutil.copytree(finished.adapter, folder)

@@ -9,9 +9,11 @@ from helpers import clear_error
 from test_loop import out_of_memory
 
 from im2json.data.lengths import TargetLengths
+from im2json.data.order import Order
 from im2json.model.memory import Forecast
+from im2json.options import TrainConfig
 from im2json.report.duration import duration
-from im2json.training.plan import Timing, refusals, time_report
+from im2json.training.plan import Timing, few_steps, refusals, time_report
 
 
 def test_a_plan_says_what_a_run_takes_and_leaves_nothing(cli, base_args, tmp_path, monkeypatch):
@@ -52,6 +54,14 @@ def test_a_plan_is_of_a_fresh_run(cli):
     for flags, word in ((["--plan", "--resume", "somewhere"], "fresh run"), (["--plan", "--check"], "one of the two")):
         result = cli("train", *flags)
         assert result.exit_code == 2 and word in result.output
+
+
+def test_epochs_that_make_few_steps_are_warned_of():
+    order = Order(num_examples=10, batch_size=4, seed=0)
+    said = "6 steps may be too few to learn the form of the answers: with 10 examples, try --steps 150"
+    assert few_steps(TrainConfig.from_values({"epochs": 2}).train, order) == said
+    assert not few_steps(TrainConfig.from_values({"epochs": 20}).train, order)
+    assert not few_steps(TrainConfig.from_values({"steps": 6}).train, order)  # as wanted
 
 
 def test_a_plan_names_what_is_wrong(cli, tmp_path):

@@ -268,7 +268,7 @@ def test_folders_named_like_the_embedded_base_and_receipts_are_not_taken_for_the
 
 
 def test_resuming_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"is not a run folder: it has no config\.json"):
+    with pytest.raises(ValueError, match=r"nowhere: there is no such run folder"):
         resumed_config(RunFolder(tmp_path / "nowhere"), {})
 
 

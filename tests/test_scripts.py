@@ -170,16 +170,15 @@ def test_tensorboard_is_one_run_with_its_hyperparameters(finished, events):
 def test_tensorboard_shows_pictures_config_and_lengths(finished, events):
     tags = events.Tags()
     assert set(tags["images"]) == {
-        *(f"test_{stage}/{i}" for stage in ("before", "after") for i in range(3)),
-        *(f"validation_during/{i}" for i in range(3)),
+        *(f"pictures/test_{stage}/{i}" for stage in ("before", "after") for i in range(3)),
+        *(f"pictures/validation_during/{i}" for i in range(3)),
     }  # fmt: skip
-    assert [event.step for event in events.Images("validation_during/0")] == [2, 4]
+    assert [event.step for event in events.Images("pictures/validation_during/0")] == [2, 4]
     assert "config/text_summary" in tags["tensors"]
     (config,) = events.Tensors("config/text_summary")
     assert b"target_modules: q_proj" in config.tensor_proto.string_val[0]
     (lengths,) = events.Tensors("target_lengths/text_summary")
     assert b"longest 43" in lengths.tensor_proto.string_val[0]
-    assert {f"target_tokens/{split}" for split in COUNTS} <= set(tags["histograms"])
 
 
 # --- evaluate.py
@@ -292,10 +291,11 @@ def test_evaluate_takes_another_precision(finished, cli, tmp_path):
     assert json.loads(result.stdout)["after"]["num"] == COUNTS["test"]
 
 
-@pytest.mark.parametrize("split", ["nowhere", "empty"])
-def test_evaluate_needs_a_run(cli, tmp_path, split):
+def test_evaluate_needs_a_run(cli, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "config.json" in clear_error(cli("evaluate", tmp_path / split))
+    assert "it has no config.json" in clear_error(cli("evaluate", tmp_path / "empty"))
+    error = clear_error(cli("evaluate", tmp_path / "emtpy"))
+    assert error == f"{tmp_path / 'emtpy'}: there is no such run folder (did you mean {tmp_path / 'empty'}?)"
 
 
 def test_evaluate_needs_an_adapter(finished, cli, tmp_path):
@@ -325,6 +325,7 @@ def opening(run: RunFolder) -> list[str]:
     lengths = "targets of 38 tokens (median), 95 % at most 43, longest 43"
     return [
         f"reading the data set {options.data.dataset}",
+        "too few rows for scores that say much about others: 4 in validation, 3 in test",
         *(f"{split:<12}{count:>5} {lengths}" for split, count in COUNTS.items()),
         f"loading the model {options.model.model} (weights in fp32, computation in fp32)",
         f"run folder: {run.path}   watch it: tensorboard --logdir {run.path.parent}",
@@ -370,7 +371,7 @@ def test_a_run_prints_these_lines_and_no_others(cli, base_args, tmp_path):
         evaluated(run, "during", 4),
         f"scoring the adapter of step {best} on 3 examples of the test split",
         evaluated(run, "after", best),
-        f"4 steps in {result['seconds']:.0f} s, best adapter from step {best}",
+        f"4 steps in {result['seconds']:.0f} s without the evaluations, best adapter from step {best}",
         "",
         "text generated for the 3 examples of the test split:",
         *before_after_table(**result["test"]).splitlines(),
@@ -385,7 +386,7 @@ def test_a_run_without_evaluations_says_that_it_kept_the_last_adapter(cli, base_
     assert done.stdout.splitlines() == [
         *opening(run),
         "training for 4 steps of 4 examples, without scoring the validation split",
-        f"4 steps in {seconds:.0f} s, the last adapter",
+        f"4 steps in {seconds:.0f} s without the evaluations, the last adapter",
         *closing(run, f"im2json evaluate {run.path}"),
     ]
 
@@ -639,7 +640,7 @@ def test_fp16_on_a_cpu(cli, base_args, tmp_path):
 
 
 def test_resuming_nothing_or_with_other_options(cli, finished, tmp_path):
-    assert "is not a run folder" in clear_error(cli("train", "--resume", tmp_path / "nowhere"))
+    assert "there is no such run folder" in clear_error(cli("train", "--resume", tmp_path / "nowhere"))
     run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
     run.result.unlink()
     assert "--r was 4, not 8" in clear_error(cli("train", "--resume", run.path, "--r", 8))

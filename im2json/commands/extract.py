@@ -11,6 +11,7 @@ import click
 from im2json.cli import quick_start, quiet_libraries
 from im2json.data.pictures import list_pictures
 from im2json.report.table import counted
+from im2json.runs import RunFolder
 
 
 def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict[str, Any]) -> tuple[int, int]:
@@ -42,6 +43,8 @@ def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict
         missing = [picture for picture in listed if picture not in rows.ids]
         known = f", {len(listed) - len(missing)} of them read before" if len(missing) < len(listed) else ""
         click.echo(f"reading {counted(len(listed), 'picture')} with {run}{known}", err=True)
+        if RunFolder(Path(run)).config.is_file() and not RunFolder(Path(run)).done:
+            click.echo(f"{run} has not finished: its best adapter so far is used, without calibration", err=True)
         if missing:
             with quick_start():
                 import torch

@@ -20,6 +20,7 @@ from im2json.scoring.examples import calibrate
 from im2json.text import command_line
 from im2json.training.checkpoint import Checkpoints, begin
 from im2json.training.loop import Ending, fit, peak_memory_bytes
+from im2json.training.plan import few_steps
 from im2json.training.state import TrainState
 from im2json.training.stopping import watched_peers
 from im2json.training.strategy import choose_strategy, strategy_note
@@ -121,6 +122,8 @@ def _fit(
         checkpoints.restore(checkpoint)
     elif workspace.config.model.adapter:
         checkpoints.save()  # so that a resume does not need --adapter any more
+    if warning := few_steps(options, loader.order):
+        accelerator.print(warning)
     accelerator.print(training_note(workspace, checkpoints.state.step))
     ending = fit(update, loader, validate, options, checkpoints, tracker, stop_after)
     return ending, checkpoints.state
@@ -130,12 +133,13 @@ def training_note(workspace: Workspace, done: int) -> str:
     """Return the line that says what training does now, after the steps that are done."""
     options, validation = workspace.config.train, len(workspace.splits["validation"])
     more = "more " if done else ""
-    steps = counted(workspace.order.total(options) - done, f"{more}step")
-    note = f"training for {steps} of {counted(options.batch_size, 'example')}"
+    total = workspace.order.total(options)
+    note = f"training for {counted(total - done, f'{more}step')} of {counted(options.batch_size, 'example')}"
     if not options.eval_every:
         return f"{note}, without scoring the validation split"
     scored = counted(min(validation, options.eval_examples or validation), "example")
-    return f"{note}, scoring {scored} of the validation split every {counted(options.eval_every, 'step')}"
+    when = f"every {counted(options.eval_every, 'step')}" if options.eval_every < total else "at the end"
+    return f"{note}, scoring {scored} of the validation split {when}"
 
 
 def conclude(
@@ -177,7 +181,7 @@ def conclude(
 def summary(run: RunFolder, result: RunResult) -> str:
     """Return the closing words of a run: before and after, and where to look."""
     kept = "the last adapter" if result.best_step is None else f"best adapter from step {result.best_step}"
-    lines = [f"{counted(result.step, 'step')} in {result.seconds:.0f} s, {kept}"]
+    lines = [f"{counted(result.step, 'step')} in {result.seconds:.0f} s without the evaluations, {kept}"]
     if result.test is not None:
         lines += [
             "",

@@ -20,7 +20,7 @@ from im2json.data.stored import listed
 from im2json.errors import UserError
 from im2json.options import DataOptions
 from im2json.report.preview import Preview, preview_page
-from im2json.report.table import table
+from im2json.report.table import counted, table
 from im2json.scoring.metrics import key_paths
 
 PREVIEWS = 6
@@ -66,7 +66,11 @@ def diagnose(options: DataOptions, meter: TargetMeter | None, page: Path, say: C
         say(f"\n{keys_report(splits)}")
     if refused is not None:
         raise refused
-    return len(checkup.bad) <= options.skip_bad and len(splits) == len(found.splits)
+    if len(checkup.bad) > options.skip_bad:
+        bad = counted(len(checkup.bad), "bad row")
+        say(f"\na run would stop at the {bad} listed above: mend or remove them, or pass --skip-bad {len(checkup.bad)}")
+        return False
+    return len(splits) == len(found.splits)
 
 
 def rows_report(checkup: Checkup, found: RunSplits) -> str:

@@ -15,6 +15,7 @@ from im2json.data.splits import cut
 from im2json.data.stored import ALIASES, Columns, Rows, StoredSplit, listed
 from im2json.data.tables import open_tables
 from im2json.errors import UserError, first_line
+from im2json.files import did_you_mean
 from im2json.options import DataOptions
 
 RECEIPTS = "receipts"
@@ -95,7 +96,7 @@ def open_splits(options: DataOptions, notes: list[str], seed: int = 0) -> dict[s
     elif path.exists():
         raise UserError(f"--dataset {dataset}: is not a file of JSON lines. {_FORMS}")
     elif _looks_like_path(dataset):
-        raise UserError(f"--dataset {dataset}: there is no such folder or file. {_FORMS}")
+        raise UserError(f"--dataset {dataset}: there is no such folder or file{did_you_mean(path)}. {_FORMS}")
     else:
         available = _open_hub(dataset, options.dataset_config, options.revision, columns, notes)
     return _by_role(available, dataset, options.train_split, notes)
@@ -141,7 +142,7 @@ def _open_hub(
     # of the HTTP client that this version of the hub's library uses
     from huggingface_hub.errors import HTTPError
 
-    nowhere = f"--dataset {dataset}: is neither a folder here nor"
+    nowhere = f"--dataset {dataset}: is neither a folder here{did_you_mean(Path(dataset))} nor"
     try:
         loaded = datasets.load_dataset(dataset, name=config, revision=revision)
     except FileNotFoundError as error:

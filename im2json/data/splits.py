@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from im2json.catalogue import MIN_EXAMPLES
 from im2json.data.check import Checkup
 from im2json.data.example import Row, RunSplit
 from im2json.data.lengths import TargetLengths
@@ -65,6 +66,8 @@ class RunSplits:
         altered = [row.altered for row in rows if row.altered is not None]
         pages = [f"{row.id}: {row.pages} pages" for row in rows if row.pages > 1]
         scaled = [f"{row.id}: {row.scaled}" for row in rows if row.scaled is not None]
+        scored = [split for name, split in self.splits.items() if name != "train"]
+        small = ", ".join(f"{len(split)} in {split.name}" for split in scored if 0 < len(split) < MIN_EXAMPLES)
         several = [id for split in self.splits.values() for id in _with_several_targets(split)]
         warnings = [
             _counted("rows left out of the test split, because they are trained on", list(self.left_out), SHOWN),
@@ -72,6 +75,7 @@ class RunSplits:
             _counted("rows of one split with the same picture and different targets", several, SHOWN),
             _counted("files with several pages, of which the first is read", pages, SHOWN),
             _counted("pictures of more than 8 bits that use a part of their range", scaled, SHOWN),
+            f"too few rows for scores that say much about others: {small}" if small else "",
         ]
         return [warning for warning in warnings if warning]
 

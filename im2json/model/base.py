@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig, PaliGemmaConfig, PaliGemmaForCondit
 from transformers.utils.logging import disable_progress_bar
 
 from im2json.errors import UserError, first_line
+from im2json.files import did_you_mean
 from im2json.model.hub import fetch
 from im2json.runs import HUB_NAME
 
@@ -112,8 +113,9 @@ def _from_pretrained(kind: Any, model: str, **settings: Any) -> Any:
         if Path(path).exists():
             raise UserError(f"--model {model}: this is a file; name the folder that holds the model")
         if not re.fullmatch(HUB_NAME, path):
+            near = did_you_mean(Path(path))
             raise UserError(
-                f"--model {model}: no such folder, and not a name on the hub (owner/name); `tiny` is embedded"
+                f"--model {model}: no such folder{near}, and not a name on the hub (owner/name); `tiny` is embedded"
             )
         fetch(model, "config.json", f"--model {model}")  # transformers would try many files, and wrap the reason
     try:

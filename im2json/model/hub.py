@@ -21,7 +21,8 @@ from huggingface_hub.errors import (
 )
 
 from im2json.errors import UserError, first_line
-from im2json.runs import ADAPTER_COMPANIONS, ADAPTER_CONFIG, HUB_NAME, USAGE, WEIGHTS
+from im2json.files import did_you_mean
+from im2json.runs import ADAPTER_COMPANIONS, ADAPTER_CONFIG, HUB_NAME, USAGE, WEIGHTS, RunFolder
 
 
 def fetch(model: str, file: str, what: str) -> Path:
@@ -30,6 +31,7 @@ def fetch(model: str, file: str, what: str) -> Path:
     Raises:
         UserError: if there is no such model, access to it was not granted, or the hub cannot be reached.
     """
+    absent = f"{what}: no such folder{did_you_mean(Path(model))}"
     try:
         return Path(hf_hub_download(model, file))
     except GatedRepoError as error:
@@ -39,12 +41,12 @@ def fetch(model: str, file: str, what: str) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{what}: no such folder, and the hub has no model of this name (or it is private: run `hf auth login`)"
+            f"{absent}, and the hub has no model of this name (or it is private: run `hf auth login`)"
         ) from error
     except HFValidationError as error:
-        raise UserError(f"{what}: no such folder, and not a name on the hub: {first_line(error)}") from error
+        raise UserError(f"{absent}, and not a name on the hub: {first_line(error)}") from error
     except (HfHubHTTPError, OSError, EntryNotFoundError) as error:
-        raise UserError(f"{what}: no such folder, and the hub could not be reached: {first_line(error)}") from error
+        raise UserError(f"{absent}, and the hub could not be reached: {first_line(error)}") from error
 
 
 def adapter_path(path: str | os.PathLike[str]) -> Path:
@@ -54,7 +56,7 @@ def adapter_path(path: str | os.PathLike[str]) -> Path:
         UserError: as `fetch`, or if the hub's model holds no adapter in safetensors.
     """
     model = os.fspath(path)
-    if os.path.lexists(model) or not re.fullmatch(HUB_NAME, model):
+    if os.path.lexists(model) or not re.fullmatch(HUB_NAME, model) or _beside_runs(Path(model)):
         return Path(model)
     for file in (USAGE, *ADAPTER_COMPANIONS):
         with contextlib.suppress(_MissingError):  # an adapter that was made elsewhere has none
@@ -64,6 +66,11 @@ def adapter_path(path: str | os.PathLike[str]) -> Path:
         return _fetch_part(model, WEIGHTS).parent
     except _MissingError as error:
         raise UserError(f"{model}: is on the hub, but has no {error}: there is no adapter to read with") from error
+
+
+def _beside_runs(path: Path) -> bool:
+    """Return whether other runs lie where this one is said to be, so that it is not on the hub but mistyped."""
+    return any(RunFolder(folder).config.is_file() for folder in path.parent.glob("*"))
 
 
 class _MissingError(Exception):

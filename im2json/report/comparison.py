@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 
-from im2json.catalogue import TOO_FEW, labelled
+from im2json.catalogue import MIN_EXAMPLES, TOO_FEW, labelled
 from im2json.report.table import before_after_table, counted, table
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS, Difference, compare_predictions
@@ -26,10 +26,13 @@ def scorecard_report(scorecard: Scorecard, as_json: bool = False) -> str:
         return json.dumps(scorecard.as_json(), indent=2)
     values, bounds = scorecard.metrics.compute(), scorecard.metrics.intervals()
     metrics = table(
-        [[labelled(name), values[name], *bounds[name]] for name in METRICS], ["metric", "value", "low", "high"]
+        [[labelled(name), values[name], *(bounds[name] or (None, None))] for name in METRICS],
+        ["metric", "value", "low", "high"],
     )
     errors = [[name, found["examples"], found["occurrences"]] for name, found in scorecard.errors.compute().items()]
-    parts = [f"{counted(int(values['num']), 'example')}, with 95 % intervals:\n{metrics}", fields_table(scorecard)]
+    num = int(values["num"])
+    intervals = "with 95 % intervals" if num >= MIN_EXAMPLES else "too few for intervals"
+    parts = [f"{counted(num, 'example')}, {intervals}:\n{metrics}", fields_table(scorecard)]
     return "\n\n".join([*filter(None, parts), table(errors, ["error", "examples", "times"])])
 
 

@@ -14,6 +14,7 @@ from im2json.errors import UserError
 from im2json.files import read_json
 from im2json.options import OPTIONS, TrainConfig
 from im2json.report.comparison import fields_table
+from im2json.report.table import interval_text
 from im2json.resume import PATHS
 from im2json.runs import HUB_NAME, RunFolder
 from im2json.scoring import METRICS
@@ -110,7 +111,8 @@ def _data(run: RunFolder, config: TrainConfig, scorecard: Scorecard) -> str:
 def _metrics(scorecard: Scorecard) -> str:
     values, bounds = scorecard.metrics.compute(), scorecard.metrics.intervals()
     rows = [
-        f"| {labelled(name)} | {values[name]:.3f} | {bounds[name][0]:.3f} - {bounds[name][1]:.3f} |" for name in METRICS
+        f"| {labelled(name)} | {values[name]:.3f} | {interval_text(bounds[name], '{:.3f} - {:.3f}')} |"
+        for name in METRICS
     ]
     fields = fields_table(scorecard)
     return "\n".join([

@@ -19,7 +19,7 @@ from im2json.jsontext import canonical, dumps
 from im2json.records import Prediction
 from im2json.report.page import html_page, html_table
 from im2json.report.plot import Curve, curve_plot, legend
-from im2json.report.table import cell_text, counted
+from im2json.report.table import cell_text, counted, interval_text
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS
 from im2json.scoring.confidence import DIGITS, Calibration, judge_leaves, reliability, risk_coverage
@@ -35,6 +35,12 @@ LONGEST_SIDE = 480
 
 MOST = 1_000
 """Examples on the page: the worst, if there are more."""
+
+FIELDS_LEGEND = (
+    "ECE, the expected calibration error, is how far confidence lies from the share of values that are right, on "
+    "average. AURC, the area under the risk-coverage curve, is the share of wrong values among the surest ones, "
+    "averaged over how many are kept. Lower is better for both."
+)
 
 POINTS = 200
 """Points that are drawn of the risk-coverage curve."""
@@ -91,10 +97,7 @@ def _embedded(value: Any) -> str:
 
 def _metrics(scorecard: Scorecard, before: Mapping[str, float] | None) -> str:
     values, bounds = scorecard.metrics.compute(), scorecard.metrics.intervals()
-    rows = [
-        [labelled(name), (before or {}).get(name), values[name], f"[{bounds[name][0]:.3f}, {bounds[name][1]:.3f}]"]
-        for name in METRICS
-    ]
+    rows = [[labelled(name), (before or {}).get(name), values[name], interval_text(bounds[name])] for name in METRICS]
     return f"<section><h2>Metrics</h2>{_table(['metric', 'before', 'after', '95 % interval'], rows)}</section>"
 
 
@@ -111,7 +114,7 @@ def _fields(scorecard: Scorecard, confidence: FieldConfidence) -> str:
         sure = group[2:5] if group else (None, None, None)
         rows.append([row.path or "(other)", row.support, row.predicted, row.precision, row.recall, row.f1, *sure])
     headers = ["field", "support", "predicted", "precision", "recall", "F1", "mean confidence", "ECE", "AURC"]
-    return f"<section><h2>Fields by F1</h2>{_table(headers, rows)}</section>"
+    return f"<section><h2>Fields by F1</h2><p>{FIELDS_LEGEND}</p>{_table(headers, rows)}</section>"
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -121,7 +124,8 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _confidence(found: FieldConfidence) -> str:
     """Return plots of reliability and of risk against coverage, or a sentence if the answers have no confidence."""
     if ALL not in found.groups:
-        return "<section><h2>Confidence</h2><p>These answers were kept without it.</p></section>"
+        why = "There is none: no answer could be read as JSON, or the answers were kept by a version without it."
+        return f"<section><h2>Confidence</h2><p>{why}</p></section>"
     sure, right = [leaf.confidence for leaf in found.leaves], [leaf.right for leaf in found.leaves]
     bins = [(100 * mean, 100 * share) for mean, share, _ in reliability(sure, right)]
     coverage, risk = risk_coverage(sure, right)

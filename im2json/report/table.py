@@ -73,6 +73,11 @@ def _comparison(name: str, before: float | None, after: float | None, enough: bo
     return [shown, before, after, _Signed(after - before), TOO_FEW if verdict and not enough else verdict]
 
 
+def interval_text(bounds: tuple[float, float] | None, form: str = "[{:.3f}, {:.3f}]") -> str:
+    """Return an interval as text, or "too few" where the examples are too few for one."""
+    return TOO_FEW if bounds is None else form.format(*bounds)
+
+
 class _Signed(float):
     """A difference, which is shown with its sign."""
 

@@ -68,13 +68,14 @@ class StreamingEvaluator:
         num = float(self._sums[SUMS.index("num"), 0])
         return {name: float(values[0]) for name, values in self._values().items()} | {"num": num}
 
-    def intervals(self) -> dict[str, tuple[float, float]]:
+    def intervals(self) -> dict[str, tuple[float, float] | None]:
         """Return the 95 % interval (low, high) of every metric of METRICS, by a Poisson bootstrap over examples.
 
-        It is the percentile interval of REPLICATES replicates, and NaN before the first example. It is too narrow for
-        a handful of examples, and has no width if all examples score the same.
+        It is the percentile interval of REPLICATES replicates. It is too narrow for a handful of examples, and has no
+        width if all examples score the same. It is None for fewer than MIN_EXAMPLES examples.
         """
-        return {name: interval(values[1:]) for name, values in self._values().items()}
+        enough = self._sums[SUMS.index("num"), 0] >= MIN_EXAMPLES
+        return {name: interval(values[1:]) if enough else None for name, values in self._values().items()}
 
     def _values(self) -> dict[str, NDArray[Any]]:
         values = from_sums(self._sums)

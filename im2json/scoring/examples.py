@@ -105,7 +105,7 @@ def kept_predictions(run: RunFolder, split: str, stage: str = "after") -> list[P
     """
     kept = list(run.predictions(split, stage))
     if not run.config.exists() and not kept:
-        raise UserError(f"{run.path} is not a run folder: it has no config.json")
+        raise run.missing()
     if not kept:
         raise UserError(
             f"{run.path} holds no predictions of the {split} split {stage} training: "

@@ -40,6 +40,8 @@ class Scorecard:
     def as_json(self) -> dict[str, Any]:
         """Return the scores as an object that JSON can hold, except before the first example, when metrics are NaN.
 
+        The bounds are None for fewer than MIN_EXAMPLES examples.
+
         {"num", "metrics": {name: {"value", "low", "high"}}, "fields": [the fields of FieldRow], "errors": {class:
         {"examples", "occurrences"}}}
         """
@@ -47,7 +49,8 @@ class Scorecard:
         return {
             "num": int(values["num"]),
             "metrics": {
-                name: {"value": values[name], "low": bounds[name][0], "high": bounds[name][1]} for name in METRICS
+                name: {"value": values[name], **dict(zip(("low", "high"), bounds[name] or (None, None)))}
+                for name in METRICS
             },
             "fields": [row._asdict() for row in self.fields.compute()],
             "errors": self.errors.compute(),

@@ -87,7 +87,7 @@ def text(board: Board) -> str:
     """Return the leaderboard for the terminal."""
     lines = []
     for setting in board.settings:
-        low, high = setting.evaluator.intervals()[board.metric]
+        low, high = setting.evaluator.intervals()[board.metric] or (None, None)
         seconds = sum(result.seconds for result in setting.results) / len(setting.results)
         lines.append([setting.name, len(setting.runs), setting.value(board.metric), low, high, clock_time(seconds)])
     headers = ["config", "runs", board.metric, "low", "high", "time"]

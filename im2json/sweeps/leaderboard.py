@@ -190,8 +190,9 @@ def _overlap(first: Sequence[float], second: Sequence[float]) -> bool:
 def rows(board: Board) -> list[dict[str, Any]]:
     """Return a flat row for each setting, as in leaderboard.csv.
 
-    A metric is the mean over the seeds. `_low` and `_high` are its 95 % interval by bootstrap; with several seeds,
-    `_min` and `_max` are the least and the greatest of them. Time is the mean over the seeds, memory the maximum.
+    A metric is the mean over the seeds. `_low` and `_high` are its 95 % interval by bootstrap, None where the
+    examples are too few; with several seeds, `_min` and `_max` are the least and the greatest of them. Time is the mean
+    over the seeds, memory the maximum.
     """
     table = []
     names = list(dict.fromkeys([*OPTIONS, *board.settings[0].axis_values]))
@@ -201,7 +202,8 @@ def rows(board: Board) -> list[dict[str, Any]]:
         row |= {"runs": len(setting.runs), "trainable": setting.results[0].trainable}
         bounds = setting.evaluator.intervals()
         for name in METRICS:
-            row |= {name: setting.value(name), f"{name}_low": bounds[name][0], f"{name}_high": bounds[name][1]}
+            low, high = bounds[name] or (None, None)
+            row |= {name: setting.value(name), f"{name}_low": low, f"{name}_high": high}
             if len(setting.runs) > 1:
                 row |= {f"{name}_min": min(setting.values(name)), f"{name}_max": max(setting.values(name))}
         row["seconds"] = sum(result.seconds for result in setting.results) / len(setting.results)
@@ -234,7 +236,8 @@ def cells(metric: str, table: Sequence[Values]) -> tuple[list[str], list[list[Ce
 
 
 def _metric_cell(row: Values, name: str, best: bool) -> Cell:
-    more = [f"[{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"]
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    more = [f"[{low:.3f}, {high:.3f}]"] if low is not None else []
     if f"{name}_min" in row:
         more.append(f"({row[f'{name}_min']:.3f} to {row[f'{name}_max']:.3f})")
     return Cell(f"{row[name]:.3f}", more, best)

@@ -17,12 +17,13 @@ from im2json.model.lora import count_parameters
 from im2json.model.memory import Forecast
 from im2json.options import TrainConfig, TrainOptions
 from im2json.report.duration import duration
-from im2json.report.table import table
+from im2json.report.table import counted, table
 from im2json.training.loop import peak_memory_bytes
 from im2json.training.update import Update, seed_dropout
 
 TIMED = 3  # steps
 ROUNDS = 3
+FEW_STEPS = 50
 GIB = 2**30
 
 
@@ -46,6 +47,7 @@ def size_report(model: PeftModel, loader: StepLoader, lengths: TargetLengths, co
     if options.eval_examples is not None:
         validated = min(options.eval_examples, validated)
     tests = f", and {len(lengths.by_split['test'])} of the test split before and after" if options.test else ""
+    warning = few_steps(options, order)
     return "\n".join([
         f"{'weights':<13}{trainable:,} trained of {weights:,} ({trainable / weights:.2%})",
         f"{'targets':<13}--max-target-tokens would refuse " + refusals(lengths),
@@ -54,7 +56,19 @@ def size_report(model: PeftModel, loader: StepLoader, lengths: TargetLengths, co
         f"{'evaluations':<13}{evaluations} of {validated} validation examples{tests}",
         f"{'microbatch':<13}{loader.share.microbatch} examples per forward and backward pass"
         + (" (auto)" if options.microbatch == "auto" else ""),
+        *([warning] if warning else []),
     ])  # fmt: skip
+
+
+def few_steps(options: TrainOptions, order: Order) -> str:
+    """Return a warning if the epochs make too few steps to learn from; nothing if --steps was chosen."""
+    total = order.total(options)
+    if options.steps is not None or total >= FEW_STEPS:
+        return ""
+    return (
+        f"{counted(total, 'step')} may be too few to learn the form of the answers: "
+        f"with {counted(order.num_examples, 'example')}, try --steps {3 * FEW_STEPS}"
+    )
 
 
 def refusals(lengths: TargetLengths) -> str:

@@ -9,7 +9,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -65,9 +64,6 @@ class Tracker:
         options = "\n".join(f"    {name}: {_plain(value)}" for name, value in self.config.flat().items())
         self.writer.add_text("config", options, 0)
         self.writer.add_text("target_lengths", "\n".join(f"    {line}" for line in lengths.summary().splitlines()), 0)
-        for split, counts in lengths.by_split.items():
-            if counts:
-                self.writer.add_histogram(f"target_tokens/{split}", np.asarray(counts), 0)
 
     def picture(self, key: EvaluationKey, index: int, draw: Callable[[], Image.Image]) -> None:
         """Draw and log the picture of an evaluated example in a thread, so that no process waits for it.
@@ -77,7 +73,7 @@ class Tracker:
         if self.writer is not None:
             while self.drawn and self.drawn[0].done():
                 self.drawn.pop(0).result()
-            tag = f"{key.split}_{key.stage}/{index}"
+            tag = f"pictures/{key.split}_{key.stage}/{index}"
             self.drawn.append(self.drawing.submit(self._picture, self.writer, tag, draw, key.step))
 
     def _picture(self, writer: SummaryWriter, tag: str, draw: Callable[[], Image.Image], step: int) -> None:

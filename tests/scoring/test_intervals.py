@@ -10,6 +10,7 @@ import pytest
 from helpers import prediction
 from oracles import random_pair
 
+from im2json.catalogue import MIN_EXAMPLES
 from im2json.records import Prediction
 from im2json.scoring import METRICS, StreamingEvaluator, compare, compare_predictions
 from im2json.scoring.bootstrap import REPLICATES, example_key, interval, poisson_weights
@@ -95,10 +96,11 @@ def test_width_is_that_of_theory() -> None:
     assert evaluator.intervals()["field_f1"] == pytest.approx((low, high))  # one field each: the same shares
 
 
-def test_no_examples_and_one() -> None:
+def test_too_few_examples_have_no_interval() -> None:
     evaluator = StreamingEvaluator()
-    assert all(math.isnan(bound) for bounds in evaluator.intervals().values() for bound in bounds)
-    evaluator.update('{"a":"x"}', {"a": "y"}, "1")
+    for i in range(MIN_EXAMPLES):
+        assert evaluator.intervals() == dict.fromkeys(METRICS)
+        evaluator.update('{"a":"x"}', {"a": "y"}, str(i))
     assert evaluator.intervals()["field_f1"] == (0.0, 0.0)
     assert evaluator.intervals()["json_validity"] == (1.0, 1.0)
     assert interval(np.array([np.nan, 1.0])) == (1.0, 1.0)
