@@ -36,14 +36,14 @@ def main(folder: Path, rounds: int, examples: int, batch_size: int, threads: int
     model, limit = merged_copy(space.model, space.settings.dtype), space.settings.max_new_tokens
     split = space.splits["test"]
     rows = [split[i] for i in range(min(examples, len(split)))]
-    pixels = space.collator.pixels([row.image for row in rows])
+    pictures = space.collator.pictures([row.image for row in rows])
     texts: dict[str, list[str]] = {}
     speeds: dict[str, list[tuple[float, float]]] = {"free": [], "constrained": []}
     for _ in range(rounds):
         for name, grammar in (("free", None), ("constrained", space.settings.grammar)):
             decoder = Decoder(model, space.collator, grammar, batch_size)
             start, busy = time.perf_counter(), time.process_time()
-            answers = decoder(pixels, limit)
+            answers = decoder(pictures, limit)
             seconds = time.perf_counter() - start, time.process_time() - busy
             speeds[name].append((decoder.tokens / seconds[0], decoder.tokens / seconds[1]))
             texts[name] = [answer.text for answer in answers]

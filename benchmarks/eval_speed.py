@@ -36,13 +36,13 @@ def main(work: Path, resolution: int, size: str, count: int, slots: int, right: 
     from full_size import save_random_paligemma
     from rows import Rows
 
-    from im2json.data.collate import Collator
+    from im2json.families import open_collator
     from im2json.inference import decode, drafts
     from im2json.inference.decode import Answer, Decoder, Request
     from im2json.inference.evaluate import evaluate_split
     from im2json.inference.settings import DecodeSettings
     from im2json.inference.slots import Slots
-    from im2json.model.base import DTYPES, load_base, load_processor
+    from im2json.model.base import DTYPES, load_base
     from im2json.model.lora import add_lora, merged_copy, trained
     from im2json.options import TrainConfig
     from im2json.records import EvaluationKey
@@ -56,7 +56,7 @@ def main(work: Path, resolution: int, size: str, count: int, slots: int, right: 
     lora = add_lora(load_base(str(model), precision, "nf4", accelerator.device), config.model, 0).eval()
     for parameter in trained(lora):
         torch.nn.init.normal_(parameter, std=0.01)
-    collator = Collator(load_processor(str(model)), config.data.prompt)
+    collator = open_collator(str(model), config.data.prompt)
 
     class Draft(list):
         """A draft, and the text that it is a draft of."""
@@ -73,10 +73,10 @@ def main(work: Path, resolution: int, size: str, count: int, slots: int, right: 
             super().__init__(*given, **more)
             self.texts = torch.zeros_like(self.written)
 
-        def admit(self, slots: Any, pixels: Any, limits: Any, sources: Any) -> None:
+        def admit(self, slots: Any, pictures: Any, limits: Any, sources: Any) -> None:
             for slot, source in zip(slots, sources):
                 self.texts[slot, : len(source)] = torch.tensor(source.text, device=self.device)
-            super().admit(slots, pixels, limits, sources)
+            super().admit(slots, pictures, limits, sources)
 
         def _likeliest(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
             _, logprobs = super()._likeliest(length)
@@ -135,8 +135,11 @@ def as_transformers(model: Any, collator: Any, rows: Any, tokens: int, dtype: An
     import torch
 
     device = next(model.parameters()).device
-    pixels = collator.pixels([rows[i].image for i in range(len(rows))])
-    inputs = {name: value.to(device) for name, value in collator.prefixes(pixels.to(dtype)).items()}
+    pictures = collator.pictures([rows[i].image for i in range(len(rows))])
+    ids = torch.tensor(collator.prefixes(pictures))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    inputs = {name: value.to(device) for name, value in (inputs | pictures).items()}
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
 
     def write(count: int) -> None:
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

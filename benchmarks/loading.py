@@ -28,14 +28,15 @@ import datasets  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
+from transformers import PaliGemmaProcessor  # noqa: E402
 
-from im2json.data.collate import Collator  # noqa: E402
 from im2json.data.loader import StepLoader  # noqa: E402
 from im2json.data.order import Order, Share  # noqa: E402
 from im2json.data.receipts import Receipts  # noqa: E402
 from im2json.data.sources import load_splits  # noqa: E402
+from im2json.families import open_collator  # noqa: E402
 from im2json.jsontext import canonical  # noqa: E402
-from im2json.model.base import load_processor  # noqa: E402
+from im2json.model.base import locate  # noqa: E402
 
 PROMPT = "extract JSON."
 Tensors = dict[str, torch.Tensor]
@@ -53,7 +54,7 @@ def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> None:
 def ours(folder: Path, batch: int, workers: int) -> Iterator[Tensors]:
     split = load_splits(str(folder))["train"]
     order = InOrder(len(split), batch, 0)
-    loader = StepLoader(split, Collator(load_processor("tiny"), PROMPT), order, Share(batch), workers=workers)
+    loader = StepLoader(split, open_collator("tiny", PROMPT), order, Share(batch), workers=workers)
     for (read,) in loader.steps(0, order.steps_per_epoch):
         yield {**read.inputs, "labels": read.labels}
 
@@ -69,7 +70,7 @@ def theirs(folder: Path, batch: int, workers: int) -> Iterator[Tensors]:
     rows: Any = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
     kept = set(load_splits(str(folder))["train"].ids)  # validation and test are cut from it
     rows = rows.select([i for i, name in enumerate(names(folder)) if name in kept])
-    processor = load_processor("tiny")
+    processor = PaliGemmaProcessor.from_pretrained(locate("tiny"))
 
     def collate(examples: list[dict[str, Any]]) -> Tensors:
         return dict(processor(

@@ -122,12 +122,12 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
     from rows import Rows
 
     from im2json.data.check import examine
-    from im2json.data.collate import Collator
     from im2json.data.example import RunSplit
     from im2json.data.lengths import TargetMeter
     from im2json.data.splits import RunSplits
+    from im2json.families import open_collator
     from im2json.inference.settings import DecodeSettings
-    from im2json.model.base import load_positions, load_processor
+    from im2json.model.base import load_positions
     from im2json.model.loading import load_adapted
     from im2json.options import TrainConfig
     from im2json.training.strategy import choose_strategy, strategy_note
@@ -139,7 +139,7 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
     config = TrainConfig.resolve({"model": str(model), **defaults, **changes})
     accelerator, precision = start_accelerator(config)
     rows: Any = Rows(EXAMPLES * steps // EPOCHS, resolution)
-    collator = Collator(load_processor(str(model)), config.data.prompt)
+    collator = open_collator(str(model), config.data.prompt)
     checkup = examine([rows], TargetMeter(collator, load_positions(str(model))))
     data = RunSplits({name: RunSplit(name, checkup.rows["train"]) for name in ("train", "validation")}, checkup)
     lora = load_adapted(config.model, precision, accelerator.device, 0)
@@ -168,9 +168,8 @@ def trl(
     from transformers import BitsAndBytesConfig, PaliGemmaForConditionalGeneration, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from im2json.data.collate import Collator
     from im2json.data.order import Order
-    from im2json.model.base import load_processor
+    from im2json.families import open_collator
 
     cap(cap_gib)
     bits = BitsAndBytesConfig(
@@ -185,7 +184,7 @@ def trl(
         base, LoraConfig(r=8, lora_alpha=32, lora_dropout=0.05, target_modules=names, task_type="CAUSAL_LM")
     )
     rows = Rows(EXAMPLES * steps // EPOCHS, resolution)
-    collator = Collator(load_processor(str(model)), "extract JSON.")
+    collator = open_collator(str(model), "extract JSON.")
     order = Order(len(rows), EXAMPLES, 0)
     placed = [rows[i] for step in range(steps) for i in order.step(step)]  # the same examples in the same steps
     times: list[float] = []

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,16 @@ from im2json.data.order import Order, Share
 from im2json.data.sources import open_splits
 from im2json.data.splits import RunSplits, divide, restore
 from im2json.errors import UserError
+from im2json.families import Family, family_of, open_collator
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.inference.settings import DecodeSettings
 from im2json.jsontext import canonical
 from im2json.machine import own_cores
-from im2json.model.base import DTYPES, load_positions, load_processor, resolve_precision
-from im2json.model.features import Features, feature_bytes, is_frozen
+from im2json.model.base import DTYPES, load_positions, resolve_precision
+from im2json.model.features import Features, is_frozen
 from im2json.model.gpu import precision_note
 from im2json.model.loading import choose_device, load_adapted
-from im2json.model.memory import SLOTS, Setting, Sizes, free_bytes
+from im2json.model.memory import SLOTS, Setting, free_bytes
 from im2json.model.replay import Forward, make_forward
 from im2json.options import DataOptions, TrainConfig
 from im2json.records import Content
@@ -60,6 +63,7 @@ class Workspace:
     precision: str  # resolved: bf16, fp16 or fp32
     data: RunSplits
     collator: Collator
+    family: Family
     model: PeftModel
     settings: DecodeSettings
     schema: Schema | None  # of the answers; None if the run has one that was not needed
@@ -119,11 +123,11 @@ class Workspace:
         slots = SLOTS if self.settings.batch_size == "auto" else self.settings.batch_size
         return Workload(
             config=self.config,
-            sizes=Sizes.of(self.model.config),
-            setting=Setting.of(self.config, self.precision, self.model),
+            sizes=self.family.sizes(self.model.config),
+            setting=Setting.of(self.config, self.precision, self.model, self.family.tower),
             target_lengths=self.lengths.by_split["train"],
             longest_target=self.lengths.longest,
-            prefix=len(self.collator.prefix_ids),
+            prefix=self.collator.longest_prefix,
             eval_batch=min(slots, len(self.splits["validation"])),
             max_new_tokens=self.settings.max_new_tokens,
             processes=self.accelerator.num_processes,
@@ -134,7 +138,9 @@ class Workspace:
     def forward(self, strategy: Strategy, work: Workload) -> Forward:
         """Return the model's pass in training, which leaves the memory that an evaluation needs."""
         reserve = work.forecast(strategy).evaluation
-        return make_forward(self.model, strategy.launch, strategy.checkpointing, reserve)
+        hidden_states, recordable = self.family.hidden_states, self.family.records_steps
+        launch, checkpointing = strategy.launch, strategy.checkpointing
+        return make_forward(self.model, hidden_states, launch, checkpointing, recordable=recordable, reserve=reserve)
 
     def step_loader(self, strategy: Strategy, features: Features | None = None) -> StepLoader:
         """Return the loader of the training batches of this process."""
@@ -158,17 +164,18 @@ class Workspace:
             The features, or None; and a line to print on what was done, or None if the vision tower is trained.
         """
         limit, split, order = self.config.model.cache_features, self.splits["train"], self.order
-        paligemma, dtype = self.model.get_base_model(), DTYPES[self.precision]
-        epochs = order.total(self.config.train) / order.steps_per_epoch
-        if limit == 0 or epochs < 2 or not is_frozen(paligemma):
+        base, dtype = self.model.get_base_model(), DTYPES[self.precision]
+        epochs, shape = order.total(self.config.train) / order.steps_per_epoch, self.family.feature_shape(base.config)
+        if limit == 0 or epochs < 2 or shape is None or not is_frozen(base):
             return None, None
-        size = len(split) * feature_bytes(paligemma, dtype) / 2**30
+        size = len(split) * math.prod(shape) * dtype.itemsize / 2**30
         head = f"the vision tower is frozen: image features of {len(split):,} pictures ({size:.2f} GiB)"
         each_step = f"{head} are worked out in every step, as they cannot be kept"
         if size > limit:
             return None, f"{each_step}: --cache-features is {limit:g}"
         try:
-            features = Features(split, self.collator, paligemma, dtype, self.workers, self.accelerator)
+            compute = partial(self.family.image_features, base)
+            features = Features(split, self.collator, compute, shape, dtype, self.workers, self.accelerator)
         except OSError as error:
             return None, f"{each_step}: {error}"
         return features, f"{head} worked out once, in {features.seconds:.1f} s"
@@ -249,7 +256,7 @@ def open_workspace(
         UserError: naming the option, file or row that is wrong.
     """
     checks = parse_checks(config.decode.check_sum)
-    collator = Collator(load_processor(config.model.model), config.data.prompt, config.data.letterbox)
+    collator = open_collator(config.model.model, config.data.prompt, config.data.letterbox)
     found = _open_data(config, accelerator, collator, resumed, evaluated)
     if evaluated is not None and scored is not None and not len(found.splits[scored]):
         raise UserError(
@@ -264,7 +271,8 @@ def open_workspace(
     limit = found.lengths.new_token_limit(config.decode.max_new_tokens)
     held_to = (wanted, name) if config.decode.constrain and wanted is not None else None
     settings = DecodeSettings.of(config, precision, model, collator, limit, held_to, checks)
-    return Workspace(config, accelerator, precision, found, collator, model, settings, wanted)
+    family = family_of(model.config)
+    return Workspace(config, accelerator, precision, found, collator, family, model, settings, wanted)
 
 
 def _open_data(

@@ -28,6 +28,7 @@ from transformers import PaliGemmaProcessor  # noqa: E402
 
 from im2json.data.collate import Batch, Collator  # noqa: E402
 from im2json.data.sources import load_splits  # noqa: E402
+from im2json.families import open_collator  # noqa: E402
 from im2json.machine import available_cores  # noqa: E402
 from im2json.model import base  # noqa: E402
 from im2json.runs import RunFolder  # noqa: E402
@@ -172,7 +173,7 @@ def finished(train: Callable[..., RunFolder], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def collator(small_model: str) -> Collator:
-    return Collator(base.load_processor(small_model), "extract JSON.")
+    return open_collator(small_model, "extract JSON.")
 
 
 @pytest.fixture(scope="session")

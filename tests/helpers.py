@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from im2json.data.collate import Batch
+from im2json.families import family_of
 from im2json.files import read_lines
-from im2json.model.forward import hidden_states
 from im2json.model.loss import summed_loss
 from im2json.records import Prediction
 from im2json.runs import RunFolder, complete_checkpoints
@@ -165,7 +165,14 @@ def prediction(row: dict[str, Any]) -> Prediction:
 def summed_loss_of(model: Any, batch: Batch) -> torch.Tensor:
     """Return the summed loss of a model, with or without LoRA, on a batch, as a training step takes it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return summed_loss(base, hidden_states(base, batch.inputs), batch.labels)
+    return summed_loss(base, family_of(base.config).hidden_states(base, batch.inputs), batch.labels)
+
+
+def prefix_inputs(collator: Any, pictures: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what transformers' PaliGemma generates from for these pictures."""
+    ids = torch.tensor(collator.prefixes(pictures))  # B x P: all prefixes are equally long
+    types = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    return {"input_ids": ids, **types, **pictures}
 
 
 # --- work, which no other process on the machine changes

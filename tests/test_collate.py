@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import write_dataset
+from helpers import prefix_inputs, write_dataset
 from PIL import Image
 from transformers import PaliGemmaProcessor
 
@@ -20,8 +20,8 @@ from im2json.data.loader import StepLoader
 from im2json.data.order import Order, Share
 from im2json.data.pictures import on_square
 from im2json.data.sources import load_splits
+from im2json.families.paligemma import PaliGemmaCollator
 from im2json.jsontext import canonical
-from im2json.model.base import load_processor
 
 PROMPT = "extract JSON."
 TARGETS = [{"total": "9.30"}, {"b": [{"nm": "é – 日本"}, {}], "a": None}, {}, {"x": "y" * 90}]
@@ -37,12 +37,12 @@ EXAMPLES = [Example(f"e{i}", noise(i, (20 + i, 30)), target) for i, target in en
 
 @pytest.fixture(scope="module")
 def processor(small_model) -> PaliGemmaProcessor:
-    return load_processor(small_model)
+    return PaliGemmaProcessor.from_pretrained(small_model)
 
 
 @pytest.fixture(scope="module")
 def collator(processor) -> Collator:
-    return Collator(processor, PROMPT)
+    return PaliGemmaCollator(processor, PROMPT)
 
 
 def reference(processor: PaliGemmaProcessor, example: Example) -> dict[str, torch.Tensor]:
@@ -115,7 +115,7 @@ def test_any_text_comes_back_as_it_was(processor, collator, text):
 
 def test_generation_starts_from_the_prefix_that_training_used(processor, collator):
     images = [example.image for example in EXAMPLES]
-    prefixes, batch = collator.prefixes(collator.pixels(images)), collator(EXAMPLES)
+    prefixes, batch = prefix_inputs(collator, collator.pictures(images)), collator(EXAMPLES)
     length = len(collator.prefix_ids)
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         assert torch.equal(prefixes[name], batch.inputs[name][:, :length]), name
@@ -212,24 +212,26 @@ def test_pictures_are_squashed_and_not_cropped(collator):
     """A wide picture, dark on its left half and bright on its right, keeps both halves."""
     wide = Image.new("RGB", (400, 50), "black")
     wide.paste("white", (200, 0, 400, 50))
-    (pixels,) = collator.pixels([wide])  # 3 x H x W
+    (pixels,) = collator.pictures([wide])["pixel_values"]  # 3 x H x W
     assert pixels.shape == (3, 28, 28)
     assert pixels[:, :, :10].max() < -0.95 and pixels[:, :, -10:].min() > 0.95
 
 
 def test_a_letterboxed_picture_keeps_its_shape_on_white(processor):
-    collator = Collator(processor, PROMPT, letterbox=True)
+    collator = PaliGemmaCollator(processor, PROMPT, letterbox=True)
     for size in ((400, 100), (100, 400)):
-        (pixels,) = collator.pixels([Image.new("RGB", size, "black")])  # 3 x H x W
+        (pixels,) = collator.pictures([Image.new("RGB", size, "black")])["pixel_values"]  # 3 x H x W
         tall = pixels if size[0] > size[1] else pixels.transpose(1, 2)
         assert tall.shape == (3, 28, 28)
         assert tall[:, :9].min() > 0.95 and tall[:, -9:].min() > 0.95
         assert tall[:, 12:16].max() < -0.95  # the middle quarter, 7 of 28 lines, from edge to edge
     square = [Image.new("RGB", (50, 50), "red")]
-    assert torch.equal(collator.pixels(square), Collator(processor, PROMPT).pixels(square))
+    assert torch.equal(
+        collator.pictures(square)["pixel_values"], PaliGemmaCollator(processor, PROMPT).pictures(square)["pixel_values"]
+    )
     pictures = [noise(0, (60, 20)), noise(1)]
     examples = [Example(str(i), picture, {}) for i, picture in enumerate(pictures)]
-    assert torch.equal(collator(examples).inputs["pixel_values"], collator.pixels(pictures))
+    assert torch.equal(collator(examples).inputs["pixel_values"], collator.pictures(pictures)["pixel_values"])
 
 
 def test_a_strip_of_paper_is_scaled_down_before_it_would_need_a_vast_square(monkeypatch):

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from im2json.data.collate import Collator
 from im2json.data.sources import load_splits
+from im2json.families import open_collator
 from im2json.inference.constrain import Grammar
 from im2json.jsontext import loads, parse
-from im2json.model.base import load_processor
 from im2json.scoring.schema import induce
 
 KEYS = st.sampled_from(["a", "b", 'é"\n'])
@@ -35,7 +35,7 @@ TARGETS = st.dictionaries(KEYS, VALUES, max_size=3)
 
 @functools.cache
 def tiny() -> Collator:
-    return Collator(load_processor("tiny"), "extract JSON.")
+    return open_collator("tiny", "extract JSON.")
 
 
 def grammar(schema: dict[str, Any]) -> Grammar:

@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import reset_accelerate, slow, write_dataset
+from helpers import prefix_inputs, reset_accelerate, slow, write_dataset
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 import im2json.inference.evaluate as room
 from im2json.data.example import FirstExamples
 from im2json.data.sources import load_splits
-from im2json.inference.cache import grouped_attention, tiled
 from im2json.inference.constrain import Grammar
 from im2json.inference.decode import Answer, Decoder, Request
 from im2json.inference.evaluate import _windows, evaluate_split
 from im2json.inference.settings import DecodeSettings
 from im2json.inference.slots import Slots
 from im2json.jsontext import canonical
+from im2json.model.attention import grouped_attention, tiled
 from im2json.records import EvaluationKey, Prediction
 from im2json.scoring.confidence import leaf_confidence
 from im2json.scoring.schema import induce
@@ -68,11 +68,16 @@ def pixels() -> torch.Tensor:
     return torch.randn(9, 3, 28, 28, generator=torch.Generator().manual_seed(0)) * 3
 
 
+def shown(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the model gets of B pictures, B x 3 x H x W."""
+    return {"pixel_values": pixels}
+
+
 def oracle(model: Any, collator: Any, pixels: torch.Tensor, tokens: int = NEW) -> list[list[int]]:
     """What transformers writes for each picture alone, up to EOS."""
     rows = []
     for picture in pixels:
-        inputs = collator.prefixes(picture[None])
+        inputs = prefix_inputs(collator, shown(picture[None]))
         output = model.generate(
             **inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=EOS, pad_token_id=PAD
         )  # 1 x (P + T)
@@ -116,7 +121,7 @@ def texts_of(answers: list[Answer]) -> list[str]:
 @torch.no_grad()
 def forced_logprobs(model: Any, collator: Any, picture: torch.Tensor, tokens: list[int], cap: float | None):
     """Log probability of each token, T, from one forward pass of transformers over the picture and all of them."""
-    inputs = collator.prefixes(picture[None])
+    inputs = prefix_inputs(collator, shown(picture[None]))
     start, ids = inputs["input_ids"].shape[1], torch.tensor([tokens])
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -140,7 +145,7 @@ def make_decoder(
 def drafted(decoder: Decoder, pixels: torch.Tensor, limits: Any, sources: list[list[int]]) -> list[Answer]:
     """The answers to pictures that are drafted from these sources."""
     limits = [limits] * len(pixels) if isinstance(limits, int) else limits
-    requests = [Request(lambda i=i: pixels[i : i + 1], limits[i], sources[i]) for i in range(len(pixels))]  # type: ignore[misc]
+    requests = [Request(lambda i=i: shown(pixels[i : i + 1]), limits[i], sources[i]) for i in range(len(pixels))]  # type: ignore[misc]
     answers = dict(decoder.answers(iter(requests), max(limits), max(map(len, sources))))
     return [answers[i] for i in range(len(pixels))]
 
@@ -149,11 +154,11 @@ def drafted(decoder: Decoder, pixels: torch.Tensor, limits: Any, sources: list[l
 @pytest.mark.parametrize("slots", [1, 4, 9])
 def test_texts_are_those_of_transformers(model, collator, pixels, expected, slots, fixed):
     decoder = make_decoder(model, collator, slots=slots, fixed=fixed)
-    answers = decoder(pixels, NEW)
+    answers = decoder(shown(pixels), NEW)
     assert texts_of(answers) == as_texts(collator, expected)
     assert [answer.tokens for answer in answers] == expected
     assert decoder.tokens == sum(map(len, expected))
-    assert [answer.tokens for answer in decoder(pixels[3:5], NEW)] == expected[3:5], "slots are used again"
+    assert [answer.tokens for answer in decoder(shown(pixels[3:5]), NEW)] == expected[3:5], "slots are used again"
 
 
 def sources(expected: list[list[int]]) -> dict[str, list[list[int]]]:
@@ -174,7 +179,7 @@ def sources(expected: list[list[int]]) -> dict[str, list[list[int]]]:
 @pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed rows"])
 def test_a_draft_changes_no_answer(model, collator, pixels, expected, fixed):
     passes: dict[str, int] = {}
-    plain = Decoder(model, collator)(pixels, NEW)
+    plain = Decoder(model, collator)(shown(pixels), NEW)
     for name, source in sources(expected).items():
         decoder = make_decoder(model, collator, slots=9, fixed=fixed)
         answers = drafted(decoder, pixels, NEW, source)
@@ -197,7 +202,7 @@ def test_a_limit_within_a_draft(model, collator, pixels, expected, tokens):
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed rows"])
 def test_log_probabilities_are_those_of_a_forward_pass_over_the_answer(model, collator, pixels, fixed):
-    answers = make_decoder(model, collator, fixed=fixed)(pixels, NEW)
+    answers = make_decoder(model, collator, fixed=fixed)(shown(pixels), NEW)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     for picture, answer in zip(pixels, answers):
         wanted = forced_logprobs(model, collator, picture, answer.tokens, cap)
@@ -220,13 +225,13 @@ def test_each_row_has_its_limit(model, collator, pixels, expected, fixed):
     limits = [random.Random(3).randint(1, NEW) for _ in expected]
     decoder = make_decoder(model, collator, fixed=fixed)
     cut = [row[:limit] for row, limit in zip(expected, limits)]
-    assert texts_of(decoder(pixels, limits)) == as_texts(collator, cut)
+    assert texts_of(decoder(shown(pixels), limits)) == as_texts(collator, cut)
     assert decoder.tokens == sum(map(len, cut))
 
 
 def test_the_model_is_as_before_afterwards(model, collator, pixels, expected):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    Decoder(model, collator)(pixels, NEW)
+    Decoder(model, collator)(shown(pixels), NEW)
     assert oracle(model, collator, pixels[:2]) == expected[:2]
     after = model.state_dict()
     assert before.keys() == after.keys()
@@ -239,7 +244,7 @@ def test_answers_come_as_they_are_finished_and_slots_are_given_on(model, collato
 
     def requests() -> Any:
         for i in range(len(pixels)):
-            yield Request(lambda i=i: (asked.append(i), pixels[i : i + 1])[1], NEW)
+            yield Request(lambda i=i: (asked.append(i), shown(pixels[i : i + 1]))[1], NEW)
 
     seen = []
     for number, answer in make_decoder(model, collator, slots=4).answers(requests(), NEW):
@@ -252,21 +257,21 @@ def test_answers_come_as_they_are_finished_and_slots_are_given_on(model, collato
 
 def test_a_call_within_another_and_one_that_was_left(model, collator, pixels, expected):
     decoder = make_decoder(model, collator, slots=4)
-    requests = [Request(lambda one=one: one[None], NEW) for one in pixels]
+    requests = [Request(lambda one=one: shown(one[None]), NEW) for one in pixels]
     found = {}
     for number, answer in decoder.answers(requests, NEW):
         found[number] = answer.tokens
-        assert decoder(pixels[:1], 3)[0].tokens == expected[0][:3]
+        assert decoder(shown(pixels[:1]), 3)[0].tokens == expected[0][:3]
     assert [found[i] for i in range(len(pixels))] == expected
     next(decoder.answers(requests, NEW))
-    assert [answer.tokens for answer in decoder(pixels, NEW)] == expected
+    assert [answer.tokens for answer in decoder(shown(pixels), NEW)] == expected
 
 
 def test_what_one_row_drafted_does_not_outlive_it(small_model, collator, pixels, monkeypatch):
     """Eight short texts that were drafted right must not make a pass for the ninth, whose draft is wrong, long."""
     model = make_model(small_model, "gemma")
     long = 3 * NEW
-    texts = [answer.tokens for answer in Decoder(model, collator)(pixels, long)]
+    texts = [answer.tokens for answer in Decoder(model, collator)(shown(pixels), long)]
     lengths: list[int] = []
     advance = Slots.advance
 
@@ -286,7 +291,7 @@ def test_a_slot_that_overflowed_is_clean_for_the_next_text(small_model, collator
     expected = oracle(model, collator, pixels[:1])
     decoder = make_decoder(model, collator, slots=1)
     spoiled = torch.full_like(pixels[:1], float("nan"))
-    answers = decoder(torch.cat([spoiled, pixels[:1]]), NEW)
+    answers = decoder(shown(torch.cat([spoiled, pixels[:1]])), NEW)
     assert len(answers[0].tokens) == NEW or EOS in answers[0].tokens
     assert answers[1].tokens == expected[0]
 
@@ -307,7 +312,7 @@ def constrained_oracle(model: Any, collator: Any, grammar: Grammar, picture: tor
     matcher, tokens, logprobs = grammar.matcher(), [], []
     cap = model.config.get_text_config().final_logit_softcapping if "gemma2" in str(model.config) else None
     while len(tokens) < NEW and EOS not in tokens:
-        inputs = collator.prefixes(picture[None])
+        inputs = prefix_inputs(collator, shown(picture[None]))
         start = inputs["input_ids"].shape[1]
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens], dtype=torch.long)], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -327,7 +332,7 @@ def constrained_oracle(model: Any, collator: Any, grammar: Grammar, picture: tor
 @pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed rows"])
 def test_a_grammar_is_followed(model, collator, pixels, grammar, source, fixed):
     decoder, plain = make_decoder(model, collator, grammar, fixed=fixed), Decoder(model, collator, grammar)
-    texts = [answer.tokens for answer in plain(pixels[:4], NEW)]
+    texts = [answer.tokens for answer in plain(shown(pixels[:4]), NEW)]
     given = {"none": [[]] * 4, "its text": texts, "another's": texts[1:] + texts[:1]}[source]
     answers = drafted(decoder, pixels[:4], NEW, given)
     for picture, answer in zip(pixels, answers):
@@ -342,7 +347,7 @@ def test_a_grammar_is_followed(model, collator, pixels, grammar, source, fixed):
 def test_answers_are_valid_whatever_the_picture_and_the_limit(model, collator, pixels, grammar):
     pictures = torch.cat([pixels, torch.ones(2, 3, 28, 28), -torch.ones(2, 3, 28, 28), pixels[:3] * 100])
     limits = [random.Random(4).randint(1, 60) for _ in pictures]
-    answers = Decoder(model, collator, grammar)(pictures, limits)
+    answers = Decoder(model, collator, grammar)(shown(pictures), limits)
     for answer, limit in zip(answers, limits):
         jsonschema.validate(json.loads(answer.text), SCHEMA)
         added = answer.logprobs.count(-math.inf)
@@ -374,7 +379,7 @@ def test_memory_that_does_not_suffice_halves_the_slots(small_model, collator, pi
     """Nothing that is written is lost, and no answer comes twice."""
     model = make_model(small_model, "gemma")
     limits = [3, 5, 7, 2, 9, 4, 6, 8, 1]
-    whole = Decoder(model, collator)(pixels, limits)
+    whole = Decoder(model, collator)(shown(pixels), limits)
     advance, room = Slots.advance, 4
 
     def short(slots: Slots, *given: Any) -> None:
@@ -384,13 +389,13 @@ def test_memory_that_does_not_suffice_halves_the_slots(small_model, collator, pi
 
     monkeypatch.setattr(Slots, "advance", short)
     decoder = make_decoder(model, collator, slots=9, fixed=fixed)
-    assert texts_of(decoder(pixels, limits)) == texts_of(whole)
+    assert texts_of(decoder(shown(pixels), limits)) == texts_of(whole)
     lines = capsys.readouterr()
     assert "out of GPU memory with 9 answers at once: going on with 4" in lines.out + lines.err
     assert decoder.slots == 4
     room = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        decoder(pixels, 4)
+        decoder(shown(pixels), 4)
 
 
 # --- a split
@@ -438,7 +443,7 @@ def test_no_row_depends_on_batches_or_windows(small_model, collator, many, accel
     monkeypatch.setattr(room, "WINDOW", window)
     rows, metrics = predicted(model, collator, many, accelerator, batch_size=size)
     assert [row.id for row in rows] == list(many.ids)
-    alone = [collator.pixels([many[i].image]) for i in range(len(many))]
+    alone = [collator.pictures([many[i].image]) for i in range(len(many))]
     assert [row.text for row in rows] == [Decoder(model, collator)(one, 12)[0].text for one in alone]
     assert len({row.text for row in rows}) > 3
     monkeypatch.undo()
@@ -450,7 +455,7 @@ def test_each_example_has_its_limit(small_model, collator, many, accelerator):
     limits = [1 + i % 9 for i in range(len(many))]
     rows, _ = predicted(model, collator, many, accelerator, batch_size=4, max_new_tokens=limits)
     whole, _ = predicted(model, collator, many, accelerator, batch_size=4, max_new_tokens=9)
-    alone = [collator.pixels([many[i].image]) for i in range(len(many))]
+    alone = [collator.pictures([many[i].image]) for i in range(len(many))]
     decoder = Decoder(model, collator)
     assert [row.text for row in rows] == [decoder(one, n)[0].text for one, n in zip(alone, limits)]
     assert all(full.text.startswith(row.text.rstrip("�")) for full, row in zip(whole, rows))

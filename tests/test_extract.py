@@ -19,7 +19,7 @@ from helpers import ROOT, clear_error
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from transformers import PaliGemmaForConditionalGeneration
+from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
 import im2json
 from im2json.data.loader import AHEAD
@@ -28,7 +28,6 @@ from im2json.files import read_lines
 from im2json.inference.decode import GROUP, Answer, Decoder
 from im2json.inference.slots import Slots
 from im2json.jsontext import read
-from im2json.model.base import load_processor
 from im2json.scoring.confidence import Calibration, leaf_confidence
 
 
@@ -140,7 +139,10 @@ def test_an_adapter_that_peft_made_elsewhere(small_model, pictures, tmp_path):
     base = PaliGemmaForConditionalGeneration.from_pretrained(small_model, dtype=torch.float32)
     get_peft_model(base, lora).save_pretrained(str(tmp_path))
     base = PaliGemmaForConditionalGeneration.from_pretrained(small_model, dtype=torch.float32)
-    model, processor = PeftModel.from_pretrained(base, str(tmp_path)).eval(), load_processor(small_model)
+    model, processor = (
+        PeftModel.from_pretrained(base, str(tmp_path)).eval(),
+        PaliGemmaProcessor.from_pretrained(small_model),
+    )
     extractor = im2json.Extractor.from_run(tmp_path, prompt="read", max_new_tokens=8)
     for row in extractor(pictures[:3]):
         inputs = processor(images=Image.open(row["id"]).convert("RGB"), text="<image>read", return_tensors="pt")

@@ -9,7 +9,7 @@ import torch
 from helpers import metrics
 from safetensors.torch import load_file
 
-from im2json.data.collate import Collator
+from im2json.data.collate import Collator, Pictures
 from im2json.data.example import Example
 
 FLAGS = ("--target-modules", "language", "--steps", 8, "--microbatch", 3, "--eval-every", 4, "--save-every", 3)
@@ -37,13 +37,13 @@ def test_a_run_on_kept_features_is_that_on_pictures(train, kept, tmp_path, capsy
 @pytest.mark.parametrize(("gib", "times"), [(1, [1] * 10), (0, [2] * 10)])
 def test_a_picture_is_read_once_if_features_are_kept(train, tmp_path, monkeypatch, gib, times):
     read: Counter[str] = Counter()
-    pictures = Collator.pictures
+    pictures_of = Collator.pictures_of
 
-    def counting(self: Collator, examples: list[Example]) -> torch.Tensor:
+    def counting(self: Collator, examples: list[Example]) -> Pictures:
         read.update(example.id for example in examples)
-        return pictures(self, examples)
+        return pictures_of(self, examples)
 
-    monkeypatch.setattr(Collator, "pictures", counting)
+    monkeypatch.setattr(Collator, "pictures_of", counting)
     train(tmp_path / "run", *FLAGS, "--steps", 6, "--eval-every", 0, "--no-test", "--cache-features", gib)
     assert list(read.values()) == times
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from helpers import prefix_inputs
 from small_model import save_small_paligemma
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ def test_fp16_overflow_halves_the_scale_and_leaves_the_update_out(tmp_path: Path
     space = open_small(tmp_path, precision="fp16", batch_size=2, microbatch=2)
     accelerator, parameters = space.accelerator, trained(space.model)
     optimizer = accelerator.prepare(make_optimizer(parameters, space.config.train))
-    update = Update(Forward(space.model), parameters, optimizer, accelerator, 1.0, microbatch=2)
+    update = Update(
+        Forward(space.model, space.family.hidden_states), parameters, optimizer, accelerator, 1.0, microbatch=2
+    )
     (batches,) = space.step_loader(chosen(space)).steps(0, 1)
     tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
     before = [parameter.detach().clone() for parameter in parameters]
@@ -147,7 +150,7 @@ def test_recorded_passes_are_no_larger_than_keeps_a_gpu_busy(tmp_path: Path) -> 
     from im2json.training.strategy import ENOUGH, Strategy
 
     space = open_small(tmp_path)
-    positions = len(space.collator.prefix_ids) + space.lengths.longest
+    positions = space.collator.longest_prefix + space.lengths.longest
     assert chosen(space) == Strategy("graphs", False, 6)
     assert 5 * positions < ENOUGH < 7 * positions
 
@@ -179,7 +182,9 @@ def test_out_of_memory_halves_the_microbatch(tmp_path: Path, capsys: pytest.Capt
     space = open_small(tmp_path, launch="single", microbatch=16)
     parameters, losses = trained(space.model), []
     optimizer = space.accelerator.prepare(torch.optim.SGD(parameters, lr=0.0))
-    update = Update(Forward(space.model), parameters, optimizer, space.accelerator, 1.0, microbatch=16)
+    update = Update(
+        Forward(space.model, space.family.hidden_states), parameters, optimizer, space.accelerator, 1.0, microbatch=16
+    )
     (batches,) = space.step_loader(chosen(space)).steps(0, 1)
     tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
     before = torch.cuda.memory_allocated()
@@ -210,7 +215,7 @@ def test_replayed_gradients_are_those_of_single_launches(tmp_path: Path, options
     (flat,) = parameters = [flatten(trained(space.model))]
     with torch.no_grad():
         flat.normal_(std=0.05)
-    replayed, loader = Replayed(space.model), space.step_loader(chosen(space))
+    replayed, loader = Replayed(space.model, space.family.hidden_states), space.step_loader(chosen(space))
 
     def gradient(forward: Forward, step: int) -> tuple[float, torch.Tensor]:
         assert flat.grad is not None
@@ -223,7 +228,7 @@ def test_replayed_gradients_are_those_of_single_launches(tmp_path: Path, options
     for step in [0, 1, 2, 0, 1, 2]:
         loss, found = gradient(replayed, step)
         if "dropout" not in options:
-            expected_loss, expected = gradient(Forward(space.model), step)
+            expected_loss, expected = gradient(Forward(space.model, space.family.hidden_states), step)
             assert loss == pytest.approx(expected_loss, rel=1e-4)
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     assert any(replayed.recorded.values())
@@ -255,13 +260,12 @@ def test_training_memory_does_not_grow_with_evaluations(tmp_path: Path) -> None:
 
 def decoding_model(tmp_path: Path, kind: str, dtype: str):
     """A random model on the GPU whose texts differ, and its collator."""
-    from im2json.data.collate import Collator
-    from im2json.model.base import load_processor
+    from im2json.families import open_collator
     from tests.test_decode import make_model
 
     folder = str(save_small_paligemma(tmp_path / "model"))
     model = make_model(folder, kind, heads=8).to("cuda", getattr(torch, dtype))
-    return model, Collator(load_processor(folder), "extract JSON.")
+    return model, open_collator(folder, "extract JSON.")
 
 
 def pictures(count: int) -> torch.Tensor:
@@ -280,12 +284,12 @@ def test_a_replayed_graph_writes_what_single_steps_write(
     model, collator = decoding_model(tmp_path, kind, dtype)
     limits = [3 + i * 5 % 38 for i in range(40)]
     shown = pictures(40)
-    plain = Decoder(model, collator, slots=16)(shown, limits)
+    plain = Decoder(model, collator, slots=16)({"pixel_values": shown}, limits)
 
     def texts() -> list[str]:
         decoder = Decoder(model, collator, slots=16)
         requests = [
-            Request(lambda i=i: shown[i : i + 1], limits[i], plain[i].tokens if i % 2 else ())  # type: ignore[misc]
+            Request(lambda i=i: {"pixel_values": shown[i : i + 1]}, limits[i], plain[i].tokens if i % 2 else ())  # type: ignore[misc]
             for i in range(40)
         ]
         found = dict(decoder.answers(requests, 48, 48))
@@ -318,7 +322,7 @@ def test_a_grammar_is_followed_by_a_replayed_graph(tmp_path: Path, kind: str, mo
 
     def answers(sources: list[list[int]]) -> list[list[int]]:
         decoder = Decoder(model, collator, grammar, slots=6)
-        requests = [Request(lambda i=i: shown[i : i + 1], limits[i], sources[i]) for i in range(14)]  # type: ignore[misc]
+        requests = [Request(lambda i=i: {"pixel_values": shown[i : i + 1]}, limits[i], sources[i]) for i in range(14)]  # type: ignore[misc]
         found = dict(decoder.answers(requests, 48, 48))
         for answer in found.values():
             jsonschema.validate(json.loads(answer.text), schema)
@@ -336,10 +340,10 @@ def test_a_gpu_writes_what_transformers_writes(tmp_path: Path, kind: str) -> Non
     from tests.test_decode import EOS, PAD, as_texts, forced_logprobs
 
     model, collator = decoding_model(tmp_path, kind, "float32")
-    inputs = {name: value.to("cuda") for name, value in collator.prefixes(pictures(6)).items()}
+    inputs = {name: value.to("cuda") for name, value in prefix_inputs(collator, {"pixel_values": pictures(6)}).items()}
     output = model.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=EOS, pad_token_id=PAD)
     expected = as_texts(collator, output[:, inputs["input_ids"].shape[1] :].tolist())
-    answers = Decoder(model, collator, slots=4)(pictures(6), 40)
+    answers = Decoder(model, collator, slots=4)({"pixel_values": pictures(6)}, 40)
     found = [answer.text for answer in answers]
     for picture, answer in zip(pictures(6), answers):
         if collator.processor.image_token_id in answer.tokens:
@@ -353,14 +357,14 @@ def test_longer_answers_get_slots_of_their_own_and_memory_is_given_back(tmp_path
     from im2json.inference.decode import Decoder
 
     model, collator = decoding_model(tmp_path, "gemma", "float32")
-    Decoder(model, collator)(pictures(1), 2)  # cuBLAS keeps a workspace for each stream
+    Decoder(model, collator)({"pixel_values": pictures(1)}, 2)  # cuBLAS keeps a workspace for each stream
     before = torch.cuda.memory_allocated()
     decoder = Decoder(model, collator, slots=16)
-    small = decoder(pictures(2), 10)
+    small = decoder({"pixel_values": pictures(2)}, 10)
     recorded = decoder.seconds_recording
-    assert [answer.text for answer in decoder(pictures(2), 10)] == [answer.text for answer in small]
+    assert [answer.text for answer in decoder({"pixel_values": pictures(2)}, 10)] == [answer.text for answer in small]
     assert decoder.seconds_recording == recorded > 0
-    large = decoder(pictures(9), [10] * 2 + [200] * 7)
+    large = decoder({"pixel_values": pictures(9)}, [10] * 2 + [200] * 7)
     assert [answer.text for answer in large[:2]] == [answer.text for answer in small]
     assert decoder._idle.room.tokens == 200
     del decoder

@@ -44,10 +44,11 @@ from im2json.data.collate import Batch, Collator
 from im2json.data.loader import StepLoader
 from im2json.data.order import Order, Share
 from im2json.data.sources import load_splits
+from im2json.families import family_of, open_collator
 from im2json.files import read_lines
 from im2json.inference.decode import Decoder
 from im2json.inference.evaluate import Evaluation
-from im2json.model.base import load_base, load_processor
+from im2json.model.base import load_base
 from im2json.model.lora import add_lora, trained
 from im2json.model.loss import summed_loss
 from im2json.model.replay import Forward
@@ -98,7 +99,7 @@ def accelerator() -> Accelerator:
 
 @pytest.fixture(scope="module")
 def collator(small_model) -> Collator:
-    return Collator(load_processor(small_model), "extract JSON.")
+    return open_collator(small_model, "extract JSON.")
 
 
 @pytest.fixture
@@ -123,7 +124,14 @@ def tokens(batches: list[Batch]) -> int:
 
 def update_of(model: Any, optimizer: Any, accelerator: Accelerator, max_grad_norm: float) -> Update:
     """An update of all LoRA weights, each a parameter of its own, by this optimizer."""
-    return Update(Forward(model), trained(model), optimizer, accelerator, max_grad_norm, microbatch=8)
+    return Update(
+        Forward(model, family_of(model.get_base_model().config).hidden_states),
+        trained(model),
+        optimizer,
+        accelerator,
+        max_grad_norm,
+        microbatch=8,
+    )
 
 
 @pytest.mark.parametrize("step", [0, 1], ids=["full", "short"])

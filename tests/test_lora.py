@@ -16,7 +16,7 @@ from bitsandbytes.functional import dequantize_4bit
 from helpers import clear_error, reset_accelerate, slow, summed_loss_of
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
@@ -24,7 +24,7 @@ from im2json.data.collate import Batch
 from im2json.data.sources import load_splits
 from im2json.inference.evaluate import Evaluation
 from im2json.inference.settings import DecodeSettings
-from im2json.model.base import DTYPES, load_base, load_processor, resolve_precision
+from im2json.model.base import DTYPES, load_base, resolve_precision
 from im2json.model.lora import (
     add_lora,
     count_parameters,
@@ -466,7 +466,7 @@ def test_an_adapter_loads_with_plain_peft(finished, small_model, batch):
         assert torch.equal(losses[0], losses[1])
         with model.disable_adapter():
             assert not torch.isclose(summed_loss_of(model, batch), losses[0], rtol=1e-4)
-    processor = load_processor(str(finished.adapter))
+    processor = PaliGemmaProcessor.from_pretrained(finished.adapter)
     assert processor.image_seq_length == 4
     assert Path(json.loads((finished.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]) == Path(
         small_model

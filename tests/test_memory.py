@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import PaliGemmaConfig
 
 from im2json.data.collate import Batch
+from im2json.families.paligemma import PaliGemma
 from im2json.model.base import load_base
 from im2json.model.lora import add_lora, count_parameters
 from im2json.model.memory import MARGIN, Load, Setting, Sizes, forecast, most_that_fit
@@ -22,7 +23,7 @@ TEXT, VISION = tuple(DEFAULT_TARGET_MODULES.split(",")), ("q_proj", "k_proj", "v
 
 def paligemma(resolution: int) -> Sizes:
     """PaliGemma-3B."""
-    return Sizes.of(
+    return PaliGemma().sizes(
         PaliGemmaConfig(
             vision_config=dict(
                 model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
@@ -66,7 +67,7 @@ def test_what_is_kept_is_what_autograd_saves(small_model, batch: Batch, options)
     """On a CPU in fp32 without dropout, whose mask takes more there than on a GPU."""
     checkpointing = options.pop("checkpointing", False)
     model, config = adapted(small_model, **options)
-    make_forward(model, "single", checkpointing)
+    make_forward(model, PaliGemma().hidden_states, "single", checkpointing)
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     saved: dict[int, torch.Tensor] = {}  # by storage, kept alive so that no address comes twice
 
@@ -79,8 +80,8 @@ def test_what_is_kept_is_what_autograd_saves(small_model, batch: Batch, options)
         _hidden = model.get_base_model().model(**inputs, use_cache=False).last_hidden_state
     measured = sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in own)
     examples, positions = inputs["input_ids"].shape
-    setting = dataclasses.replace(Setting.of(config, "fp32", model), checkpointing=checkpointing)
-    kept = forecast(Sizes.of(model.config), setting, Load(examples, positions, 1, 1, 1)).kept
+    setting = dataclasses.replace(Setting.of(config, "fp32", model, "vision_tower"), checkpointing=checkpointing)
+    kept = forecast(PaliGemma().sizes(model.config), setting, Load(examples, positions, 1, 1, 1)).kept
     assert kept == pytest.approx(measured, rel=0.03)
 
 
@@ -94,9 +95,9 @@ def long(batch: Batch) -> dict[str, torch.Tensor]:
 def test_lora_weights_are_counted_as_they_are(small_model):
     for modules in ("q_proj,down_proj", "language", DEFAULT_TARGET_MODULES):
         model, config = adapted(small_model, target_modules=modules)
-        one = Setting.of(config, "fp32", model)
+        one = Setting.of(config, "fp32", model, "vision_tower")
         trainable, total = count_parameters(model)
-        parts = forecast(Sizes.of(model.config), one, Load(1, 10, 1, 1, 1))
+        parts = forecast(PaliGemma().sizes(model.config), one, Load(1, 10, 1, 1, 1))
         assert parts.lora == trainable * (4 + 4 + 8)
         assert parts.weights + parts.embedding == pytest.approx((total - trainable) * 4, rel=0.02)  # biases, norms
 

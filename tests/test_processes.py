@@ -199,13 +199,13 @@ SHARING = """
 import os, sys
 import im2json.model.features as features
 from im2json.data.collate import Collator
-pictures, features.CHUNK = Collator.pictures, 2
+pictures, features.CHUNK = Collator.pictures_of, 2
 
 def told(self, examples):
     sys.stdout.write(f"process {os.environ['RANK']} saw " + " ".join(example.id for example in examples) + "\\n")
     return pictures(self, examples)
 
-Collator.pictures = told
+Collator.pictures_of = told
 if "full" in sys.argv:
     sys.argv.remove("full")
     features.open = lambda *given: open("/dev/full" if os.environ["RANK"] == "1" else given[0], "r+b")

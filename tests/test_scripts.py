@@ -18,16 +18,26 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from helpers import COUNTS, MEASURED, ROOT, clear_error, metrics, reset_accelerate, slow, write_dataset
+from helpers import (
+    COUNTS,
+    MEASURED,
+    ROOT,
+    clear_error,
+    metrics,
+    prefix_inputs,
+    reset_accelerate,
+    slow,
+    write_dataset,
+)
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
+from transformers import PaliGemmaProcessor
 
 from im2json.cli import resume_advice
 from im2json.files import append_lines, read_lines
 from im2json.jsontext import parse
-from im2json.model.base import load_processor
 from im2json.options import OPTIONS, TrainConfig, flag_name
 from im2json.report.table import before_after_table
 from im2json.runs import RunFolder, locked
@@ -115,7 +125,7 @@ def test_what_else_lies_in_a_run_folder(finished):
     assert [path.name for path in sorted(finished.checkpoints.iterdir())] == ["step-2", "step-4"]
     asked = json.loads((finished.adapter / "im2json.json").read_text())
     assert asked == {"prompt": "extract JSON.", "letterbox": False, "quant": "none", "max_new_tokens": 6}
-    processor = load_processor(str(finished.adapter))
+    processor = PaliGemmaProcessor.from_pretrained(finished.adapter)
     assert processor.tokenizer("é")["input_ids"]
     assert not list(finished.path.rglob("*.tmp*"))
 
@@ -413,7 +423,7 @@ def test_eval_examples_limits_validation_alone(train, tmp_path):
 
 
 def test_max_new_tokens_bounds_the_text(train, tmp_path, small_model):
-    tokenizer = load_processor(small_model).tokenizer
+    tokenizer = PaliGemmaProcessor.from_pretrained(small_model).tokenizer
     lengths = {}
     for limit in (3, 9):
         run = train(tmp_path / str(limit), "--max-new-tokens", limit, "--steps", 1)
@@ -746,12 +756,12 @@ def test_no_draft_changes_what_a_trained_model_writes(seventy_steps):
         "the target reversed": [target[::-1] for target in targets],
         "random tokens": [rng.choices(range(1, 1500), k=len(target)) for target in targets],
     }
-    pixels = collator.pictures(examples)
+    pixels = collator.pictures_of(examples)["pixel_values"]
     decoder, written, passes = Decoder(merged_copy(space.model, torch.float32), collator), {}, {}
     for name, drafts in sources.items():
         before = decoder.passes
         requests = [
-            Request(lambda i=i: pixels[i : i + 1], limit, drafts[i])  # type: ignore[misc]
+            Request(lambda i=i: {"pixel_values": pixels[i : i + 1]}, limit, drafts[i])  # type: ignore[misc]
             for i in range(40)
         ]
         written[name] = dict(decoder.answers(requests, limit, max(map(len, drafts)), 40))
@@ -771,7 +781,7 @@ def test_merged_and_unmerged_answer_alike(seventy_steps):
     texts: list[str] = []
     for start in range(0, 40, 20):
         examples = [space.splits["validation"][i] for i in range(start, start + 20)]
-        inputs = space.collator.prefixes(space.collator.pictures(examples))
+        inputs = prefix_inputs(space.collator, space.collator.pictures_of(examples))
         with torch.no_grad():
             output = space.model.eval().generate(  # B x (P + T)
                 **inputs, max_new_tokens=space.settings.max_new_tokens, do_sample=False

@@ -12,13 +12,13 @@ import unicodedata
 import pytest
 from helpers import clear_error, prediction
 from PIL import Image
+from transformers import PaliGemmaProcessor
 
 from im2json.data.check import check_split
-from im2json.data.collate import Collator
 from im2json.data.sources import load_splits
 from im2json.data.stored import read_file
+from im2json.families import open_collator
 from im2json.files import append_lines, json_line, read_json, read_lines, write_json
-from im2json.model.base import load_processor
 from im2json.options import TrainConfig
 from im2json.report.page import html_page
 from im2json.runs import RunFolder, check_folder
@@ -184,15 +184,15 @@ def test_a_tilde_is_expanded_in_every_path(cli, monkeypatch, tmp_path):
 @pytest.mark.parametrize("prompt", ["<eos>", "<bos>answer", "<image> extract", "a <pad>", "<unk>"])
 def test_a_special_token_in_a_prompt_is_refused(small_model, prompt):
     with pytest.raises(ValueError, match=r"^--prompt '.*': leave <\w+> out, a special token$"):
-        Collator(load_processor(small_model), prompt)
+        open_collator(small_model, prompt)
 
 
 @pytest.mark.parametrize("prompt", ["", " ", "two\nlines", "a\n", "tab\there", "a <loc0001>", "\u202eRTL", "e\u0301"])
 def test_a_prompt_is_the_same_tokens_for_plain_transformers(small_model, prompt):
     """Training, evaluation and extraction take the collator's; an exported model takes its processor's."""
-    processor = load_processor(small_model)
+    processor = PaliGemmaProcessor.from_pretrained(small_model)
     plain = processor(images=Image.new("RGB", (8, 8)), text=f"<image>{prompt}", return_tensors="pt")
-    assert Collator(processor, prompt).prefix_ids == plain["input_ids"][0].tolist()
+    assert open_collator(small_model, prompt).prefix_ids == plain["input_ids"][0].tolist()
 
 
 # --- texts that are too long

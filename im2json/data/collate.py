@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import PaliGemmaProcessor
 
 from im2json.data.example import Example
-from im2json.data.pictures import on_square
 from im2json.errors import UserError
 from im2json.jsontext import canonical
 from im2json.text import is_utf8, shortened
 
-# B examples, S positions, P prefix positions (image tokens, BOS, prompt and newline), T target tokens with EOS.
+# B examples, S positions, P prefix positions (picture and prompt), T target tokens with the one that stops an answer.
 IGNORE = -100
+TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+"""The inputs that have S positions. All others are those of pictures."""
+
+Pictures = dict[str, torch.Tensor]
+"""What a model gets of B pictures: tensors of B rows each."""
+
+
+def join_pictures(parts: Sequence[Pictures]) -> Pictures:
+    """Return the rows of all parts as one, each padded with zeros to the longest where their lengths differ."""
+    joined = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        longest = max(value.shape[1] for value in values)
+        joined[name] = torch.cat([_lengthened(value, longest - value.shape[1]) for value in values])
+    return joined
 
 
 @dataclass(frozen=True)
@@ -26,9 +40,7 @@ class Batch:
     """A microbatch, padded on the right."""
 
     ids: list[str]
-    # input_ids, attention_mask, token_type_ids: B x S; and of the pictures, pixel_values: B x 3 x H x W, or what the
-    # tower makes of them, image_features: B x I x D
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, torch.Tensor]  # of B rows each: those in TEXT, and those of the pictures
     labels: torch.Tensor  # B x S
 
     def to(self, device: torch.device) -> Batch:
@@ -46,95 +58,110 @@ class Batch:
         more = -self.labels.shape[1] % multiple
         if not more:
             return self
-        fill = {"token_type_ids": 1}  # others 0, which is the padding token's id as well
-        inputs = {n: v if v.ndim > 2 else F.pad(v, (0, more), value=fill.get(n, 0)) for n, v in self.inputs.items()}
-        return Batch(self.ids, inputs, F.pad(self.labels, (0, more), value=IGNORE))
+        fill = {"token_type_ids": 1}  # others 0, as no one attends to padding
+        inputs = {n: _lengthened(v, more, fill.get(n, 0)) if n in TEXT else v for n, v in self.inputs.items()}
+        return Batch(self.ids, inputs, _lengthened(self.labels, more, IGNORE))
 
     def _part(self, start: int, stop: int) -> Batch:
         longest = int(self.inputs["attention_mask"][start:stop].sum(1).max())
-        inputs = {name: v[start:stop] if v.ndim > 2 else v[start:stop, :longest] for name, v in self.inputs.items()}
+        inputs = {n: v[start:stop, :longest] if n in TEXT else v[start:stop] for n, v in self.inputs.items()}
         return Batch(self.ids[start:stop], inputs, self.labels[start:stop, :longest])
 
     def pin_memory(self) -> Batch:
         return Batch(self.ids, {k: v.pin_memory() for k, v in self.inputs.items()}, self.labels.pin_memory())
 
 
-class Collator:
-    """Turns examples into PaliGemma's layout, the same tokens as PaliGemmaProcessor with a suffix makes:
+class Collator(ABC):
+    """Turns examples into what a model is trained on:
 
-        <image> x 256, BOS, prompt, newline | target JSON, EOS | padding
-        token_type_ids 0 (both directions)  | 1 (causal)       | 1
-        labels -100                         | the tokens       | -100
+        picture and prompt | target JSON, stop token | padding
+        token_type_ids 0   | 1                       | 1
+        labels -100        | the tokens              | -100
 
-    A target is never cut, and what it holds is text: a literal `<eos>` in it is spelled out, not a special token.
+    A family of models says what precedes an answer and what ends it, and how pictures become inputs. A target is never
+    cut, and what it holds is text: a literal `<eos>` in it is spelled out, not a special token.
+
+    Args:
+        processor: of the model; its tokenizer writes the targets.
+        letterbox: whether pictures keep their shape where the model sees squares.
+
+    Raises:
+        UserError: if the prompt is not UTF-8, or holds what the tokenizer reads as a special token.
     """
 
-    def __init__(self, processor: PaliGemmaProcessor, prompt: str, letterbox: bool = False) -> None:
+    stop: int  # the token that ends an answer
+    longest_prefix: int  # tokens that precede an answer, at most
+    last: int  # the token that every prefix ends with
+    image_token: int  # stands in a prefix for each of a picture's features
+
+    def __init__(self, processor: Any, prompt: str, letterbox: bool = False) -> None:
         if not is_utf8(prompt):
             raise UserError(f"--prompt {shortened(prompt)!r} is not UTF-8 text")
         self.processor = processor
         self.prompt = prompt
         self.letterbox = letterbox
-        tokenizer = processor.tokenizer
         # the processor of an exported model, which is not ours, reads them as special tokens too
-        if special := next((token for token in _special_tokens(tokenizer) if token in prompt), None):
+        if special := next((token for token in _special_tokens(processor.tokenizer) if token in prompt), None):
             raise UserError(f"--prompt {shortened(prompt)!r}: leave {special} out, a special token")
-        image_tokens = processor.image_token * processor.image_seq_length
-        prefix = tokenizer(f"{image_tokens}{tokenizer.bos_token}{prompt}\n", add_special_tokens=False)
-        self.prefix_ids: list[int] = prefix["input_ids"]  # P
+
+    @abstractmethod
+    def pictures(self, images: Sequence[Image.Image]) -> Pictures:
+        """Return what the model gets of B pictures."""
+
+    def pictures_of(self, examples: Sequence[Example]) -> Pictures:
+        """Return what the model gets of the pictures of B examples."""
+        return self.pictures([example.image for example in examples])
+
+    @abstractmethod
+    def prefixes(self, pictures: Mapping[str, torch.Tensor]) -> list[list[int]]:
+        """Return the tokens that precede each of B answers: those of its picture and of the prompt."""
+
+    def positions(self, pictures: Mapping[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+        """Return {"position_ids": B x S x ...} for S = `length`, or nothing if positions are counted from the first."""
+        return {}
+
+    @abstractmethod
+    def seen(self, pictures: Pictures) -> Image.Image:
+        """Return the one picture that these inputs hold, as the model sees it."""
 
     def target_ids(self, target: dict) -> list[int]:
-        """The tokens to learn: canonical JSON, then EOS; T of them."""
+        """Return the T tokens to learn: canonical JSON, then the one that ends an answer."""
         tokenizer = self.processor.tokenizer
         ids = tokenizer(canonical(target), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [*ids, tokenizer.eos_token_id]
+        return [*ids, self.stop]
 
     def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """The texts that rows of tokens stand for, without EOS and other special tokens."""
+        """Return the texts that rows of tokens stand for, without special tokens."""
         return self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Pictures squashed to the square that the tower sees, or with `letterbox` on white; B x 3 x H x W."""
-        shown = [on_square(image) if self.letterbox else image for image in images]
-        return self.processor.image_processor(shown, return_tensors="pt")["pixel_values"]
-
-    def pictures(self, examples: Sequence[Example]) -> torch.Tensor:
-        """`pixels` of examples."""
-        return self.pixels([example.image for example in examples])
-
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        """A training batch."""
+        """Return a training batch."""
         ids, targets = [example.id for example in examples], [example.target for example in examples]
-        return self.batch(ids, targets, pixel_values=self.pictures(examples))
+        return self.batch(ids, targets, self.pictures_of(examples))
 
-    def batch(self, ids: list[str], targets: Sequence[dict], **pictures: torch.Tensor) -> Batch:
-        """A training batch of B targets and what is known of their pictures, see Batch.inputs."""
+    def batch(self, ids: list[str], targets: Sequence[dict], pictures: Pictures) -> Batch:
+        """Return a training batch of B targets and what is known of their pictures."""
         suffixes = [self.target_ids(target) for target in targets]
-        start = len(self.prefix_ids)
-        shape = (len(ids), start + max(map(len, suffixes)))
+        prefixes = self.prefixes(pictures)
+        length = max(len(prefix) + len(suffix) for prefix, suffix in zip(prefixes, suffixes))
+        shape = (len(ids), length)
         input_ids = torch.full(shape, self.processor.tokenizer.pad_token_id)  # B x S
         labels = torch.full(shape, IGNORE)  # B x S
         attention_mask = torch.zeros(shape, dtype=torch.long)  # B x S
         token_type_ids = torch.ones(shape, dtype=torch.long)  # B x S
-        input_ids[:, :start] = torch.tensor(self.prefix_ids)
-        token_type_ids[:, :start] = 0
-        for row, suffix in enumerate(suffixes):
-            end = start + len(suffix)
+        for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes)):
+            start, end = len(prefix), len(prefix) + len(suffix)
+            input_ids[row, :start] = torch.tensor(prefix)
+            token_type_ids[row, :start] = 0
             input_ids[row, start:end] = labels[row, start:end] = torch.tensor(suffix)
             attention_mask[row, :end] = 1
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        return Batch(ids, inputs | pictures, labels)
+        text = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        return Batch(ids, text | self.positions(pictures, length) | pictures, labels)
 
-    def prefixes(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What generation starts from, for pictures as `pixels` makes them. All prefixes are equally long, so nothing
-        is padded."""
-        input_ids = torch.tensor(self.prefix_ids).repeat(len(pixels), 1)  # B x P
-        return {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "token_type_ids": torch.zeros_like(input_ids),
-            "pixel_values": pixels,
-        }
+
+def _lengthened(value: torch.Tensor, more: int, fill: int = 0) -> torch.Tensor:
+    """Return a tensor with so much more of its second dimension."""
+    return F.pad(value, (0, 0) * (value.ndim - 2) + (0, more), value=fill) if more else value
 
 
 def _special_tokens(tokenizer: Any) -> list[str]:

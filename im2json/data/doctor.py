@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 
 from im2json.data.check import Checkup, examine
 from im2json.data.collate import IGNORE, Collator
@@ -107,17 +106,15 @@ def keys_report(splits: Mapping[str, RunSplit]) -> str:
 def preview(example: Example, collator: Collator) -> Preview:
     """Return the example as a batch of its own holds it."""
     batch = collator([example])
-    tokenizer, processor = collator.processor.tokenizer, collator.processor.image_processor
-    images = collator.processor.image_seq_length
-    ids, labels = batch.inputs["input_ids"][0, images:].tolist(), batch.labels[0, images:].tolist()
-    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-    pixels = (batch.inputs["pixel_values"][0] * std + mean).clamp(0, 1) * 255  # 3 x H x W
-    seen = Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
-    pieces = tokenizer.convert_ids_to_tokens(ids)
-    texts = [tokenizer.decode([token]) for token in ids]
-    tokens = [
-        (piece if "\ufffd" in text else text, label != IGNORE)  # a byte of a rare character is no text by itself
-        for piece, text, label in zip(pieces, texts, labels)
-    ]
-    start = (f"{collator.processor.image_token} x {images}", False)
-    return Preview(example.id, example.image, seen, example.target, [start, *tokens])
+    tokenizer = collator.processor.tokenizer
+    tokens: list[tuple[str, bool]] = []
+    for token, repeated in itertools.groupby(zip(batch.inputs["input_ids"][0].tolist(), batch.labels[0].tolist())):
+        id, label, count = *token, len(list(repeated))
+        text = tokenizer.decode([id])
+        if "\ufffd" in text:  # a byte of a rare character is no text by itself
+            text = tokenizer.convert_ids_to_tokens(id)
+        if id == collator.image_token:
+            tokens.append((f"{text} x {count}", False))
+        else:
+            tokens += [(text, label != IGNORE)] * count
+    return Preview(example.id, example.image, collator.seen(batch.inputs), example.target, tokens)

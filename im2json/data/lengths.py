@@ -39,10 +39,10 @@ class TargetMeter:
         """
         self.collator = collator
         self.limit = limit
-        self.answer_positions = positions - len(collator.prefix_ids)
+        self.answer_positions = positions - collator.longest_prefix
         if self.answer_positions < 2:
             raise UserError(
-                f"--prompt {shortened(collator.prompt)!r}: picture and prompt take {len(collator.prefix_ids)} tokens, "
+                f"--prompt {shortened(collator.prompt)!r}: picture and prompt take {collator.longest_prefix} tokens, "
                 f"and the model holds {positions}; shorten the prompt"
             )
 

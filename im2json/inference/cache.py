@@ -1,4 +1,4 @@
-"""The keys and values of texts that are being written, and attention to them."""
+"""The keys and values of texts that are being written, and who attends to whom."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-# R slots, B rows that are read, S positions read of each, L positions of a slot, H query heads, G key/value heads,
-# E head size.
+from im2json.families import Reader
+
+# R slots, B rows that are read, S positions read of each, L positions of a slot, G key/value heads, E head size.
 
 
 class KeyValues:
@@ -17,14 +18,21 @@ class KeyValues:
     The tensors never move, so that a CUDA graph can be replayed on them.
 
     Args:
-        like: a tensor of the dtype and device wanted.
+        reader: whose keys and values they are.
+        slots: R.
+        length: L.
     """
 
-    def __init__(self, layers: int, heads: int, size: int, slots: int, length: int, like: torch.Tensor) -> None:
-        shape = (slots, length, heads, size)
+    def __init__(self, reader: Reader, slots: int, length: int) -> None:
+        shape, like = (slots, length, reader.kv_heads, reader.head_dim), reader.like
         # zeros, as a position that is not written yet is multiplied by 0, and 0 times a NaN would be NaN
-        self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(layers)]  # R x L x G x E
+        self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(reader.layers)]  # R x L x G x E
         self.length = length
+
+    @staticmethod
+    def slot_bytes(reader: Reader, length: int) -> int:
+        """Return what a slot of so many positions takes."""
+        return 2 * reader.layers * reader.kv_heads * reader.head_dim * reader.like.itemsize * length
 
     def move(self, source: int, target: int) -> None:
         """Copy what one slot holds to another."""
@@ -36,6 +44,8 @@ class KeyValues:
 class PrefixCache:
     """Keep the keys and values of prefixes that are being read. Each fills a slot from its beginning.
 
+    All of a prefix attends to all of it, unless `look_back` is called before.
+
     Args:
         slots: B indices. One may stand there several times if its rows are the same.
     """
@@ -43,18 +53,46 @@ class PrefixCache:
     def __init__(self, kept: KeyValues, slots: torch.Tensor) -> None:
         self.kept = kept
         self.slots = slots
+        self.lengths: torch.Tensor | None = None
+        self.width = 0
+
+    def look_back(self, lengths: torch.Tensor, width: int) -> None:
+        """Let each position attend to itself and to those before it, in rows that are padded on the right.
+
+        Args:
+            lengths: B, the positions that are real.
+            width: S, those and the padding.
+        """
+        self.lengths, self.width = lengths, width
 
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep what is new, B x S x G x E, clear the rest of the slots, and return what to attend to."""
         rest = (0, 0, 0, 0, 0, self.kept.length - keys.shape[1])
         for kept, new in zip(self.kept.layers[layer], (keys, values)):
-            whole = F.pad(new, rest)  # what another text left may have overflowed
+            whole = F.pad(self._real(new), rest)  # what another text left may have overflowed
             # 8 bytes at a time: index_copy_ computes an index per element
             kept.view(torch.int64).index_copy_(0, self.slots, whole.view(torch.int64))
         return keys, values
 
-    def mask(self, window: int | None) -> None:
-        """Return no mask: all of a prefix attends to all of it."""
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """Return what is added to scores, 1 x S x S, or None if all of a prefix attends to all of it.
+
+        Args:
+            window: how many positions a layer sees if it looks back, the token's own included. None: all.
+        """
+        if self.lengths is None:
+            return None
+        places = torch.arange(self.width, device=self.lengths.device)
+        back = places[:, None] - places
+        hidden = back < 0 if window is None else (back < 0) | (back >= window)
+        return _added(hidden[None], self.kept)
+
+    def _real(self, new: torch.Tensor) -> torch.Tensor:
+        """Return B x S x G x E with zeros where a row is padded."""
+        if self.lengths is None:
+            return new
+        padded = torch.arange(new.shape[1], device=new.device) >= self.lengths[:, None]
+        return new.masked_fill(padded[:, :, None, None], 0)
 
 
 @dataclass(frozen=True)
@@ -88,49 +126,9 @@ class TokenCache:
         hidden = back < 0
         if window is not None:  # a prefix attends to all of itself in every layer
             hidden = hidden | ((back >= window) & (self.places >= self.begins[:, None])[:, :, None])
-        # Added and not boolean: attention would convert that in every layer.
-        return self.kept.layers[0][0].new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        return _added(hidden, self.kept)
 
 
-def grouped_attention(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """Compute attention without repeating the keys and values that query heads share.
-
-    The query heads of one key/value head are laid out as further queries of it. Repeating keys and values instead
-    would cost more memory traffic than the weights where 8 heads share one, as in PaliGemma.
-
-    Args:
-        query: B x S x H x E.
-        keys, values: B x L x G x E.
-        mask: added to the scores, B x (H / G * S) x L in the order of `tiled`, or None.
-        softcap: Gemma 2's cap on the scores.
-
-    Returns:
-        B x S x H x E.
-    """
-    rows, positions, _, size = query.shape
-    groups = keys.shape[2]
-    grouped = query.view(rows, positions, groups, -1, size).permute(0, 2, 3, 1, 4).flatten(2, 3)  # B x G x (H/G S) x E
-    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-    added = None if mask is None else mask[:, None]
-    if softcap is None:
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=added, scale=scale)
-    else:
-        scores = torch.tanh(grouped @ keys.transpose(2, 3) * (scale / softcap)) * softcap
-        if added is not None:
-            scores = scores + added
-        out = scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
-    return out.view(rows, groups, -1, positions, size).permute(0, 3, 1, 2, 4).reshape(query.shape)
-
-
-def tiled(mask: torch.Tensor | None, heads: int) -> torch.Tensor | None:
-    """Return a mask, B x S x L, for the queries of `heads` heads, B x (heads * S) x L."""
-    if mask is None:
-        return None
-    return mask[:, None].expand(-1, heads, -1, -1).flatten(1, 2)
+def _added(hidden: torch.Tensor, kept: KeyValues) -> torch.Tensor:
+    """Return what is added to scores: minus infinity where `hidden`. Booleans would be converted in every layer."""
+    return kept.layers[0][0].new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))

@@ -6,16 +6,17 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PaliGemmaForConditionalGeneration
 
-from im2json.data.collate import Collator
+from im2json.data.collate import Collator, Pictures, join_pictures
+from im2json.families import Reader, family_of
+from im2json.inference.cache import KeyValues
 from im2json.inference.constrain import Grammar
 from im2json.inference.drafts import DraftLength
-from im2json.inference.paligemma import PaliGemmaReader
 from im2json.inference.slots import Report, Room, Slots, positions
 from im2json.model.memory import PREFIXES, SLOTS, most_that_fit, slots_that_fit
 
@@ -40,7 +41,7 @@ class Answer:
 class Request(NamedTuple):
     """A picture to be read."""
 
-    pixels: Callable[[], torch.Tensor]  # waits for them, 1 x 3 x H x W, see Collator.pixels
+    picture: Callable[[], Pictures]  # waits for it; of one row, see Collator.pictures
     limit: int  # tokens that the answer may have, at least 1
     source: Sequence[int] = ()  # tokens that the answer is drafted from; they never change it
 
@@ -64,7 +65,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: PaliGemmaForConditionalGeneration,
+        model: Any,
         collator: Collator,
         grammar: Grammar | None = None,
         slots: int | Literal["auto"] = "auto",
@@ -73,7 +74,7 @@ class Decoder:
         self.collator = collator
         self.grammar = grammar
         self.slots = slots  # halved where a GPU's memory is exceeded
-        self.reader = PaliGemmaReader(model, collator)
+        self.reader: Reader = family_of(model.config).reader(model, collator)
         self.fixed = model.device.type == "cuda"
         self.group = GROUP[model.device.type]
         self.tokens = 0  # written so far, EOS included
@@ -90,7 +91,7 @@ class Decoder:
         ended.
 
         Args:
-            requests: taken one by one when there is a free slot, and not asked for pixels before.
+            requests: taken one by one when there is a free slot, and not asked for the picture before.
             longest: the highest limit among them.
             source: the length of their longest source.
             count: how many there are, if that is known.
@@ -116,14 +117,19 @@ class Decoder:
             tqdm.write(f"out of GPU memory with {room.slots} answers at once: going on with {self.slots}")
             waiting = itertools.chain(begun.values(), waiting)  # type: ignore[assignment]
 
-    def __call__(self, pixels: torch.Tensor, limits: int | Sequence[int]) -> list[Answer]:
-        """Return the answers to B pictures, B x 3 x H x W.
+    def __call__(self, pictures: Pictures, limits: int | Sequence[int]) -> list[Answer]:
+        """Return the answers to B pictures.
 
         Args:
             limits: how many tokens each may have, at least 1; of all, or one for each.
         """
-        each = [limits] * len(pixels) if isinstance(limits, int) else list(limits)
-        requests = [Request(lambda one=one: one[None], limit) for one, limit in zip(pixels, each)]  # type: ignore[misc]
+        count = len(next(iter(pictures.values())))
+        each = [limits] * count if isinstance(limits, int) else list(limits)
+
+        def picture(row: int) -> Pictures:
+            return {name: value[row : row + 1] for name, value in pictures.items()}
+
+        requests = [Request(partial(picture, row), limit) for row, limit in enumerate(each)]
         found = dict(self.answers(requests, max(each, default=1), count=len(requests)))
         return [found[number] for number in range(len(requests))]
 
@@ -163,7 +169,7 @@ class Decoder:
         return Room(slots, tokens, source)
 
     def _slot_bytes(self, tokens: int) -> int:
-        return self.reader.slot_bytes(positions(self.reader, tokens))
+        return KeyValues.slot_bytes(self.reader, positions(self.reader, tokens))
 
     def _take(self, room: Room) -> Slots:
         """Return slots with so much room, those of an earlier call if they are free and have it."""
@@ -238,7 +244,7 @@ class _Work:
             if not chosen:
                 return
             self.begun.update(chosen)
-            pixels = torch.cat([request.pixels() for _, request in chosen.values()])
+            pictures = join_pictures([request.picture() for _, request in chosen.values()])
             limits = [request.limit for _, request in chosen.values()]
-            slots.admit(list(chosen), pixels, limits, [request.source for _, request in chosen.values()])
+            slots.admit(list(chosen), pictures, limits, [request.source for _, request in chosen.values()])
             free = free[len(chosen) :]

@@ -17,7 +17,7 @@ from peft import PeftModel
 from PIL import Image
 from tqdm.auto import tqdm
 
-from im2json.data.collate import Collator
+from im2json.data.collate import Collator, Pictures
 from im2json.data.example import FirstExamples, Split
 from im2json.data.loader import AHEAD, load_ahead, loading_threads
 from im2json.files import append_lines, keep_lines
@@ -81,7 +81,7 @@ def evaluate_split(
     with bar as progress, loading_threads(accelerator.device) as pool:
         loaded = load_ahead(pool, partial(_load, split, collator), order, AHEAD)
         decoder = make_decoder()
-        labelled: dict[int, Future[tuple[Labelled, torch.Tensor]]] = {}
+        labelled: dict[int, Future[tuple[Labelled, Pictures]]] = {}
 
         def requests() -> Iterator[Request]:
             for number, future in enumerate(loaded):
@@ -211,7 +211,7 @@ def _windows(targets: Sequence[dict[str, Any]], rank: int, processes: int) -> It
         yield sorted(window, key=lambda i: len(canonical(targets[i])), reverse=True)[rank::processes]
 
 
-def _load(split: Split, collator: Collator, i: int) -> tuple[Labelled, torch.Tensor]:
-    """Return an example's id, target and pixels, 1 x 3 x H x W."""
+def _load(split: Split, collator: Collator, i: int) -> tuple[Labelled, Pictures]:
+    """Return an example's id and target, and what the model gets of its picture."""
     example = split[i]
-    return (example.id, example.target), collator.pixels([example.image])
+    return (example.id, example.target), collator.pictures([example.image])

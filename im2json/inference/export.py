@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import GenerationConfig, PaliGemmaForConditionalGeneration
+from transformers import GenerationConfig
 
 from im2json.data.check import examine
 from im2json.data.example import RunSplit
@@ -23,6 +23,7 @@ from im2json.data.pictures import on_square
 from im2json.data.sources import open_splits
 from im2json.data.splits import divide, restore
 from im2json.errors import UserError
+from im2json.families import family_of
 from im2json.files import fresh_folder, write_json
 from im2json.inference.extract import Extractor
 from im2json.options import TrainConfig
@@ -113,8 +114,8 @@ def validation_answers(run: RunFolder) -> list[Prediction]:
 
 
 def write_merged(run: RunFolder, folder: Path) -> None:
-    """Write the weights that the run's answers come from, in bf16 and laid out as those of google/paligemma-* on the
-    hub, with processor and generation config.
+    """Write the weights that the run's answers come from, in bf16 and laid out as the hub has those of the base,
+    with processor and generation config.
 
     They are merged at the run's precision and rounded once, so on a GPU that computes in bf16 they are those that the
     evaluation generates with, bit by bit.
@@ -135,46 +136,25 @@ def write_merged(run: RunFolder, folder: Path) -> None:
         max_new_tokens=extractor.settings.max_new_tokens,
     )
     model.to(torch.bfloat16)
-    model.save_pretrained(folder, state_dict=hub_layout(model.state_dict()), save_original_format=False)
+    weights = family_of(model.config).hub_layout(model.state_dict())
+    model.save_pretrained(folder, state_dict=weights, save_original_format=False)
     collator.processor.save_pretrained(folder)
     write_json(folder / USAGE, {"prompt": config.data.prompt, "letterbox": config.data.letterbox})
-    check_layout(folder, model)
+    check_layout(folder, model, weights)
 
 
-def hub_layout(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a PaliGemma's weights under the names that google/paligemma-* has on the hub.
-
-    transformers (5.x) reads these and others; vLLM names its own modules after them, SigLIP's `vision_model` included
-    (vllm/model_executor/models/paligemma.py and siglip.py), which transformers leaves out for a model that it did not
-    load. lm_head is the embedding, and not there twice.
-    """
-    prefixes = {
-        "model.language_model.": "language_model.model.",
-        "model.vision_tower.": "vision_tower.vision_model.",
-        "model.multi_modal_projector.": "multi_modal_projector.",
-    }
-    return {
-        new + name.removeprefix(old): weight
-        for name, weight in weights.items()
-        for old, new in prefixes.items()
-        if name.startswith(old)
-    }
-
-
-def check_layout(folder: Path, model: PaliGemmaForConditionalGeneration) -> None:
-    """Look at what was written as vLLM's loader will: names, one type of number, and what it reads of the config."""
+def check_layout(folder: Path, model: Any, weights: Collection[str]) -> None:
+    """Look at what was written as other loaders will: names, one type of number, and what they read of the config."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     written: dict[str, str] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             written |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    assert written.keys() == hub_layout(model.state_dict()).keys(), "weights are missing"
+    assert written.keys() == set(weights), "weights are missing"
     assert len(written) == len({id(weight) for weight in model.parameters()}), "some weights are not in the layout"
     assert set(written.values()) == {"BF16"}
-    assert config["architectures"] == ["PaliGemmaForConditionalGeneration"]
+    assert config["architectures"] == [type(model).__name__]
     assert "quantization_config" not in config
-    assert config["text_config"]["model_type"] in ("gemma", "gemma2") and config["image_token_index"] is not None
-    assert config["vision_config"]["projection_dim"] == config["projection_dim"]
 
 
 def parity(run: RunFolder, folder: Path, answers: Sequence[Prediction]) -> Parity:

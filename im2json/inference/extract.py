@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from transformers import PaliGemmaForConditionalGeneration
 
-from im2json.data.collate import Collator
+from im2json.data.collate import Collator, Pictures
 from im2json.data.loader import AHEAD, load_ahead, loading_threads
 from im2json.data.modes import reading_note
 from im2json.data.pictures import count_pages, decode_picture, upright_rgb
 from im2json.data.stored import read_file
 from im2json.errors import UserError
+from im2json.families import open_collator
 from im2json.inference.decode import Answer, Decoder, Request
 from im2json.inference.settings import DecodeSettings
 from im2json.jsontext import read
-from im2json.model.base import load_processor, positions, resolve_precision
+from im2json.model.base import positions, resolve_precision
 from im2json.model.hub import adapter_path
 from im2json.model.loading import choose_device, load_adapted
 from im2json.model.lora import merged_copy
@@ -40,10 +40,10 @@ WAITING = 512  # rows that may wait for one before them
 
 
 class _Loaded(NamedTuple):
-    """A picture by name, with its pixels, 1 x 3 x H x W, or with what is wrong."""
+    """A picture by name, with what the model gets of it, or with what is wrong."""
 
     id: str
-    pixels: torch.Tensor | None = None
+    picture: Pictures | None = None
     error: str | None = None
     pages: int = 1  # of its file
     note: str | None = None  # on how it was read
@@ -64,7 +64,7 @@ class Extractor:
 
     def __init__(
         self,
-        model: PaliGemmaForConditionalGeneration,
+        model: Any,
         collator: Collator,
         settings: DecodeSettings,
         calibration: Calibration = Calibration(),  # noqa: B008 (it is a named tuple)
@@ -76,7 +76,7 @@ class Extractor:
 
     @classmethod
     def from_run(cls, path: str | os.PathLike[str], **options: Any) -> Extractor:
-        """Load the best adapter of a run with its base, or any LoRA adapter for a PaliGemma in PEFT's format.
+        """Load the best adapter of a run with its base, or any LoRA adapter in PEFT's format.
 
         Args:
             path: a run folder, an adapter folder, or an adapter on the hub (owner/name).
@@ -105,7 +105,7 @@ class Extractor:
         precision = resolve_precision(config.model.precision, device)
         with torch.random.fork_rng():  # the caller's random numbers stay as they are
             adapted = load_adapted(replace(config.model, dequantize="off"), precision, device, seed=0)
-        collator = Collator(load_processor(config.model.model), config.data.prompt, config.data.letterbox)
+        collator = open_collator(config.model.model, config.data.prompt, config.data.letterbox)
         limit = config.decode.max_new_tokens or positions(adapted)
         settings = DecodeSettings.of(config, precision, adapted, collator, limit, schema, checks)
         extractor = cls(merged_copy(adapted, settings.dtype), collator, settings, calibration)
@@ -136,11 +136,11 @@ class Extractor:
             requested = itertools.count()
             for number, future in loading:
                 loaded = future.result()
-                if loaded.pixels is None:
+                if loaded.picture is None:
                     rows[number] = {"id": loaded.id, "error": loaded.error}
                 else:
                     reading[next(requested)] = number, loaded
-                    yield Request(lambda pixels=loaded.pixels: pixels, limit, self.draft)  # type: ignore[misc]
+                    yield Request(lambda picture=loaded.picture: picture, limit, self.draft)  # type: ignore[misc]
                 if len(rows) > WAITING or (rows and not reading):
                     return
             more = False
@@ -194,4 +194,4 @@ class Extractor:
                 shown, pages = decode_picture(data, name), count_pages(data)
         except UserError as error:
             return _Loaded(name, error=str(error))
-        return _Loaded(name, self.decoder.collator.pixels([shown]), pages=pages, note=reading_note(shown))
+        return _Loaded(name, self.decoder.collator.pictures([shown]), pages=pages, note=reading_note(shown))

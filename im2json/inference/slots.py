@@ -14,10 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from im2json.inference.cache import PrefixCache, TokenCache
+from im2json.data.collate import Pictures
+from im2json.families import Reader
+from im2json.inference.cache import KeyValues, PrefixCache, TokenCache
 from im2json.inference.constrain import Allowed, Grammar
 from im2json.inference.drafts import LENGTHS, NOTHING, TAIL, aligned
-from im2json.inference.paligemma import PaliGemmaReader
 from im2json.model.memory import CHOICES
 
 # R slots, B rows computed, K tokens read of each, T tokens that may be written, S tokens of a source, L positions,
@@ -50,9 +51,9 @@ class Report:
     drafts: np.ndarray  # R x (K - 1), of the next pass
 
 
-def positions(reader: PaliGemmaReader, tokens: int) -> int:
+def positions(reader: Reader, tokens: int) -> int:
     """Return how many positions a slot for so many tokens has."""
-    return -(-(len(reader.prefix) + tokens + LENGTHS[-1]) // ROUND_UP) * ROUND_UP
+    return -(-(reader.longest_prefix + tokens + LENGTHS[-1]) // ROUND_UP) * ROUND_UP
 
 
 class Slots:
@@ -70,10 +71,8 @@ class Slots:
         fixed: whether all slots are computed in every pass, as a graph asks for, or only the first `used`.
     """
 
-    def __init__(
-        self, reader: PaliGemmaReader, room: Room, group: int, grammar: Grammar | None, *, fixed: bool
-    ) -> None:
-        device = reader.prefix.device
+    def __init__(self, reader: Reader, room: Room, group: int, grammar: Grammar | None, *, fixed: bool) -> None:
+        device = reader.like.device
         numbers: dict[str, Any] = {"dtype": torch.long, "device": device}
         slots = room.slots
         most = self.most = LENGTHS[-1] if grammar is None else MOST_HELD
@@ -84,7 +83,7 @@ class Slots:
         self.device = device
         self.fixed = fixed
         self.used = slots if fixed else 0
-        self.cache = reader.new_cache(slots, length)
+        self.cache = KeyValues(reader, slots, length)
         self.stops = torch.tensor(reader.stops, **numbers)
         # what a row writes beyond its count is written over by its next pass
         self.written = torch.zeros((slots, room.tokens + most), **numbers)
@@ -101,11 +100,11 @@ class Slots:
         self.place = torch.zeros(slots, **numbers)  # where in the source a row is
         self.draft = torch.full((slots, most - 1), NOTHING, **numbers)
         self.right, self.tried = torch.zeros(slots, **numbers), torch.zeros(slots, **numbers)
-        self.hidden = reader.prefix.new_zeros((slots, most, reader.model.lm_head.in_features), dtype=reader.model.dtype)
+        self.hidden = reader.like.new_zeros((slots, most, reader.hidden))
         self.allowed = None if grammar is None else Allowed(grammar, slots, most, device)
         self.seconds_recording = 0.0
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
-        self._pixels: torch.Tensor | None = None  # what the recorded prefixes are read from
+        self._pictures: Pictures | None = None  # what the recorded prefixes are read from
         self._slots = torch.zeros(group, **numbers)
         # for a report while another is read
         self._hosts = itertools.cycle([self._host(), self._host()] if fixed else [])
@@ -123,18 +122,19 @@ class Slots:
 
     @torch.no_grad()
     def admit(
-        self, slots: Sequence[int], pixels: torch.Tensor, limits: Sequence[int], sources: Sequence[Sequence[int]]
+        self, slots: Sequence[int], pictures: Pictures, limits: Sequence[int], sources: Sequence[Sequence[int]]
     ) -> None:
         """Begin a text in each of B slots, at most `group`; where rows are not `fixed`, in those from `used` on.
 
         Args:
-            pixels: B x 3 x H x W.
+            pictures: of B rows.
             limits: how many tokens each may have, 1 to T.
             sources: what each is drafted from; what is longer than there is room for is left out.
         """
         if self.fixed:
             more = [0] * (self.group - len(slots))  # rows that a recorded graph asks for: the first again
-            pixels = pixels[[*range(len(slots)), *more]]
+            rows = [*range(len(slots)), *more]
+            pictures = {name: value[rows] for name, value in pictures.items()}
             slots, limits = [*slots, *(slots[0] for _ in more)], [*limits, *(limits[0] for _ in more)]
             sources = [*sources, *(sources[0] for _ in more)]
         else:
@@ -152,15 +152,21 @@ class Slots:
         self.finished.index_fill_(0, where, False)
         if self.allowed is not None:
             self.allowed.begin(slots)
+        sent = {name: self._sent(value) for name, value in pictures.items()}
         if not self.on_gpu:
-            self._read_prefixes(where, pixels)
+            self._read_prefixes(where, sent)
             return
-        if self._pixels is None:
-            self._pixels = pixels.to(self.device)
-            self._warm_up(self._pixels)
-        self._pixels.copy_(self._sent(pixels))
+        if self._pictures is None:
+            self._pictures = sent
+            self._slots.copy_(where)
+            self._warm_up(sent)
+        if not self.reader.records_prefixes:
+            self._read_prefixes(where, sent)
+            return
+        for name, value in sent.items():
+            self._pictures[name].copy_(value)
         self._slots.copy_(where)
-        shown = self._pixels
+        shown = self._pictures
         self._run("prefixes", self.group, lambda _: self._read_prefixes(self._slots, shown))
 
     @torch.no_grad()
@@ -207,13 +213,13 @@ class Slots:
         if self.allowed is not None:
             self.allowed.move(source, target)
 
-    def _read_prefixes(self, slots: torch.Tensor, pixels: torch.Tensor) -> None:
-        length, offset = self.reader.read_prefixes(pixels, PrefixCache(self.cache, slots))
+    def _read_prefixes(self, slots: torch.Tensor, pictures: Pictures) -> None:
+        length, offset = self.reader.read_prefixes(pictures, PrefixCache(self.cache, slots))
         # The last token is read once more with the first draft, where it finds what it found before.
         self.begins.index_copy_(0, slots, length)
         self.position.index_copy_(0, slots, length - 1)
         self.offset.index_copy_(0, slots, offset)
-        self.latest.index_copy_(0, slots, self.reader.prefix[-1:].expand(len(slots), 1))
+        self.latest.index_fill_(0, slots, self.reader.last)
 
     def _read(self, length: int) -> None:
         """Take in the latest token of each row and `length` - 1 of its draft."""
@@ -289,7 +295,7 @@ class Slots:
         room = [torch.empty_like(value, device="cpu", pin_memory=self.on_gpu) for value in self._state()]
         return room, torch.cuda.Event() if self.on_gpu else None
 
-    def _warm_up(self, pixels: torch.Tensor) -> None:
+    def _warm_up(self, pictures: Pictures) -> None:
         """Run everything once, as what is allocated and chosen in first runs cannot be recorded.
 
         State is restored afterwards. Only the first group has begun, and its prefixes are read again.
@@ -298,7 +304,7 @@ class Slots:
         present, aside = torch.cuda.current_stream(), _aside()
         aside.wait_stream(present)
         with torch.cuda.stream(aside):
-            self._read_prefixes(self._slots, pixels)
+            self._read_prefixes(self._slots, pictures)
             self._read(1)
             self._choose(1)
         present.wait_stream(aside)

@@ -1,4 +1,4 @@
-"""Load a PaliGemma and its processor: the embedded one, one from a folder, or one from the hub."""
+"""Load a model or a part of it: the embedded one, one from a folder, or one from the hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import BitsAndBytesConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
 from im2json.errors import UserError, first_line
@@ -26,25 +26,23 @@ def locate(model: str) -> str:
     return str(TINY) if model == "tiny" else model
 
 
-def load_processor(model: str) -> PaliGemmaProcessor:
-    """Load the processor of a model or of an adapter folder.
+def load_config(model: str) -> Any:
+    """Load the config of a model without its weights.
 
     Raises:
-        UserError: if there is no such model, access to it was not granted, or it is not a PaliGemma.
+        UserError: if there is no such model, access to it was not granted, or it does not load.
     """
-    return _from_pretrained(PaliGemmaProcessor, model)
+    return from_pretrained(AutoConfig, model)
 
 
-def load_base(
-    model: str, precision: str, quant: str, device: torch.device, dequantize: str = "off"
-) -> PaliGemmaForConditionalGeneration:
+def load_base(model: str, precision: str, quant: str, device: torch.device, dequantize: str = "off") -> Any:
     """Load the frozen base on one device, its weights in `precision`; with `nf4`, its linear layers in 4 bits.
 
     NF4 with double quantisation is QLoRA's storage (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314): 4.127
     bits a weight. Products are computed in `precision`. lm_head and the embedding, which it is tied to, stay whole.
 
     Raises:
-        UserError: if there is no such model, access to it was not granted, or it is not a PaliGemma.
+        UserError: if there is no such model, access to it was not granted, or it does not load.
     """
     dtype = DTYPES[precision]
     settings: dict[str, Any] = dict(dtype=dtype, device_map={"": device}, attn_implementation="sdpa")
@@ -56,7 +54,7 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
         )
     disable_progress_bar()
-    base: Any = _from_pretrained(PaliGemmaForConditionalGeneration, model, **settings)
+    base: Any = from_pretrained(AutoModelForImageTextToText, model, **settings)
     if getattr(base.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         base.set_attn_implementation({"text_config": "eager"})  # PaliGemma 2 caps its scores, which sdpa leaves out
     if quant == "nf4" and (plentiful(device) if dequantize == "auto" else dequantize == "on"):
@@ -75,13 +73,13 @@ def load_positions(model: str) -> int:
     """Return the `positions` of a model without loading its weights.
 
     Raises:
-        UserError: if there is no such model, access to it was not granted, or it is not a PaliGemma.
+        UserError: if there is no such model, access to it was not granted, or it does not load.
     """
-    return _from_pretrained(PaliGemmaConfig, model).get_text_config().max_position_embeddings
+    return load_config(model).get_text_config().max_position_embeddings
 
 
 def plentiful(device: torch.device) -> bool:
-    """Return whether a device has memory to spare for PaliGemma's weights in 16 bits."""
+    """Return whether a device has memory to spare for a few billion weights in 16 bits."""
     return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > PLENTY
 
 
@@ -106,7 +104,12 @@ _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, AttributeError, Type
 """Raised by transformers, tokenizers and safetensors where a model's files are not what they should be."""
 
 
-def _from_pretrained(kind: Any, model: str, **settings: Any) -> Any:
+def from_pretrained(kind: Any, model: str, **settings: Any) -> Any:
+    """Call from_pretrained of a class of transformers for `tiny`, a folder or a name on the hub.
+
+    Raises:
+        UserError: if there is no such model, access to it was not granted, or it does not load.
+    """
     path = locate(model)
     local = Path(path).is_dir()
     if not local:
@@ -125,17 +128,18 @@ def _from_pretrained(kind: Any, model: str, **settings: Any) -> Any:
     except _UNLOADABLE as error:
         what = "the folder does" if local else "what the hub has (or gave before the network failed) does"
         raise UserError(
-            f"--model {model}: {what} not load as a PaliGemma with its processor: {first_line(error, 2)}"
+            f"--model {model}: {what} not load as a model with its processor: {first_line(error, 2)}"
         ) from error
 
 
 def _complete(kind: Any, path: str, **settings: Any) -> Any:
     """Call from_pretrained, but refuse a model whose files lack weights, which transformers would draw at random."""
-    if kind is not PaliGemmaForConditionalGeneration:
+    if kind is not AutoModelForImageTextToText:
         return kind.from_pretrained(path, **settings)
     with_report: Any = kind.from_pretrained(path, output_loading_info=True, **settings)
     loaded, report = with_report
-    missing = sorted(set(report["missing_keys"]) - {"lm_head.weight"})  # tied to the embedding
+    tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    missing = sorted(set(report["missing_keys"]) - ({"lm_head.weight"} if tied else set()))
     if missing:
         raise UserError(f"its files lack {len(missing)} weights, {missing[0]} among them")
     return loaded

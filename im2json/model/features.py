@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import BinaryIO, TypeVar, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from im2json.data.collate import Batch, Collator
+from im2json.data.collate import Batch, Collator, Pictures
 from im2json.data.example import Split
 from im2json.data.loader import loaded
-from im2json.model.memory import Sizes
 from im2json.progress import progress_bar
 
 T = TypeVar("T")
@@ -24,16 +24,10 @@ T = TypeVar("T")
 CHUNK = 16  # pictures at a time: always the same, so that a resumed run finds the same numbers
 
 
-def is_frozen(paligemma: Any) -> bool:
-    """Return whether training leaves the features of a picture as they are."""
-    parts = paligemma.model.vision_tower, paligemma.model.multi_modal_projector
-    return not any(parameter.requires_grad for part in parts for parameter in part.parameters())
-
-
-def feature_bytes(paligemma: Any, dtype: torch.dtype) -> int:
-    """Return the size of one picture's features."""
-    sizes = Sizes.of(paligemma.config)
-    return sizes.image_tokens * sizes.text.hidden * dtype.itemsize
+def is_frozen(model: torch.nn.Module) -> bool:
+    """Return whether training leaves the features of a picture as they are: nothing outside the language model
+    learns."""
+    return all("language_model" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 class Features:
@@ -43,6 +37,9 @@ class Features:
     keeps in memory what has room there.
 
     Args:
+        compute: returns the features of B pictures, B x I x D.
+        shape: I x D.
+        dtype: that they are kept in.
         workers: processes that decode pictures meanwhile, for each of those that train.
 
     Raises:
@@ -54,38 +51,39 @@ class Features:
         self,
         split: Split,
         collator: Collator,
-        paligemma: Any,
+        compute: Callable[[Pictures], torch.Tensor],
+        shape: tuple[int, int],
         dtype: torch.dtype,
         workers: int,
         accelerator: Accelerator,
     ) -> None:
         self.ids, self.targets = split.ids, split.targets
         self.collator = collator
-        start, size, sizes = time.perf_counter(), feature_bytes(paligemma, dtype), Sizes.of(paligemma.config)
+        start, size = time.perf_counter(), math.prod(shape) * dtype.itemsize
         file, rank, processes = _shared_file(accelerator)
         chunks = [range(i, min(i + CHUNK, len(split))) for i in range(0, len(split), CHUNK)][rank::processes]
 
         def write() -> None:
-            pictures = loaded(split, collator.pictures, workers, batch_sampler=chunks)
+            pictures = loaded(split, collator.pictures_of, workers, batch_sampler=chunks)
             with progress_bar(len(chunks), "image features", "batch", shown=rank == 0, keep=False) as bar:
-                for chunk, pixels in zip(chunks, pictures, strict=True):
+                for chunk, shown in zip(chunks, pictures, strict=True):
                     # Not under no_grad: bitsandbytes on a CPU would repack the 4-bit layers for good.
-                    found = paligemma.model.get_image_features(pixels.to(paligemma.device)).pooler_output
+                    found = compute({name: value.to(accelerator.device) for name, value in shown.items()})
                     file.seek(chunk.start * size)
-                    file.write(found.to(dtype).cpu().view(torch.uint8).numpy())
+                    file.write(found.to(dtype).cpu().view(torch.uint8).numpy().data)
                     bar.update()
             file.flush()
 
         with file:
             _on_all(write)
             kept = torch.from_numpy(_on_all(lambda: np.memmap(file, mode="c")))
-        self.kept = kept.view(dtype).view(len(split), sizes.image_tokens, sizes.text.hidden)
+        self.kept = kept.view(dtype).view(len(split), *shape)
         self.seconds = time.perf_counter() - start
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Return the batch of these examples that Collator makes, with image_features, B x I x D, for pixel_values."""
+        """Return the batch of these examples that Collator makes, with image_features, B x I x D, for the pictures."""
         ids, targets = [self.ids[i] for i in indices], [self.targets[i] for i in indices]
-        return self.collator.batch(ids, targets, image_features=self.kept[torch.tensor(indices)])
+        return self.collator.batch(ids, targets, {"image_features": self.kept[torch.tensor(indices)]})
 
 
 def _shared_file(accelerator: Accelerator) -> tuple[BinaryIO, int, int]:

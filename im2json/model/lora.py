@@ -22,7 +22,6 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PaliGemmaForConditionalGeneration
 from transformers.initialization import no_init_weights
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -32,7 +31,7 @@ from im2json.options import LANGUAGE_MODULES, ModelOptions
 from im2json.runs import adapter_folder
 
 
-def add_lora(base: PaliGemmaForConditionalGeneration, options: ModelOptions, seed: int) -> PeftModel:
+def add_lora(base: Any, options: ModelOptions, seed: int) -> PeftModel:
     """Add LoRA matrices (Hu et al. 2021, https://arxiv.org/abs/2106.09685) in fp32, the only trained weights.
 
     Raises:
@@ -109,7 +108,7 @@ _UNFIT = (RuntimeError, ValueError, OSError, LookupError, AttributeError, TypeEr
 """Raised by PEFT and safetensors where an adapter's files are wrong or belong to another base."""
 
 
-def _warm_start(base: PaliGemmaForConditionalGeneration, adapter: str) -> PeftModel:
+def _warm_start(base: Any, adapter: str) -> PeftModel:
     folder = adapter_folder(Path(adapter))
     try:
         return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
@@ -156,8 +155,8 @@ def _adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def merged_copy(model: PeftModel, dtype: torch.dtype, *, adapter: bool = True) -> PaliGemmaForConditionalGeneration:
-    """Return a plain PaliGemma with the weights that the 4-bit layers stand for, and the adapter's unless it is False.
+def merged_copy(model: PeftModel, dtype: torch.dtype, *, adapter: bool = True) -> Any:
+    """Return a plain model with the weights that the 4-bit layers stand for, and the adapter's unless it is False.
 
     Text is generated on such copies: they decode several times faster than 4-bit layers, and `model` is not touched.
     That matters: bitsandbytes on a CPU with AVX512-BF16 repacks a 4-bit layer for good in its first forward pass
@@ -174,7 +173,8 @@ def merged_copy(model: PeftModel, dtype: torch.dtype, *, adapter: bool = True) -
     for name, layer in base.named_modules() if adapter else ():
         if isinstance(layer, LoraLayer):
             weights[f"{name}.weight"] = _merged(layer, weights[f"{name}.weight"])
-    weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
+    if base.get_output_embeddings().weight is base.get_input_embeddings().weight:
+        weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
     copy.load_state_dict(weights, strict=True, assign=True)
     copy.tie_weights()
     for name, buffer in base.named_buffers():  # rotary frequencies and position ids are in no state dict
@@ -208,7 +208,7 @@ def _fused_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], norm.scale, norm.eps).type_as(x)
 
 
-def _plain_config(base: PaliGemmaForConditionalGeneration) -> Any:
+def _plain_config(base: Any) -> Any:
     config = deepcopy(base.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -23,8 +23,8 @@ def summed_loss(model: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch
     into microbatches and processes gives the same gradient.
 
     Args:
-        model: a PaliGemmaForConditionalGeneration, with or without LoRA.
-        hidden: the last hidden states, B x S x D (see model.forward).
+        model: with or without LoRA.
+        hidden: the last hidden states, B x S x D (see families).
         labels: B x S, -100 where nothing is to be learned. On the CPU, looking for the others waits for no GPU.
     """
     positions, targets = (found.to(hidden.device) for found in label_positions(labels))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -57,7 +56,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of a PaliGemma's config decides its memory."""
+    """What of a model's config decides its memory."""
 
     text: Tower
     vision: Tower
@@ -65,29 +64,6 @@ class Sizes:
     image_tokens: int  # I
     projector: int  # weights between the towers
     other: int  # weights that are never quantised: of the patches and their positions
-
-    @classmethod
-    def of(cls, config: Any) -> Sizes:
-        """Return the sizes of a PaliGemmaConfig, with the first or the second Gemma."""
-        text, vision = config.get_text_config(), config.vision_config
-        tokens = (vision.image_size // vision.patch_size) ** 2
-        wide, narrow = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-        d, f = text.hidden_size, text.intermediate_size
-        gemma = Tower(
-            text.num_hidden_layers, d, f, text.num_attention_heads, text.num_key_value_heads, text.head_dim,
-            norms=4 if text.model_type == "gemma2" else 2,
-            linears=dict(
-                q_proj=(d, wide), k_proj=(d, narrow), v_proj=(d, narrow), o_proj=(wide, d),
-                gate_proj=(d, f), up_proj=(d, f), down_proj=(f, d),
-            ),
-        )  # fmt: skip
-        d, f, heads = vision.hidden_size, vision.intermediate_size, vision.num_attention_heads
-        siglip = Tower(
-            vision.num_hidden_layers, d, f, heads, heads, d // heads, norms=2,
-            linears=dict(q_proj=(d, d), k_proj=(d, d), v_proj=(d, d), out_proj=(d, d), fc1=(d, f), fc2=(f, d)),
-        )  # fmt: skip
-        patches = d * (3 * vision.patch_size**2 + tokens)
-        return cls(gemma, siglip, text.vocab_size, tokens, d * text.hidden_size, patches)
 
 
 @dataclass(frozen=True)
@@ -105,12 +81,16 @@ class Setting:
     compiled: bool = False  # the layers
 
     @classmethod
-    def of(cls, config: TrainConfig, precision: str, model: torch.nn.Module) -> Setting:
-        """Return the setting of a model that has its LoRA layers already, as far as options and model tell."""
+    def of(cls, config: TrainConfig, precision: str, model: torch.nn.Module, tower: str) -> Setting:
+        """Return the setting of a model that has its LoRA layers already, as far as options and model tell.
+
+        Args:
+            tower: the part of a module's name that says that it sees pictures.
+        """
         adapted = [name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name]
         text, vision = (
-            tuple(sorted({name.rsplit(".", 1)[-1] for name in adapted if tower in name}))
-            for tower in ("language_model", "vision_tower")
+            tuple(sorted({name.rsplit(".", 1)[-1] for name in adapted if part in name}))
+            for part in ("language_model", tower)
         )
         packed = any(parameter.dtype == torch.uint8 for parameter in model.parameters())
         return cls(

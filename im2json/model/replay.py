@@ -1,8 +1,8 @@
-"""The forward and backward pass through both towers: as PyTorch launches it, or replayed from CUDA graphs."""
+"""The forward and backward pass of a model: as PyTorch launches it, or replayed from CUDA graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,24 +11,31 @@ import torch
 from peft import PeftModel
 
 from im2json.model.compiled import compile_layers
-from im2json.model.forward import hidden_states
 from im2json.model.memory import free_bytes
 
 # B examples, S positions, D hidden.
 
+HiddenStates = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
+"""The last hidden states of a model without its LoRA wrapper on a batch's inputs; B x S x D."""
+
 
 class Forward:
-    """Computes `hidden_states` of a model in training."""
+    """Computes the hidden states of a model in training.
+
+    Args:
+        hidden_states: of the model's family.
+    """
 
     round_up = 1  # S has to be a multiple of this
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel, hidden_states: HiddenStates) -> None:
         self.model = model
-        self.paligemma: Any = model.get_base_model()
+        self.base: Any = model.get_base_model()
+        self.hidden_states = hidden_states
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """B x S x D."""
-        return hidden_states(self.paligemma, batch)
+        return self.hidden_states(self.base, batch)
 
     def forget(self) -> None:
         """Release the memory that is held from one pass to the next."""
@@ -51,8 +58,8 @@ class Replayed(Forward):
 
     round_up = 64  # so that few shapes occur
 
-    def __init__(self, model: PeftModel, reserve: float = 0.0) -> None:
-        super().__init__(model)
+    def __init__(self, model: PeftModel, hidden_states: HiddenStates, reserve: float = 0.0) -> None:
+        super().__init__(model, hidden_states)
         self.reserve = reserve
         self.stream = torch.cuda.Stream()  # memory can be used again on the stream that it was used on alone
         self.forget()
@@ -86,7 +93,7 @@ class Replayed(Forward):
         # Other threads load pictures meanwhile, and may do as they like.
         how: Any = dict(pool=self.pool.id, stream=self.stream, capture_error_mode="thread_local")
         with torch.cuda.graph(forward, **how):
-            hidden = hidden_states(self.paligemma, inputs)  # B x S x D
+            hidden = self.hidden_states(self.base, inputs)  # B x S x D
         change = torch.empty_like(hidden)  # B x S x D
         with torch.cuda.graph(backward, **how):
             hidden.backward(change)
@@ -130,11 +137,21 @@ class _Replay(torch.autograd.Function):
         return None, None
 
 
-def make_forward(model: PeftModel, launch: str, checkpointing: bool, reserve: float = 0.0) -> Forward:
+def make_forward(
+    model: PeftModel,
+    hidden_states: HiddenStates,
+    launch: str,
+    checkpointing: bool,
+    *,
+    recordable: bool = True,
+    reserve: float = 0.0,
+) -> Forward:
     """Return the pass that --launch and --gradient-checkpointing ask for.
 
     Args:
+        hidden_states: of the model's family.
         launch: single, graphs or compiled.
+        recordable: whether that pass can be recorded as a CUDA graph at all.
         reserve: as in Replayed.
     """
     if checkpointing:
@@ -143,5 +160,5 @@ def make_forward(model: PeftModel, launch: str, checkpointing: bool, reserve: fl
     if launch == "compiled":
         compile_layers(model)
     # checkpointing saves and sets the state of the random numbers, which cannot be recorded
-    recorded = launch != "single" and not checkpointing and next(model.parameters()).is_cuda
-    return Replayed(model, reserve) if recorded else Forward(model)
+    recorded = recordable and launch != "single" and not checkpointing and next(model.parameters()).is_cuda
+    return Replayed(model, hidden_states, reserve) if recorded else Forward(model, hidden_states)

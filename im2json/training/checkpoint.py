@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PaliGemmaProcessor
 
 from im2json.errors import UserError, WriteError, first_line
 from im2json.files import atomically, damage, folder_atomically, write_json
@@ -33,7 +32,7 @@ _DAMAGED = (OSError, RuntimeError, TypeError, ValueError, KeyError, EOFError, pi
 def begin(
     run: RunFolder,
     model: PeftModel,
-    processor: PaliGemmaProcessor,
+    processor: Any,
     usage: dict[str, Any],
     schema: Schema | None,
     accelerator: Accelerator,

@@ -127,7 +127,7 @@ class Update:
             for part in batch.cut(self.microbatch):
                 part = part.padded(self.forward.round_up)
                 hidden = self.forward(part.to(device).inputs)  # B x S x D
-                share = summed_loss(self.forward.paligemma, hidden, part.labels) / target_tokens
+                share = summed_loss(self.forward.base, hidden, part.labels) / target_tokens
                 self.accelerator.backward(share)
                 loss += share.detach()
         return loss
@@ -145,18 +145,20 @@ def sum_over_processes(values: torch.Tensor, parameters: list[torch.nn.Parameter
 
 
 def check_labels(batches: list[Batch], collator: Collator) -> None:
-    """Check that a step's labels are the whole target with EOS at its end, and nothing before it.
+    """Check that a step's labels are the whole target with the stop token at its end, and nothing before it.
 
     Raises:
         UserError: naming the first example where they are not.
     """
-    start, eos = len(collator.prefix_ids), collator.processor.tokenizer.eos_token_id
     for batch in batches:
         causal = batch.inputs["token_type_ids"] * batch.inputs["attention_mask"]  # B x S: 1 on the suffix
-        for id, labels, suffix in zip(batch.ids, batch.labels, causal):
+        for id, labels, suffix, prefix in zip(batch.ids, batch.labels, causal, collator.prefixes(batch.inputs)):
             learned = labels != IGNORE  # S
-            if learned[:start].any() or not torch.equal(learned.long(), suffix) or labels[learned][-1] != eos:
-                raise UserError(f"example {id}: its labels are not exactly the target's tokens with EOS at their end")
+            inside = learned[: len(prefix)].any()
+            if inside or not torch.equal(learned.long(), suffix) or labels[learned][-1] != collator.stop:
+                raise UserError(
+                    f"example {id}: its labels are not exactly the target's tokens with the stop token at their end"
+                )
 
 
 def check_gradients(model: PeftModel) -> None:

@@ -1,0 +1,43 @@
+"""Kinds of vision-language models. No module outside asks which it has: it calls what `Family` declares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from im2json.data.collate import Collator
+from im2json.errors import UserError
+from im2json.families.base import Family, Reader
+from im2json.families.chat import Chat
+from im2json.families.paligemma import PaliGemma
+from im2json.model.base import load_config
+
+_ALL: tuple[Family, ...] = (PaliGemma(), Chat())
+FAMILIES = {name: family for family in _ALL for name in family.model_types}
+"""By the model_type of a config."""
+
+
+def family_of(config: Any, name: str = "the model") -> Family:
+    """Return the family of a model by its config.
+
+    Args:
+        name: what the model is called in an error.
+
+    Raises:
+        UserError: if it is of no family here, naming those that are.
+    """
+    if config.model_type not in FAMILIES:
+        raise UserError(f"{name} is of type {config.model_type}, which is not supported: {', '.join(FAMILIES)} are")
+    return FAMILIES[config.model_type]
+
+
+def open_collator(model: str, prompt: str, letterbox: bool = False, image_tokens: int | None = None) -> Collator:
+    """Return the collator of a model: `tiny`, a folder, or a name on the hub.
+
+    Raises:
+        UserError: if there is no such model, it is of no family here, or prompt and model do not fit each other.
+    """
+    family = family_of(load_config(model), f"--model {model}")
+    return family.collator(family.load_processor(model), prompt, letterbox, image_tokens)
+
+
+__all__ = ["FAMILIES", "Family", "Reader", "family_of", "open_collator"]

@@ -1,0 +1,191 @@
+"""PaliGemma and PaliGemma 2: a SigLIP tower, and a Gemma that attends to picture and prompt in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PaliGemmaProcessor
+
+from im2json.data.collate import Collator, Pictures
+from im2json.data.pictures import on_square
+from im2json.families.reader import TextReader
+from im2json.model.base import from_pretrained
+from im2json.model.memory import Sizes, Tower
+
+# B examples, S positions, I image tokens, D hidden.
+
+
+class PaliGemma:
+    """The family of PaliGemma, see families.base.Family."""
+
+    model_types: Sequence[str] = ("paligemma",)
+    tower = "vision_tower"
+    records_steps = True
+
+    def load_processor(self, model: str) -> PaliGemmaProcessor:
+        """Load the processor of a model or of an adapter folder."""
+        return from_pretrained(PaliGemmaProcessor, model)
+
+    def collator(self, processor: Any, prompt: str, letterbox: bool, image_tokens: int | None) -> Collator:
+        """Return the collator. Every picture takes the same number of tokens, so `image_tokens` changes nothing."""
+        return PaliGemmaCollator(processor, prompt, letterbox)
+
+    def hidden_states(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the last hidden states of pictures, prompts and targets; B x S x D.
+
+        transformers looks for the image tokens and compares counts on the GPU, at the cost of a synchronisation; here
+        they are known to stand in front (see PaliGemmaCollator), and the rest follows. Everything is queued at once.
+
+        Args:
+            inputs: input_ids, attention_mask and token_type_ids (B, S), padded on the right; pixel_values
+                (B, 3, H, W), or image_features (B, I, D) as they are computed from those.
+        """
+        pictures = inputs.get("image_features")  # B x I x D
+        if pictures is None:
+            pictures = self.image_features(model, inputs)
+        words = model.model.get_input_embeddings()(inputs["input_ids"][:, pictures.shape[1] :])  # B x (S - I) x D
+        positions = torch.arange(1, inputs["input_ids"].shape[1] + 1, device=words.device)  # S: PaliGemma counts from 1
+        config = model.config.get_text_config()
+        mask = prefix_mask(inputs["attention_mask"], inputs["token_type_ids"], getattr(config, "sliding_window", None))
+        if config._attn_implementation == "eager":
+            mask = _added(mask, words.dtype)
+        return model.model.language_model(
+            inputs_embeds=torch.cat([pictures.to(words.dtype), words], dim=1),
+            attention_mask=mask,
+            position_ids=positions[None],
+            use_cache=False,
+        ).last_hidden_state
+
+    def feature_shape(self, config: Any) -> tuple[int, int] | None:
+        """Return I x D."""
+        sizes = self.sizes(config)
+        return sizes.image_tokens, sizes.text.hidden
+
+    def image_features(self, model: Any, pictures: Pictures) -> torch.Tensor:
+        """Return what the language model gets of B pictures, B x I x D."""
+        return model.model.get_image_features(pictures["pixel_values"]).pooler_output
+
+    def reader(self, model: Any, collator: Collator) -> PaliGemmaReader:
+        """Return what reads prefixes and tokens with a model of plain weights."""
+        return PaliGemmaReader(model, collator)
+
+    def sizes(self, config: Any) -> Sizes:
+        """Return the sizes of a PaliGemmaConfig, with the first or the second Gemma."""
+        text, vision = config.get_text_config(), config.vision_config
+        tokens = (vision.image_size // vision.patch_size) ** 2
+        wide, narrow = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+        d, f = text.hidden_size, text.intermediate_size
+        gemma = Tower(
+            text.num_hidden_layers, d, f, text.num_attention_heads, text.num_key_value_heads, text.head_dim,
+            norms=4 if text.model_type == "gemma2" else 2,
+            linears=dict(
+                q_proj=(d, wide), k_proj=(d, narrow), v_proj=(d, narrow), o_proj=(wide, d),
+                gate_proj=(d, f), up_proj=(d, f), down_proj=(f, d),
+            ),
+        )  # fmt: skip
+        d, f, heads = vision.hidden_size, vision.intermediate_size, vision.num_attention_heads
+        siglip = Tower(
+            vision.num_hidden_layers, d, f, heads, heads, d // heads, norms=2,
+            linears=dict(q_proj=(d, d), k_proj=(d, d), v_proj=(d, d), out_proj=(d, d), fc1=(d, f), fc2=(f, d)),
+        )  # fmt: skip
+        patches = d * (3 * vision.patch_size**2 + tokens)
+        return Sizes(gemma, siglip, text.vocab_size, tokens, d * text.hidden_size, patches)
+
+    def hub_layout(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return a PaliGemma's weights under the names that google/paligemma-* has on the hub.
+
+        transformers (5.x) reads these and others; vLLM names its own modules after them, SigLIP's `vision_model`
+        included (vllm/model_executor/models/paligemma.py and siglip.py), which transformers leaves out for a model that
+        it did not load. lm_head is the embedding, and not there twice.
+        """
+        prefixes = {
+            "model.language_model.": "language_model.model.",
+            "model.vision_tower.": "vision_tower.vision_model.",
+            "model.multi_modal_projector.": "multi_modal_projector.",
+        }
+        return {
+            new + name.removeprefix(old): weight
+            for name, weight in weights.items()
+            for old, new in prefixes.items()
+            if name.startswith(old)
+        }
+
+
+class PaliGemmaCollator(Collator):
+    """Lays out examples as PaliGemma was trained, with the tokens that PaliGemmaProcessor makes of text and suffix:
+
+    <image> x 256, BOS, prompt, newline | target JSON, EOS
+    """
+
+    def __init__(self, processor: PaliGemmaProcessor, prompt: str, letterbox: bool = False) -> None:
+        super().__init__(processor, prompt, letterbox)
+        tokenizer: Any = processor.tokenizer
+        image_tokens = processor.image_token * processor.image_seq_length
+        prefix = tokenizer(f"{image_tokens}{tokenizer.bos_token}{prompt}\n", add_special_tokens=False)
+        self.prefix_ids: list[int] = prefix["input_ids"]  # P
+        self.stop, self.last, self.longest_prefix = tokenizer.eos_token_id, self.prefix_ids[-1], len(self.prefix_ids)
+        self.image_token = processor.image_token_id
+
+    def pictures(self, images: Sequence[Image.Image]) -> Pictures:
+        """Return {"pixel_values": B x 3 x H x W}: squashed to the square that the tower sees, or letterboxed."""
+        shown = [on_square(image) if self.letterbox else image for image in images]
+        return {"pixel_values": self.processor.image_processor(shown, return_tensors="pt")["pixel_values"]}
+
+    def prefixes(self, pictures: Mapping[str, torch.Tensor]) -> list[list[int]]:
+        """Return the same tokens for each picture, whose pixels or features are given."""
+        return [self.prefix_ids] * len(next(iter(pictures.values())))
+
+    def seen(self, pictures: Pictures) -> Image.Image:
+        """Return the picture in the square that the tower sees."""
+        processor = self.processor.image_processor
+        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+        (pixels,) = pictures["pixel_values"]  # 3 x H x W
+        return Image.fromarray(((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+class PaliGemmaReader(TextReader):
+    """Reads PaliGemma's prefixes, which are equally long, and the tokens after them."""
+
+    records_prefixes = True
+
+    def __init__(self, model: Any, collator: Collator) -> None:
+        super().__init__(model, model.model.language_model, collator)
+        (prefix,) = collator.prefixes({"one": torch.zeros(1)})
+        self.prefix = torch.tensor(prefix, device=self.like.device)  # P
+
+    def read_prefixes(self, pictures: Pictures, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read what precedes the answers to B pictures, B x 3 x H x W; see Reader."""
+        pixels = pictures["pixel_values"].to(self.model.dtype)
+        seen = self.model.model.get_image_features(pixels).pooler_output  # B x I x D
+        words = self.text.embed_tokens(self.prefix[seen.shape[1] :]).expand(len(seen), -1, -1)
+        hidden = torch.cat([seen.to(words.dtype), words], 1)
+        self._read_prefixes(hidden, 1 + torch.arange(hidden.shape[1], device=hidden.device)[None], cache)
+        length = torch.full((len(seen),), hidden.shape[1], device=seen.device)
+        return length, torch.ones_like(length)  # PaliGemma counts from 1
+
+
+def prefix_mask(
+    attention_mask: torch.Tensor, token_type_ids: torch.Tensor, window: int | None
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Who attends to whom, B x 1 x S x S: all to the prefix, in both directions within it, the suffix causally, nobody
+    to padding. For a model with sliding windows, a mask for each kind of layer.
+    """
+    steps = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    back = (steps[:, None] - steps[None, :])[None, None]  # 1 x 1 x S x S
+    in_prefix = token_type_ids == 0  # B x S
+    within = in_prefix[:, None, :, None] & in_prefix[:, None, None, :]  # B x 1 x S x S
+    real = attention_mask.bool()[:, None, None, :]  # B x 1 x 1 x S
+    full = real & (within | (back >= 0))  # B x 1 x S x S
+    if window is None:
+        return full
+    return {"full_attention": full, "sliding_attention": real & (within | (back >= 0) & (back < window))}
+
+
+def _added(mask: torch.Tensor | dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The mask as it is added to scores."""
+    if isinstance(mask, dict):
+        return {kind: _added(each, dtype) for kind, each in mask.items()}  # type: ignore[misc]
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
