@@ -139,7 +139,7 @@ preset_flag = click.option(
     "--preset",
     type=click.Choice(list(PRESETS)),
     help="Named recipe, which other flags override. tiny: the default of every option, with the embedded base model. "
-    "cord: PaliGemma-3B on CORD v2.",
+    "cord: PaliGemma-3B on CORD v2. qwen: Qwen3-VL-2B on CORD v2.",
 )
 
 

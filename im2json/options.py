@@ -149,6 +149,13 @@ class DataOptions:
         0, "Leave out up to this many unusable rows. With more, the run stops.", unit="rows", at_least=0
     )
     letterbox: bool = option(False, "Pad pictures to a square with white instead of squashing them.")
+    image_tokens: int | None = option(
+        None,
+        "Most image tokens of a picture, for models that read pictures at their own resolution. Larger pictures are "
+        "scaled down to it. Default: 1,024.",
+        unit="tokens",
+        at_least=64,
+    )
     prompt: str = option("extract JSON.", "Prompt that the model gets with every picture. It is kept with the adapter.")
     max_target_tokens: int | None = option(
         None,
@@ -169,8 +176,8 @@ class DataOptions:
 class ModelOptions:
     model: str = option(
         EMBEDDED_MODEL,
-        f"Base model: `{EMBEDDED_MODEL}` (embedded), a folder, or a PaliGemma on the hub. Without --preset, any model "
-        f"but {EMBEDDED_MODEL} takes the other values of --preset cord, except its data set.",
+        f"Base model: `{EMBEDDED_MODEL}` (embedded), a folder, or a PaliGemma or Qwen3-VL on the hub. Without --preset "
+        f"any model but {EMBEDDED_MODEL} takes the other values of --preset cord, except its data set.",
         metavar="NAME|PATH",
     )
     adapter: str | None = option(
@@ -187,7 +194,8 @@ class ModelOptions:
     target_modules: str = option(
         DEFAULT_TARGET_MODULES,
         "Linear layers that get LoRA: names joined by commas (in both towers where they match), `language` for the "
-        "default names in the language model alone, or a regular expression over full module names.",
+        "default names in the language model alone, `both` for every layer of both towers, or a regular expression "
+        "over full module names.",
         metavar="NAMES",
     )
     rslora: bool = option(False, "Multiply the output of LoRA by alpha / sqrt(r) instead (rank-stabilised LoRA).")
@@ -394,9 +402,12 @@ _PALIGEMMA_RECIPE: dict[str, Any] = dict(
     warmup=0.03,
     eval_every=25,
 )
+# Half the rank and no cap on the gradients below 1: an instruct model needs less to take on a form of answer.
+_QWEN_RECIPE = {**_PALIGEMMA_RECIPE, "r": 16, "alpha": 32.0, "max_grad_norm": 1.0}
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "cord": dict(model="google/paligemma-3b-pt-224", dataset="naver-clova-ix/cord-v2", **_PALIGEMMA_RECIPE),
+    "qwen": dict(model="Qwen/Qwen3-VL-2B-Instruct", dataset="naver-clova-ix/cord-v2", **_QWEN_RECIPE),
 }
 
 

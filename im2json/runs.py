@@ -384,7 +384,7 @@ def adapter_folder(path: Path) -> Path:
 
 
 def adapter_usage(folder: Path) -> dict[str, Any] | None:
-    """Return how an adapter of ours is to be used: prompt, letterbox, quant, max_new_tokens. None if it is not ours.
+    """Return how an adapter of ours is to be used, such as prompt and max_new_tokens. None if it is not ours.
 
     Raises:
         UserError: if the file does not hold an object.

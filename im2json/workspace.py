@@ -27,7 +27,7 @@ from im2json.data.order import Order, Share
 from im2json.data.sources import open_splits
 from im2json.data.splits import RunSplits, divide, restore
 from im2json.errors import UserError
-from im2json.families import Family, family_of, open_collator
+from im2json.families import Family, collator_of, family_of
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.inference.settings import DecodeSettings
 from im2json.jsontext import canonical
@@ -79,8 +79,11 @@ class Workspace:
         return {
             "prompt": self.config.data.prompt,
             "letterbox": self.config.data.letterbox,
+            "image_tokens": self.config.data.image_tokens,
             "quant": self.config.model.quant,
             "max_new_tokens": self.settings.max_new_tokens,
+            "text": self.collator.text,
+            "seen": self.collator.described,
         }
 
     @property
@@ -132,6 +135,7 @@ class Workspace:
             max_new_tokens=self.settings.max_new_tokens,
             processes=self.accelerator.num_processes,
             steps=self.order.total(self.config.train),
+            recordable=self.family.records_steps,
             free_bytes=free_bytes() if self.accelerator.device.type == "cuda" else None,
         )
 
@@ -183,8 +187,9 @@ class Workspace:
 
 def order_of(config: TrainConfig, data: RunSplits) -> Order:
     """Return the order in which a run sees its training examples."""
-    lengths = [row.tokens for row in data.splits["train"].rows]
-    return Order(len(lengths), config.train.batch_size, config.train.seed, lengths)
+    rows = data.splits["train"].rows
+    lengths, image_tokens = [row.tokens for row in rows], [row.image_tokens for row in rows]
+    return Order(len(rows), config.train.batch_size, config.train.seed, lengths, image_tokens)
 
 
 def start_accelerator(config: TrainConfig) -> tuple[Accelerator, str]:
@@ -256,7 +261,7 @@ def open_workspace(
         UserError: naming the option, file or row that is wrong.
     """
     checks = parse_checks(config.decode.check_sum)
-    collator = open_collator(config.model.model, config.data.prompt, config.data.letterbox)
+    collator = collator_of(config)
     found = _open_data(config, accelerator, collator, resumed, evaluated)
     if evaluated is not None and scored is not None and not len(found.splits[scored]):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Models of the real classes with small random configs, saved locally: what tests load instead of billions of weights."""
+"""Models of the real classes with small random configs, saved locally: what tests load instead of billions."""
 
 from __future__ import annotations
 

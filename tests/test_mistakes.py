@@ -122,7 +122,7 @@ MISTAKES = {
     "a model that is a file": Mistake("train --model {tmp}/m --output {tmp}/new --dataset {data}", "this is a file",
                                       "{tmp}/m"),
     "a model of something else": Mistake(
-        "train --model {tmp}/m --output {tmp}/new --dataset {data}", "the folder does not load as a PaliGemma",
+        "train --model {tmp}/m --output {tmp}/new --dataset {data}", "the folder does not load as a model",
         "{tmp}/m/config.json",
     ),
     "a name that the hub refuses": Mistake("train --model a--b/c --dataset {data}", "--model a--b/c: no such folder"),

@@ -124,7 +124,10 @@ def test_what_else_lies_in_a_run_folder(finished):
     assert names >= {"config.json", "metrics.jsonl", "predictions.jsonl", "checkpoints", "adapter", "tb", "result.json"}
     assert [path.name for path in sorted(finished.checkpoints.iterdir())] == ["step-2", "step-4"]
     asked = json.loads((finished.adapter / "im2json.json").read_text())
-    assert asked == {"prompt": "extract JSON.", "letterbox": False, "quant": "none", "max_new_tokens": 6}
+    assert asked == {
+        "prompt": "extract JSON.", "letterbox": False, "image_tokens": None, "quant": "none", "max_new_tokens": 6,
+        "text": "<image>extract JSON.", "seen": "a picture of 28 x 28 pixels, squashed to that square",
+    }  # fmt: skip
     processor = PaliGemmaProcessor.from_pretrained(finished.adapter)
     assert processor.tokenizer("é")["input_ids"]
     assert not list(finished.path.rglob("*.tmp*"))
@@ -481,7 +484,7 @@ def test_an_unknown_model(cli, base_args, tmp_path):
     assert "is a file" in stop(cli, base_args, tmp_path, "--model", tmp_path / "file")
     (tmp_path / "empty").mkdir()
     error = stop(cli, base_args, tmp_path, "--model", tmp_path / "empty")
-    assert f"--model {tmp_path / 'empty'}" in error and "PaliGemma" in error
+    assert f"--model {tmp_path / 'empty'}" in error and "model_type" in error
 
 
 def refused_by_hub(monkeypatch, kind: type[Exception], status: int) -> None:

@@ -9,7 +9,7 @@ import click
 from im2json.data.doctor import diagnose
 from im2json.data.lengths import TargetMeter
 from im2json.errors import UserError
-from im2json.families import open_collator
+from im2json.families import collator_of
 from im2json.model.base import load_positions
 from im2json.options import TrainConfig
 from im2json.workspace import reading_line
@@ -28,7 +28,7 @@ def check(config: TrainConfig) -> bool:
     page = Path(config.train.output or f"runs/{Path(config.data.dataset).name}-check.html")
     click.echo(reading_line(config.data))
     try:
-        collator = open_collator(config.model.model, config.data.prompt, config.data.letterbox)
+        collator = collator_of(config)
         meter = TargetMeter(collator, load_positions(config.model.model), config.data.max_target_tokens)
     except UserError:
         diagnose(config.data, None, page, click.echo)

@@ -22,7 +22,7 @@ from im2json.errors import UserError
 from im2json.jsontext import canonical
 from im2json.records import Content
 
-Measure = Callable[[dict[str, Any]], Measured]
+Measure = Callable[[dict[str, Any], tuple[int, int] | None], Measured]
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ class _Opened:
     look: bytes  # a digest that tells the picture from nearly all others
     pages: int = 1  # of the picture's file
     scaled: str | None = None  # how the values of the picture were scaled
+    size: tuple[int, int] | None = None  # of the picture, width and height in pixels
 
 
 def _open(split: Split, i: int) -> _Opened | str:
@@ -144,17 +145,20 @@ def _open(split: Split, i: int) -> _Opened | str:
     image = example.image
     look = repr(image.size).encode() + _digest(image.resize((64, 64), Image.Resampling.NEAREST))
     content = Content.of(picture, canonical(example.target))
-    return _Opened(example.target, content, look, count_pages(picture), reading_note(image))
+    return _Opened(example.target, content, look, count_pages(picture), reading_note(image), image.size)
 
 
 def _judge(split: Split, i: int, id: str, opened: _Opened, measure: Measure | None) -> tuple[Row, bytes] | str:
     """Return a row that could be read and what tells its picture from others, or a line on what is wrong with it."""
-    measured = Measured(0) if measure is None else measure(opened.target)
+    measured = Measured(0) if measure is None else measure(opened.target, opened.size)
     where = split.where(i) if isinstance(split, StoredSplit) else id
     if measured.problem is not None:
         return f"{where}: {measured.problem}"
     altered = None if measured.difference is None else f"{where}: {measured.difference}"
-    row = Row(split, i, id, opened.target, opened.content, measured.tokens, altered, opened.pages, opened.scaled)
+    row = Row(
+        split, i, id, opened.target, opened.content, measured.tokens, altered, opened.pages, opened.scaled,
+        measured.image_tokens, measured.scale,
+    )  # fmt: skip
     return row, opened.look
 
 

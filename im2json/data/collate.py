@@ -93,6 +93,8 @@ class Collator(ABC):
     longest_prefix: int  # tokens that precede an answer, at most
     last: int  # the token that every prefix ends with
     image_token: int  # stands in a prefix for each of a picture's features
+    text: str  # picture and prompt, as the processor of transformers takes them
+    described: str  # how the model sees a picture, in words
 
     def __init__(self, processor: Any, prompt: str, letterbox: bool = False) -> None:
         if not is_utf8(prompt):
@@ -119,6 +121,11 @@ class Collator(ABC):
     def positions(self, pictures: Mapping[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
         """Return {"position_ids": B x S x ...} for S = `length`, or nothing if positions are counted from the first."""
         return {}
+
+    @abstractmethod
+    def image_tokens(self, width: int, height: int) -> tuple[int, float]:
+        """Return how many tokens a picture of so many pixels takes, and the scale that the model sees it in: 0.5 if it
+        is half as wide or half as high as it was."""
 
     @abstractmethod
     def seen(self, pictures: Pictures) -> Image.Image:

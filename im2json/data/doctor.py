@@ -26,6 +26,10 @@ PREVIEWS = 6
 """Examples on the page, of train."""
 
 
+SMALL = 0.5
+"""Pictures that are scaled down further may lose small print."""
+
+
 def diagnose(options: DataOptions, meter: TargetMeter | None, page: Path, say: Callable[[str], object]) -> bool:
     """Say all that is known of the data, part by part, and write the page.
 
@@ -92,7 +96,29 @@ def lengths_report(splits: Mapping[str, RunSplit], lengths: TargetLengths) -> st
     longest = [
         f"longest of {name}: {split.ids[int(np.argmax(lengths.by_split[name]))]}" for name, split in splits.items()
     ]
-    return "\n".join([lengths.summary(), *longest])
+    return "\n".join([lengths.summary(), *longest, *pictures_report(splits)])
+
+
+def pictures_report(splits: Mapping[str, RunSplit]) -> list[str]:
+    """Return lines on how many tokens pictures take, and how much smaller the model sees them than they are."""
+    rows = [row for split in splits.values() for row in split.rows if row.image_tokens]
+    if not rows:
+        return []
+    tokens = np.array([row.image_tokens for row in rows])
+    whole = np.array([row.image_tokens + row.tokens for row in rows])
+    scale = np.array([row.scale for row in rows])
+    lines = [f"pictures take {_spread(tokens)} image tokens, and {_spread(whole)} with their targets"]
+    if small := int((scale < SMALL).sum()):
+        lines.append(
+            f"pictures that the model sees in less than {SMALL:.0%} of their size: {small} of {len(rows)} (median "
+            f"{np.median(scale):.0%}); if their print cannot be read on the page, use a base of a larger resolution or "
+            "more --image-tokens"
+        )
+    return lines
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"{values.min()} to {values.max()} (median {np.median(values):.0f})"
 
 
 def keys_report(splits: Mapping[str, RunSplit]) -> str:

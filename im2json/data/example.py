@@ -57,6 +57,8 @@ class Row:
     altered: str | None = None  # where the row is, and how what is learned differs from its target
     pages: int = 1  # of the picture's file, of which the first is read
     scaled: str | None = None  # how the values of the picture had to be scaled
+    image_tokens: int = 0  # of the picture; 0 if they were not counted
+    scale: float = 1.0  # that the model sees the picture in
 
 
 class RunSplit:

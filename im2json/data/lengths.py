@@ -22,6 +22,8 @@ class Measured:
     tokens: int  # EOS included
     problem: str | None = None  # why the target cannot be learned
     difference: str | None = None  # what is learned in place of a text that the tokens do not hold
+    image_tokens: int = 0  # of the picture; 0 if its size was not given
+    scale: float = 1.0  # that the model sees the picture in
 
 
 class TargetMeter:
@@ -46,15 +48,21 @@ class TargetMeter:
                 f"and the model holds {positions}; shorten the prompt"
             )
 
-    def __call__(self, target: dict) -> Measured:
-        """Count the tokens of a target, and compare it with what they stand for."""
+    def __call__(self, target: dict, size: tuple[int, int] | None = None) -> Measured:
+        """Count the tokens of a target, and compare it with what they stand for.
+
+        Args:
+            size: width and height of the picture, in pixels.
+        """
         ids = self.collator.target_ids(target)
-        size = f"the target takes {len(ids)} tokens"
+        image_tokens, scale = (0, 1.0) if size is None else self.collator.image_tokens(*size)
+        taken = f"the target takes {len(ids)} tokens"
         if self.limit is not None and len(ids) > self.limit:
-            return Measured(len(ids), f"{size}, and --max-target-tokens is {self.limit}; targets are never cut")
+            return Measured(len(ids), f"{taken}, and --max-target-tokens is {self.limit}; targets are never cut")
         if len(ids) > self.answer_positions:
-            return Measured(len(ids), f"{size}, and the model holds {self.answer_positions} after picture and prompt")
-        return Measured(len(ids), difference=_difference(canonical(target), *self.collator.texts([ids])))
+            return Measured(len(ids), f"{taken}, and the model holds {self.answer_positions} after picture and prompt")
+        difference = _difference(canonical(target), *self.collator.texts([ids]))
+        return Measured(len(ids), None, difference, image_tokens, scale)
 
 
 def _difference(given: str, learned: str) -> str | None:

@@ -30,15 +30,27 @@ class Order:
 
     Every epoch is its own permutation, seeded by (seed, epoch) and cut into steps of `batch_size` examples; the last
     step of an epoch holds what is left. Which examples a step has does not depend on the number of processes, the
-    size of a microbatch, or `lengths`, the target tokens of each example.
+    size of a microbatch, or on how long examples are.
+
+    Args:
+        lengths: target tokens of each example.
+        image_tokens: of each example, where they differ.
     """
 
-    def __init__(self, num_examples: int, batch_size: int, seed: int, lengths: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        num_examples: int,
+        batch_size: int,
+        seed: int,
+        lengths: Sequence[int] | None = None,
+        image_tokens: Sequence[int] | None = None,
+    ) -> None:
         assert num_examples > 0 and batch_size > 0
         self.num_examples = num_examples
         self.batch_size = batch_size
         self.seed = seed
         self.lengths = lengths
+        self.whole = [sum(both) for both in zip(lengths, image_tokens)] if lengths and image_tokens else lengths
         self.steps_per_epoch = math.ceil(num_examples / batch_size)
         self._permutation = functools.lru_cache(maxsize=2)(self._permute)
 
@@ -71,7 +83,7 @@ class Order:
         some of each length. The gradient of a step does not depend on how it is dealt out.
         """
         indices = self.step(step)
-        if self.lengths is not None:
-            indices.sort(key=self.lengths.__getitem__)
+        if self.whole is not None:
+            indices.sort(key=self.whole.__getitem__)
         mine = indices[share.rank :: share.processes]
         return [mine[i : i + share.microbatch] for i in range(0, len(mine), share.microbatch)]

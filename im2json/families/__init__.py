@@ -10,6 +10,7 @@ from im2json.families.base import Family, Reader
 from im2json.families.chat import Chat
 from im2json.families.paligemma import PaliGemma
 from im2json.model.base import load_config
+from im2json.options import TrainConfig
 
 _ALL: tuple[Family, ...] = (PaliGemma(), Chat())
 FAMILIES = {name: family for family in _ALL for name in family.model_types}
@@ -40,4 +41,10 @@ def open_collator(model: str, prompt: str, letterbox: bool = False, image_tokens
     return family.collator(family.load_processor(model), prompt, letterbox, image_tokens)
 
 
-__all__ = ["FAMILIES", "Family", "Reader", "family_of", "open_collator"]
+def collator_of(config: TrainConfig) -> Collator:
+    """Return the collator that a run's options ask for; raises as `open_collator`."""
+    data = config.data
+    return open_collator(config.model.model, data.prompt, data.letterbox, data.image_tokens)
+
+
+__all__ = ["FAMILIES", "Family", "Reader", "collator_of", "family_of", "open_collator"]

@@ -7,6 +7,7 @@ prefixes and tokens in decoding.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -199,11 +200,18 @@ class ChatCollator(Collator):
         self.merge = shown.merge_size
         most = shown.size["longest_edge"] // (shown.patch_size * shown.merge_size) ** 2
         self.longest_prefix = len(self.head) + most + len(self.tail)
+        self.text = before
+        pixels = shown.size["longest_edge"]
+        self.described = (
+            f"a picture in its own shape, scaled down to {pixels:,} pixels ({most:,} image tokens) if larger"
+        )
 
-    def image_tokens(self, width: int, height: int) -> int:
-        """Return how many tokens a picture of so many pixels takes."""
+    def image_tokens(self, width: int, height: int) -> tuple[int, float]:
+        """Return how many tokens a picture of so many pixels takes, and the scale that it is seen in."""
         width, height = max(width, -(-height // NARROWEST)), max(height, -(-width // NARROWEST))
-        return self.processor.image_processor.get_number_of_image_patches(height, width) // self.merge**2
+        shown = self.processor.image_processor
+        patches = shown.get_number_of_image_patches(height, width)
+        return patches // self.merge**2, math.sqrt(patches * shown.patch_size**2 / (width * height))
 
     def pictures(self, images: Sequence[Image.Image]) -> Pictures:
         """Return {"pixel_values": B x N x patch, "image_grid_thw": B x 3}, the patches of each padded with zeros."""

@@ -128,6 +128,10 @@ class PaliGemmaCollator(Collator):
         self.prefix_ids: list[int] = prefix["input_ids"]  # P
         self.stop, self.last, self.longest_prefix = tokenizer.eos_token_id, self.prefix_ids[-1], len(self.prefix_ids)
         self.image_token = processor.image_token_id
+        self.text = f"{processor.image_token}{prompt}"
+        self.size = processor.image_processor.size["width"], processor.image_processor.size["height"]
+        form = "padded" if letterbox else "squashed"
+        self.described = f"a picture of {self.size[0]} x {self.size[1]} pixels, {form} to that square"
 
     def pictures(self, images: Sequence[Image.Image]) -> Pictures:
         """Return {"pixel_values": B x 3 x H x W}: squashed to the square that the tower sees, or letterboxed."""
@@ -137,6 +141,11 @@ class PaliGemmaCollator(Collator):
     def prefixes(self, pictures: Mapping[str, torch.Tensor]) -> list[list[int]]:
         """Return the same tokens for each picture, whose pixels or features are given."""
         return [self.prefix_ids] * len(next(iter(pictures.values())))
+
+    def image_tokens(self, width: int, height: int) -> tuple[int, float]:
+        """Return the tokens that every picture takes, and the scale that this one is seen in."""
+        sides = (max(width, height),) * 2 if self.letterbox else (width, height)
+        return self.processor.image_seq_length, min(size / side for size, side in zip(self.size, sides))
 
     def seen(self, pictures: Pictures) -> Image.Image:
         """Return the picture in the square that the tower sees."""

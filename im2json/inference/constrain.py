@@ -31,18 +31,21 @@ class Grammar:
     Args:
         size: V, of the model's logits; it may be larger or smaller than the tokenizer's vocabulary.
         name: what the schema is called in an error.
+        stop: the token that ends a text. Default: the tokenizer's EOS.
 
     Raises:
         UserError: if llguidance is not installed, or does not support what the schema asks for.
     """
 
-    def __init__(self, schema: Schema, tokenizer: PreTrainedTokenizerFast, size: int, name: str) -> None:
+    def __init__(
+        self, schema: Schema, tokenizer: PreTrainedTokenizerFast, size: int, name: str, stop: int | None = None
+    ) -> None:
         try:
             import llguidance
             import llguidance.hf
         except ImportError as error:
             raise UserError("--constrain needs the package llguidance: pip install -e '.[constrain]'") from error
-        self.engine = llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(size, len(tokenizer)))
+        self.engine = llguidance.hf.from_tokenizer(tokenizer, n_vocab=max(size, len(tokenizer)), eos_token=stop)
         self.executor = llguidance.LLExecutor(num_threads=torch.get_num_threads())
         limits = llguidance.LLParserLimits(step_max_items=NO_LIMIT, step_lexer_fuel=NO_LIMIT)
         try:

@@ -86,9 +86,9 @@ def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, tit
                 if (run.path / name).exists():
                     shutil.copy(run.path / name, aside)
         else:
-            write_merged(run, aside)
+            text = write_merged(run, aside)
             torch.cuda.empty_cache()  # the model is gone; another process is about to load its own
-            found = parity(run, aside, answers[:EXAMPLES])
+            found = parity(run, aside, text, answers[:EXAMPLES])
             if found.share < least:
                 raise UserError(f"not exported: {found}, which is less than --parity {least:g} of them")
         (aside / "README.md").write_text(model_card(run, scorecard, title, adapter_alone, str(found or "")), "utf-8")
@@ -113,12 +113,15 @@ def validation_answers(run: RunFolder) -> list[Prediction]:
     return list(answers.values())
 
 
-def write_merged(run: RunFolder, folder: Path) -> None:
+def write_merged(run: RunFolder, folder: Path) -> str:
     """Write the weights that the run's answers come from, in bf16 and laid out as the hub has those of the base,
     with processor and generation config.
 
     They are merged at the run's precision and rounded once, so on a GPU that computes in bf16 they are those that the
     evaluation generates with, bit by bit.
+
+    Returns:
+        Picture and prompt, as the processor of transformers takes them.
 
     Raises:
         UserError: if base and adapter do not fit each other.
@@ -130,17 +133,21 @@ def write_merged(run: RunFolder, folder: Path) -> None:
     tokenizer = collator.processor.tokenizer
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=collator.stop,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
         max_new_tokens=extractor.settings.max_new_tokens,
     )
     model.to(torch.bfloat16)
     weights = family_of(model.config).hub_layout(model.state_dict())
+    names = set(weights)
     model.save_pretrained(folder, state_dict=weights, save_original_format=False)
     collator.processor.save_pretrained(folder)
-    write_json(folder / USAGE, {"prompt": config.data.prompt, "letterbox": config.data.letterbox})
-    check_layout(folder, model, weights)
+    write_json(folder / USAGE, {
+        "prompt": config.data.prompt, "letterbox": config.data.letterbox, "image_tokens": config.data.image_tokens,
+    })  # fmt: skip
+    check_layout(folder, model, names)
+    return collator.text
 
 
 def check_layout(folder: Path, model: Any, weights: Collection[str]) -> None:
@@ -157,10 +164,11 @@ def check_layout(folder: Path, model: Any, weights: Collection[str]) -> None:
     assert "quantization_config" not in config
 
 
-def parity(run: RunFolder, folder: Path, answers: Sequence[Prediction]) -> Parity:
+def parity(run: RunFolder, folder: Path, text: str, answers: Sequence[Prediction]) -> Parity:
     """Have plain transformers load the folder in a process of its own, and compare its answers with the run's.
 
     Args:
+        text: picture and prompt, as the processor of transformers takes them.
         answers: the run's predictions of validation examples.
 
     Raises:
@@ -176,7 +184,7 @@ def parity(run: RunFolder, folder: Path, answers: Sequence[Prediction]) -> Parit
             f"{config.data.dataset}: of the {len(lost)} validation examples that the run has answers to, none is what "
             f"it was when the run began ({lost[0]} is the first); put it back as it was"
         )
-    texts = _plain_answers(folder, config, (validation[indices[answer.id]].image for answer in answers))
+    texts = _plain_answers(folder, config, text, (validation[indices[answer.id]].image for answer in answers))
     evaluator = StreamingEvaluator()
     for answer, text in zip(answers, texts):
         evaluator.update(text, answer.document, answer.id)
@@ -197,13 +205,13 @@ def _validation_examples(run: RunFolder, config: TrainConfig, ids: Collection[st
     return found
 
 
-def _plain_answers(folder: Path, config: TrainConfig, images: Iterable[Image.Image]) -> list[str]:
+def _plain_answers(folder: Path, config: TrainConfig, text: str, images: Iterable[Image.Image]) -> list[str]:
     with tempfile.TemporaryDirectory() as pictures:
         paths = []
         for i, image in enumerate(images):
             paths.append(f"{pictures}/{i}.png")
             (on_square(image) if config.data.letterbox else image).save(paths[-1])
-        wanted = {"model": str(folder), "prompt": config.data.prompt, "pictures": paths, "batch_size": BATCH}
+        wanted = {"model": str(folder), "text": text, "pictures": paths, "batch_size": BATCH}
         # -P: or Python would find modules of ours beside the program
         command = [sys.executable, "-P", str(Path(__file__).with_name("plain.py"))]
         done = subprocess.run(command, input=json.dumps(wanted), capture_output=True, text=True)

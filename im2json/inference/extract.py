@@ -19,7 +19,7 @@ from im2json.data.modes import reading_note
 from im2json.data.pictures import count_pages, decode_picture, upright_rgb
 from im2json.data.stored import read_file
 from im2json.errors import UserError
-from im2json.families import open_collator
+from im2json.families import collator_of
 from im2json.inference.decode import Answer, Decoder, Request
 from im2json.inference.settings import DecodeSettings
 from im2json.jsontext import read
@@ -80,8 +80,8 @@ class Extractor:
 
         Args:
             path: a run folder, an adapter folder, or an adapter on the hub (owner/name).
-            options: in place of the run's: model, quant, precision, prompt, letterbox, max_new_tokens,
-                eval_batch_size, constrain, schema, check_sum.
+            options: in place of the run's: model, quant, precision, prompt, letterbox, image_tokens,
+                max_new_tokens, eval_batch_size, constrain, schema, check_sum.
 
         Raises:
             UserError: naming what is missing or does not fit.
@@ -105,7 +105,7 @@ class Extractor:
         precision = resolve_precision(config.model.precision, device)
         with torch.random.fork_rng():  # the caller's random numbers stay as they are
             adapted = load_adapted(replace(config.model, dequantize="off"), precision, device, seed=0)
-        collator = open_collator(config.model.model, config.data.prompt, config.data.letterbox)
+        collator = collator_of(config)
         limit = config.decode.max_new_tokens or positions(adapted)
         settings = DecodeSettings.of(config, precision, adapted, collator, limit, schema, checks)
         extractor = cls(merged_copy(adapted, settings.dtype), collator, settings, calibration)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -29,6 +30,9 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from im2json.errors import UserError, first_line
 from im2json.options import LANGUAGE_MODULES, ModelOptions
 from im2json.runs import adapter_folder
+
+_LAYER = r".*\.(layers|blocks)\.\d+\."
+"""The names of what lies in a layer of either tower begin like this."""
 
 
 def add_lora(base: Any, options: ModelOptions, seed: int) -> PeftModel:
@@ -87,6 +91,9 @@ def target_modules(base: torch.nn.Module, wanted: str) -> list[str] | str:
     endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
     if wanted == "language":
         return LANGUAGE_MODULES
+    if wanted == "both":
+        inner = sorted({name.rsplit(".", 1)[-1] for name in linear if re.search(_LAYER, name)})
+        return rf"{_LAYER}.*\.({'|'.join(inner)})"
     if re.fullmatch(r"[\w.]+(,\s*[\w.]+)*", wanted):
         names = [name.strip() for name in wanted.split(",")]
         missing = [name for name in names if not any(f".{full}".endswith(f".{name}") for full in linear)]
@@ -111,9 +118,13 @@ _UNFIT = (RuntimeError, ValueError, OSError, LookupError, AttributeError, TypeEr
 def _warm_start(base: Any, adapter: str) -> PeftModel:
     folder = adapter_folder(Path(adapter))
     try:
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # those would be left as drawn
+            return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     except torch.OutOfMemoryError:
         raise
+    except UserWarning as error:
+        raise UserError(f"--adapter {adapter} does not fit this model: it was trained on other layers") from error
     except _UNFIT as error:
         raise UserError(f"--adapter {adapter} does not fit this model: {first_line(error, 2)}") from error
 
@@ -182,6 +193,7 @@ def merged_copy(model: PeftModel, dtype: torch.dtype, *, adapter: bool = True) -
         setattr(copy.get_submodule(owner), leaf, buffer)
     copy.requires_grad_(False).eval()
     copy.name_or_path = base.name_or_path
+    copy.generation_config = base.generation_config
     fuse_norms(copy)
     return copy
 

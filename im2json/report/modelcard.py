@@ -16,7 +16,7 @@ from im2json.options import OPTIONS, TrainConfig
 from im2json.report.comparison import fields_table
 from im2json.report.table import interval_text
 from im2json.resume import PATHS
-from im2json.runs import HUB_NAME, RunFolder
+from im2json.runs import HUB_NAME, RunFolder, adapter_usage
 from im2json.scoring import METRICS
 from im2json.scoring.examples import kept_predictions
 from im2json.scoring.scorecard import Scorecard
@@ -73,7 +73,8 @@ def _head(config: TrainConfig, scorecard: Scorecard, title: str, adapter_alone: 
 
 
 def _usage(run: RunFolder, config: TrainConfig, adapter_alone: bool) -> str:
-    prompt = json.dumps(f"<image>{config.data.prompt}", ensure_ascii=False)
+    usage = adapter_usage(run.adapter) or {}
+    prompt = json.dumps(usage.get("text", f"<image>{config.data.prompt}"), ensure_ascii=False)
     padded = "\nPad the picture to a square with white first, as in training." if config.data.letterbox else ""
     if adapter_alone:
         form = "in NF4 with double quantisation" if config.model.quant == "nf4" else "as it is"
@@ -141,8 +142,8 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
-def _picture_size(processor: Path) -> str:
-    """Return the size that pictures are shown to the model in.
+def _picture_size(processor: Path, letterbox: bool) -> str:
+    """Return how pictures are shown to the model, for adapters of earlier versions, which do not say.
 
     Raises:
         UserError: if the processor's file does not say.
@@ -150,20 +151,21 @@ def _picture_size(processor: Path) -> str:
     stored = read_json(processor)
     try:
         size = stored["image_processor"]["size"]
-        return f"{size['width']} x {size['height']} pixels"
+        form = "padded" if letterbox else "squashed"
+        return f"a picture of {size['width']} x {size['height']} pixels, {form} to that square"
     except (KeyError, TypeError) as error:
         raise UserError(f"{processor} does not hold the size of the model's pictures") from error
 
 
 def _limits(run: RunFolder, config: TrainConfig, scorecard: Scorecard, adapter_alone: bool, parity: str) -> str:
     values = scorecard.metrics.compute()
-    seen = _picture_size(run.adapter / "processor_config.json")
+    usage = adapter_usage(run.adapter) or {}
+    seen = usage.get("seen") or _picture_size(run.adapter / "processor_config.json", config.data.letterbox)
     limits = [
         f"Of {values['num']:.0f} test documents {1 - values['exact_match']:.0%} were read with some mistake, and "
         f"{1 - values['json_validity']:.0%} of the answers were not valid JSON. A misread digit looks like a right "
         "one: check what matters.",
-        f"The model sees a picture of {seen}, {'padded' if config.data.letterbox else 'squashed'} to that square; what "
-        "cannot be read at that size is guessed.",
+        f"The model sees {seen}; what cannot be read at that size is guessed.",
         "It was measured on documents like those that it was trained on, and writes the keys that it was trained on; "
         "how it reads others is not known.",
     ]

@@ -42,6 +42,7 @@ class Workload:
     processes: int
     steps: int  # of the whole run
     free_bytes: float | None  # of the GPU's memory; None on a CPU
+    recordable: bool = True  # whether a pass can be recorded as a CUDA graph
 
     @property
     def share(self) -> int:
@@ -107,11 +108,13 @@ def strategy_note(strategy: Strategy, work: Workload) -> str | None:
 
 
 def _launch(work: Workload) -> str:
-    """Return the launch mode on a GPU. `auto` compiles large models in long runs, and records graphs otherwise."""
-    if work.config.model.launch != "auto":
-        return work.config.model.launch
-    large = work.sizes.text.hidden >= LARGE
-    return "compiled" if large and work.steps * work.config.train.batch_size >= LONG_RUN else "graphs"
+    """Return the launch mode on a GPU. `auto` compiles large models in long runs, and otherwise records graphs where
+    the family allows it."""
+    wanted = work.config.model.launch
+    if wanted == "auto":
+        large = work.sizes.text.hidden >= LARGE
+        wanted = "compiled" if large and work.steps * work.config.train.batch_size >= LONG_RUN else "graphs"
+    return "single" if wanted == "graphs" and not work.recordable else wanted
 
 
 def _enough(work: Workload) -> int:

@@ -1,0 +1,454 @@
+"""Every family of models, by the questions that `Family` asks: the same tests for all of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import clear_error, summed_loss_of
+from PIL import Image
+from small_model import CHAT_TEMPLATE, save_small_chat, save_small_paligemma
+from transformers import AutoModelForImageTextToText
+
+from im2json.data.collate import IGNORE, Batch, Collator, Pictures, join_pictures
+from im2json.data.example import Example
+from im2json.errors import UserError
+from im2json.families import FAMILIES, family_of, open_collator
+from im2json.inference.decode import Decoder, Request
+from im2json.jsontext import canonical
+from im2json.model.base import load_base
+from im2json.model.lora import add_lora, merged_copy, trained
+from im2json.options import TrainConfig
+from im2json.runs import RunFolder
+
+SAVED = {"paligemma": save_small_paligemma, "qwen3_vl": save_small_chat}
+PROMPT = "extract JSON."
+NEW = 24
+
+
+def noise(seed: int, size: tuple[int, int]) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+SIZES = [(30, 20), (40, 60), (17, 90), (64, 64)]
+EXAMPLES = [
+    Example(f"e{i}", noise(i, size), {"nm": "x" * 7 * i, "stop": "<eos> <|im_end|> é"}) for i, size in enumerate(SIZES)
+]
+IMAGES = [example.image for example in EXAMPLES]
+
+
+@pytest.fixture(scope="session", params=SAVED)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def folder(kind, tmp_path_factory) -> Path:
+    """The folder of a small model of this family."""
+    return SAVED[kind](tmp_path_factory.mktemp("family") / kind)
+
+
+@pytest.fixture(scope="session")
+def collator(folder) -> Collator:
+    return open_collator(str(folder), PROMPT)
+
+
+@pytest.fixture(scope="session")
+def model(folder) -> Any:
+    """Random weights, large enough that different pictures get different and winding texts."""
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "language_model.layers" in name:
+            torch.nn.init.normal_(parameter, std=0.25)
+        elif parameter.ndim > 1 and "language_model" not in name and "lm_head" not in name:
+            parameter.data *= 4
+    return model.eval()
+
+
+def as_transformers(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the inputs of transformers' own forward pass for a batch of ours, positions and masks left to it."""
+    if "image_grid_thw" not in inputs:
+        return inputs
+    patches = zip(inputs["pixel_values"], inputs["image_grid_thw"].prod(1).tolist())
+    of_picture = inputs["input_ids"] == model.config.image_token_id
+    names = ("input_ids", "attention_mask", "image_grid_thw")
+    return {
+        **{name: inputs[name] for name in names},
+        "pixel_values": torch.cat([part[:count] for part, count in patches]),
+        "mm_token_type_ids": of_picture.int(),
+    }
+
+
+def prefix_batch(collator: Collator, pictures: Pictures) -> dict[str, torch.Tensor]:
+    """Return the inputs of one picture's prefix, of which transformers generates."""
+    ids = torch.tensor(collator.prefixes(pictures))
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": torch.zeros_like(ids),
+        **pictures,
+    }
+
+
+def generated(model: Any, collator: Collator, image: Image.Image) -> list[int]:
+    """Return what transformers writes for a picture alone, up to the token that stops it."""
+    inputs = as_transformers(model, prefix_batch(collator, collator.pictures([image])))
+    output = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+# --- layout
+
+
+def test_every_type_in_the_table_has_a_small_model_here():
+    assert set(SAVED) == set(FAMILIES)
+
+
+def test_labels_are_the_answer_and_the_token_that_stops_it(collator):
+    batch = collator(EXAMPLES)
+    prefixes = collator.prefixes(collator.pictures(IMAGES))
+    for example, labels, ids, prefix in zip(EXAMPLES, batch.labels, batch.inputs["input_ids"], prefixes):
+        learned = labels[labels != IGNORE].tolist()
+        assert learned[-1] == collator.stop and collator.stop not in learned[:-1]
+        assert collator.texts([learned]) == [canonical(example.target)]
+        assert (labels[: len(prefix)] == IGNORE).all() and ids[: len(prefix)].tolist() == prefix
+        assert (labels != IGNORE).nonzero()[0].item() == len(prefix)
+        assert prefix[-1] == collator.last and len(prefix) <= collator.longest_prefix
+
+
+def test_image_tokens_are_counted_from_width_and_height(collator):
+    pictures = collator.pictures(IMAGES)
+    for size, prefix in zip(SIZES, collator.prefixes(pictures)):
+        count, scale = collator.image_tokens(*size)
+        assert prefix.count(collator.image_token) == count
+        assert scale > 0
+
+
+def test_the_picture_that_the_model_sees_is_that_of_the_example(collator):
+    half = Image.new("RGB", (64, 64), "black")
+    half.paste("white", (32, 0, 64, 64))
+    seen = np.asarray(collator.seen(collator.pictures([half])).convert("L"))
+    height, width = seen.shape
+    assert seen[:, : width // 2 - 2].max() < 20 and seen[:, width // 2 + 2 :].min() > 235
+    assert height == width
+
+
+def test_pictures_are_joined_and_cut_without_a_change(collator):
+    whole, alone = collator.pictures(IMAGES), [collator.pictures([image]) for image in IMAGES]
+    joined = join_pictures(alone)
+    assert joined.keys() == whole.keys() and all(torch.equal(joined[name], whole[name]) for name in whole)
+    batch = collator(EXAMPLES)
+    for part, example in zip(batch.cut(1), EXAMPLES):
+        single = collator([example])
+        assert torch.equal(part.labels, single.labels)
+        for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids"):
+            assert name not in batch.inputs or torch.equal(part.inputs[name], single.inputs[name]), name
+
+
+# --- the pass in training
+
+
+def test_an_answer_token_changes_no_logit_before_it(model, collator):
+    family, batch = family_of(model.config), collator(EXAMPLES[:2])
+    with torch.no_grad():
+        before = family.hidden_states(model, batch.inputs)
+        for position in (batch.labels[0] != IGNORE).nonzero().flatten().tolist()[:5]:
+            ids = batch.inputs["input_ids"].clone()
+            ids[0, position] = (ids[0, position] + 1) % 250
+            after = family.hidden_states(model, {**batch.inputs, "input_ids": ids})
+            assert torch.equal(after[:, :position], before[:, :position])
+            assert not torch.equal(after[0, position:], before[0, position:])
+            assert torch.equal(after[1], before[1])
+
+
+def adapted(folder: Path, target_modules: str = "both") -> Any:
+    options = TrainConfig.from_values({"model": str(folder), "r": 4, "target_modules": target_modules}).model
+    lora = add_lora(load_base(str(folder), "fp32", "none", torch.device("cpu")), options, seed=0)
+    for parameter in trained(lora):
+        torch.nn.init.normal_(parameter, std=0.05)
+    return lora
+
+
+def gradients(lora: Any) -> dict[str, torch.Tensor]:
+    found = {name: parameter.grad.clone() for name, parameter in lora.named_parameters() if parameter.grad is not None}
+    lora.zero_grad()
+    return found
+
+
+def test_loss_and_gradients_are_those_of_transformers(folder, collator):
+    lora, batch = adapted(folder), collator(EXAMPLES)
+    count = int((batch.labels != IGNORE).sum())
+    output = lora(**as_transformers(lora, batch.inputs), labels=batch.labels)
+    output.loss.backward()
+    expected = gradients(lora)
+    assert len(expected) == len(trained(lora))
+    for size in (4, 2, 1):  # any split of a step
+        loss = torch.zeros(())
+        for part in batch.cut(size):
+            share = summed_loss_of(lora, part) / count
+            share.backward()
+            loss += share.detach()
+        assert loss.item() == pytest.approx(output.loss.item(), rel=1e-5)
+        found = gradients(lora)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_padding_changes_nothing(model, collator):
+    family, batch = family_of(model.config), collator(EXAMPLES[:3])
+    more = batch.padded(64)
+    assert more.labels.shape[1] % 64 == 0
+    with torch.no_grad():
+        short, long = (family.hidden_states(model, each.inputs) for each in (batch, more))
+    real = batch.inputs["attention_mask"].bool()
+    torch.testing.assert_close(long[:, : real.shape[1]][real], short[real], rtol=1e-4, atol=1e-5)
+
+
+# --- decoding
+
+
+@pytest.fixture(scope="session")
+def expected(model, collator) -> list[list[int]]:
+    rows = [generated(model, collator, image) for image in IMAGES]
+    assert len({tuple(row) for row in rows}) > len(rows) // 2
+    return rows
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed rows"])
+def test_texts_are_those_of_transformers(model, collator, expected, fixed):
+    """Pictures of different sizes side by side, with right drafts, another's, and none."""
+    pictures = [collator.pictures([image]) for image in IMAGES]
+    for sources in ([[]] * len(IMAGES), expected, [*expected[1:], expected[0]]):
+        decoder = Decoder(model, collator, slots=3)
+        decoder.fixed = fixed
+        requests = [
+            Request(lambda i=i: pictures[i], NEW, sources[i])  # type: ignore[misc]
+            for i in range(len(IMAGES))
+        ]
+        answers = dict(decoder.answers(requests, NEW, NEW))
+        assert [answers[i].tokens for i in range(len(IMAGES))] == expected
+
+
+def test_log_probabilities_are_those_of_a_pass_over_the_answer(model, collator, expected):
+    for image, tokens, answer in zip(IMAGES, expected, Decoder(model, collator)(collator.pictures(IMAGES), NEW)):
+        prefix = prefix_batch(collator, collator.pictures([image]))
+        start, ids = prefix["input_ids"].shape[1], torch.tensor([tokens])
+        text = {"input_ids": torch.cat([prefix["input_ids"], ids], 1)}
+        text["attention_mask"] = torch.ones_like(text["input_ids"])
+        text["token_type_ids"] = (torch.arange(start + len(tokens)) >= start).long()[None]
+        with torch.no_grad():
+            logits = model(**as_transformers(model, {**prefix, **text})).logits[0, start - 1 : -1]
+        wanted = logits.log_softmax(-1).gather(1, ids.T)[:, 0]
+        assert answer.logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
+# --- weights
+
+
+@pytest.mark.parametrize("target_modules", ["language", "both"])
+def test_a_merged_copy_computes_what_base_and_adapter_compute(folder, collator, target_modules):
+    lora, batch = adapted(folder, target_modules).eval(), collator(EXAMPLES)
+    merged, base = merged_copy(lora, torch.float32), lora.get_base_model()
+    family = family_of(base.config)
+    with torch.no_grad():
+        found = merged.lm_head(family.hidden_states(merged, batch.inputs))
+        wanted = base.lm_head(family.hidden_states(base, batch.inputs))
+    real = batch.inputs["attention_mask"].bool()
+    torch.testing.assert_close(found[real], wanted[real], rtol=1e-3, atol=1e-4)
+
+
+def test_layers_in_4_bits_are_all_linear_ones_but_the_head(folder):
+    base = load_base(str(folder), "fp32", "nf4", torch.device("cpu"))
+    packed = {name for name, parameter in base.named_parameters() if parameter.dtype == torch.uint8}
+    linear = {f"{name}.weight" for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert packed == linear - {"lm_head.weight"}
+    assert any("language_model" in name for name in packed) and any("language_model" not in name for name in packed)
+
+
+LANGUAGE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+TOWERS = {
+    "paligemma": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
+    "qwen3_vl": {"qkv", "proj", "linear_fc1", "linear_fc2"},
+}
+
+
+def test_lora_is_where_target_modules_say(kind, folder):
+    for wanted, towers in (("language", set()), ("both", TOWERS[kind])):
+        names = [name.split(".lora_A")[0] for name, _ in adapted(folder, wanted).named_parameters() if "lora_A" in name]
+        language = [name for name in names if "language_model" in name]
+        assert {name.rsplit(".", 1)[-1] for name in language} == LANGUAGE
+        assert {name.rsplit(".", 1)[-1] for name in names if name not in language} == towers
+        assert len(names) == len(set(names))
+
+
+def test_the_hub_has_every_weight_once(model, tmp_path):
+    family = family_of(model.config)
+    assert len(family.hub_layout(model.state_dict())) == len(list(model.parameters()))
+
+
+# --- the head of its own
+
+
+def test_an_untied_head_is_kept_merged_and_exported(tmp_path):
+    folder = save_small_chat(tmp_path / "untied", tied=False)
+    lora, collator = adapted(folder).eval(), open_collator(str(folder), PROMPT)
+    base, merged = lora.get_base_model(), merged_copy(lora, torch.float32)
+    assert torch.equal(merged.lm_head.weight, base.lm_head.weight)
+    assert not torch.equal(merged.lm_head.weight, merged.get_input_embeddings().weight)
+    assert "lm_head.weight" in family_of(base.config).hub_layout(merged.state_dict())
+    answers = Decoder(merged, collator)(collator.pictures(IMAGES), 6)
+    assert [answer.tokens for answer in answers] == [generated(merged, collator, image)[:6] for image in IMAGES]
+
+
+# --- what is refused
+
+
+def test_a_type_that_is_not_supported_is_named_with_those_that_are(cli, tmp_path, small_model):
+    folder = Path(shutil.copytree(small_model, tmp_path / "other"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    error = clear_error(cli("train", "--check", "--model", folder, "--output", tmp_path / "page.html"))
+    assert error == f"--model {folder} is of type llava, which is not supported: paligemma, qwen3_vl are"
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert "is of type llama" in clear_error(cli("train", "--model", folder, "--output", tmp_path / "run"))
+
+
+def test_templates_that_cannot_be_learned_from_are_refused(tmp_path):
+    thinking = CHAT_TEMPLATE.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    folder = save_small_chat(tmp_path / "thinking", template=thinking)
+    with pytest.raises(UserError, match="does not put an answer directly behind its prompt"):
+        open_collator(str(folder), PROMPT)
+    folder = save_small_chat(tmp_path / "none")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template: use an instruct model"):
+        open_collator(str(folder), PROMPT)
+
+
+def test_an_adapter_of_another_family_is_refused(cli, finished, tmp_path):
+    folder = save_small_chat(tmp_path / "chat")
+    error = clear_error(
+        cli("train", "--adapter", finished.adapter, "--model", folder, "--output", tmp_path / "run", "--steps", 1)
+    )
+    assert "does not fit this model" in error
+
+
+def test_a_prompt_that_is_a_control_token_is_refused(tmp_path):
+    folder = save_small_chat(tmp_path / "chat")
+    with pytest.raises(UserError, match="leave <|im_end|> out, a special token".replace("|", r"\|")):
+        open_collator(str(folder), "read <|im_end|>")
+
+
+# --- dynamic resolution
+
+
+def test_image_tokens_limits_what_a_picture_takes(tmp_path):
+    folder = save_small_chat(tmp_path / "chat")
+    for limit in (64, 100, 1024):
+        collator = open_collator(str(folder), PROMPT, image_tokens=limit)
+        for size in [(1000, 1000), (300, 1500), (90, 4000), (4000, 30), (20, 20)]:
+            (prefix,) = collator.prefixes(collator.pictures([noise(0, size)]))
+            assert prefix.count(collator.image_token) == collator.image_tokens(*size)[0] <= limit
+            assert len(prefix) <= collator.longest_prefix
+
+
+def test_a_narrow_picture_is_widened_with_white_and_not_squashed(tmp_path):
+    collator = open_collator(str(save_small_chat(tmp_path / "chat")), PROMPT)
+    strip = Image.new("RGB", (10, 3200), "black")
+    seen = np.asarray(collator.seen(collator.pictures([strip])).convert("L"))
+    assert seen.shape[0] / seen.shape[1] == pytest.approx(32, rel=0.2)
+    assert seen[:, 0].min() > 200 and seen[:, -1].min() > 200  # white on both sides
+
+
+# --- the commands
+
+
+CHAT = (
+    "--precision", "fp32", "--quant", "nf4", "--r", 4, "--lr", 0.01, "--threads", 1, "--batch-size", 4,
+    "--microbatch", 2, "--eval-every", 2, "--max-new-tokens", 8, "--image-tokens", 64,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory) -> str:
+    return str(save_small_chat(tmp_path_factory.mktemp("chat") / "small"))
+
+
+@pytest.fixture(scope="module")
+def chat_run(train, chat, dataset, tmp_path_factory) -> RunFolder:
+    base = ["--model", chat, "--dataset", dataset, *map(str, CHAT)]
+    return train(tmp_path_factory.mktemp("chat-run") / "run", "--steps", 4, base=base)
+
+
+def test_a_chat_model_is_trained_evaluated_and_read_with(cli, chat_run, dataset, tmp_path):
+    usage = json.loads((chat_run.adapter / "im2json.json").read_text())
+    assert usage["image_tokens"] == 64 and usage["prompt"] == PROMPT
+    assert {"tokenizer.json", "preprocessor_config.json", "chat_template.jinja"} <= {
+        path.name for path in chat_run.adapter.iterdir()
+    }
+    found = cli("evaluate", chat_run.path, "--json")
+    assert found.exit_code == 0, found.output
+    result = json.loads(chat_run.result.read_text())
+    assert json.loads(found.stdout)["after"] == pytest.approx(result["test"]["after"])
+    written = {row.id: row.text for row in chat_run.predictions("test", "after")}
+    from click.testing import CliRunner
+
+    from im2json.app import main
+
+    images = sorted((Path(dataset) / "test").glob("*.png"))
+    read = CliRunner().invoke(main, ["extract", str(chat_run.path), *map(str, images)])
+    assert read.exit_code == 0, read.output
+    rows = [json.loads(line) for line in read.stdout.splitlines() if line.startswith("{")]
+    assert [row["text"] for row in rows] == [written[f"test/{image.name}"] for image in images]
+
+
+def test_a_chat_run_goes_on_to_the_same_bits(train, resume, chat, chat_run, dataset, tmp_path):
+    base = ["--model", chat, "--dataset", dataset, *map(str, CHAT)]
+    stopped = train(tmp_path / "stopped", "--steps", 4, "--stop-after", 2, base=base)
+    resume(stopped)
+    weights = "adapter_model.safetensors"
+    assert (stopped.adapter / weights).read_bytes() == (chat_run.adapter / weights).read_bytes()
+
+
+def test_check_and_plan_know_the_size_of_pictures(cli, chat, dataset, tmp_path):
+    flags = ("--model", chat, "--dataset", dataset)
+    checked = cli("train", "--check", *flags, "--output", tmp_path / "page.html")
+    assert checked.exit_code == 0, checked.output
+    assert "image tokens, and" in checked.stdout and "with their targets" in checked.stdout
+    assert "&lt;|image_pad|&gt; x " in (tmp_path / "page.html").read_text()
+    planned = cli("train", "--plan", *flags, *CHAT, "--steps", 4)
+    assert planned.exit_code == 0 and "forecast of memory" in planned.stdout
+
+
+@pytest.mark.slow
+def test_plain_transformers_reads_what_was_exported_as_the_run_did(cli, chat_run, tmp_path):
+    from click.testing import CliRunner
+
+    from im2json.app import main
+
+    done = CliRunner().invoke(main, ["export", str(chat_run.path), "--out", str(tmp_path / "out"), "--parity", "0"])
+    assert done.exit_code == 0, done.output
+    assert "answers are the run's to the letter" in done.output
+    config = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert config["size"]["longest_edge"] == 64 * 64
+
+
+@pytest.mark.slow
+def test_constrained_answers_of_a_chat_model_are_valid(train, chat, dataset, tmp_path):
+    pytest.importorskip("llguidance")
+    base = ["--model", chat, "--dataset", dataset, *map(str, CHAT)]
+    run = train(tmp_path / "run", "--steps", 2, "--constrain", "--max-new-tokens", 60, base=base)
+    result = json.loads(run.result.read_text())
+    assert result["test"]["after"]["json_validity"] == 1
+
+
+def test_a_batch_keeps_its_rows_on_another_device(collator):
+    batch = collator(EXAMPLES).to(torch.device("meta"))
+    assert isinstance(batch, Batch) and all(value.is_meta for value in batch.inputs.values())
+    assert replace(batch, ids=[]).labels.is_meta
