@@ -280,7 +280,7 @@ class TrainOptions:
     weight_decay: float = option(0.0, "Decoupled weight decay of AdamW.", at_least=0)
     max_grad_norm: float = option(1.0, "Largest norm of the gradients. Larger ones are scaled down to it.", above=0)
     epochs: float = option(
-        3.0,
+        2.0,
         "Passes over the training split. Ignored if --steps is given.",
         unit="epochs",
         above=0,
@@ -295,7 +295,7 @@ class TrainOptions:
     )
     batch_size: int = option(4, "Examples per step, over all processes and microbatches.", unit="examples", at_least=1)
     microbatch: int | Literal["auto"] = option(
-        4,
+        2,
         "Examples per forward and backward pass, per process. auto: as many as fit into the GPU's memory.",
         unit="examples",
         at_least=1,
@@ -306,7 +306,7 @@ class TrainOptions:
         "AdamW with its state in 8 bits and paged (paged_adamw_8bit), in 8 bits (adamw_8bit), or plain (adamw).",
     )
     eval_every: int = option(
-        100,
+        50,
         "Steps between evaluations of generated text on the validation split. 0: never.",
         unit="steps",
         at_least=0,

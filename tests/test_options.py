@@ -18,7 +18,7 @@ from im2json.options import OPTIONS, PRESETS, TrainConfig, check, flag_name
 
 OTHER_VALUES = {
     "dataset": "a-folder", "dataset_config": "en", "revision": "v2", "train_split": "training",
-    "image_column": "scan", "target_column": "label", "skip_bad": 2, "letterbox": True,
+    "image_column": "scan", "target_column": "label", "skip_bad": 2, "letterbox": True, "image_tokens": 300,
     "prompt": "read it", "max_target_tokens": 90, "workers": 3,
     "model": "somewhere", "adapter": "there", "r": 8, "alpha": 5.0, "dropout": 0.25, "target_modules": "q_proj",
     "rslora": True, "dora": True, "quant": "none", "precision": "fp32", "gradient_checkpointing": "off",
@@ -80,7 +80,7 @@ def test_help_is_a_phrase_with_a_type_and_units():
     for shown in (
         "--steps N Optimizer updates.", "--epochs FLOAT Passes", "--microbatch N|auto Examples", "--output PATH ",
         "--quant [nf4|none] ", "--metric NAME ", "--prompt TEXT ", "--test / --no-test ",
-        "[default: 3 epochs]", "[default: 8 GiB]", "[default: 16]", "[default: on]", "[default: field_f1]",
+        "[default: 2 epochs]", "[default: 8 GiB]", "[default: 16]", "[default: on]", "[default: field_f1]",
     ):  # fmt: skip
         assert shown in text
 
@@ -187,7 +187,7 @@ def test_all_problems_are_named_at_once():
 
 
 def test_microbatch_is_a_number_or_auto(parsed):
-    assert parsed([]).train.microbatch == 4
+    assert parsed([]).train.microbatch == 2
     assert parsed(["--microbatch", "auto"]).train.microbatch == "auto"
     assert parsed(["--preset", "cord"]).train.microbatch == "auto"
     assert parsed(["--preset", "cord", "--microbatch", "2"]).train.microbatch == 2

@@ -46,8 +46,8 @@ def needs(found: Workload, strategy: Strategy) -> float:
 
 
 def test_on_a_cpu_nothing_is_recorded_or_checkpointed_by_default():
-    assert choose_strategy(work(None)) == Strategy("single", False, 4)
-    assert choose_strategy(work(None, batch_size=3)) == Strategy("single", False, 3)
+    assert choose_strategy(work(None)) == Strategy("single", False, 2)
+    assert choose_strategy(work(None, batch_size=1)) == Strategy("single", False, 1)
     given = {"microbatch": 2, "launch": "compiled", "gradient_checkpointing": "on"}
     assert choose_strategy(work(None, **given)) == Strategy("compiled", True, 2)
     assert strategy_note(Strategy("single", False, 2), work(None, microbatch=2)) is None
@@ -90,6 +90,12 @@ def test_a_long_run_of_a_large_model_is_compiled():
     for hidden, launch in ((1023, "graphs"), (1024, "compiled")):
         sizes = dataclasses.replace(long.sizes, text=dataclasses.replace(long.sizes.text, hidden=hidden))
         assert choose_strategy(dataclasses.replace(long, sizes=sizes)).launch == launch
+
+
+def test_a_pass_that_cannot_be_recorded_is_run_or_compiled():
+    chat = dataclasses.replace(work(130.0, launch="graphs"), recordable=False)
+    assert choose_strategy(chat).launch == "single"
+    assert choose_strategy(dataclasses.replace(work(130.0), recordable=False, steps=512)).launch == "compiled"
 
 
 def test_what_was_given_is_taken_and_processes_share_a_step():

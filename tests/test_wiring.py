@@ -124,6 +124,7 @@ ELSEWHERE = {  # tests of this file that need more than two runs
 NOT_HERE = {
     "adapter": "changes where training begins: see test_wiring_resume.py",
     "output": "names the run folder: every run of these tests has one",
+    "image_tokens": "needs a model that reads pictures at their own resolution: see test_families.py",
     "launch": "needs a GPU: see test_gpu.py",
     "track": "needs a tracker other than TensorBoard, and none is installed",
 }
@@ -214,7 +215,12 @@ def test_all_other_options_are_refused_on_resume(train, paths, cli, tmp_path):
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     flags = {option: effect.flags for option, effect in (TRAINING_EFFECTS | READING_EFFECTS).items()}
     flags |= {"skip_bad": "--skip-bad 1", "max_target_tokens": "--max-target-tokens 99", "adapter": "--adapter {model}"}
-    flags |= {"dataset_config": "--dataset-config small", "revision": "--revision v2", "schema": "--schema {letters}"}
+    flags |= {
+        "image_tokens": "--image-tokens 64",
+        "dataset_config": "--dataset-config small",
+        "revision": "--revision v2",
+        "schema": "--schema {letters}",
+    }
     assert flags.keys() | MAY_CHANGE_ON_RESUME == OPTIONS.keys()
     for option in flags.keys() - MAY_CHANGE_ON_RESUME:
         error = clear_error(cli("train", "--resume", run, *flags[option].format(**paths).split()))
