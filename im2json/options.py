@@ -131,6 +131,9 @@ def option(
     return dataclasses.field(default=default, metadata=described)
 
 
+Trim = Literal["off", "crop", "squeeze"]
+
+
 @dataclass(frozen=True)
 class DataOptions:
     dataset: str = option(
@@ -149,6 +152,11 @@ class DataOptions:
         0, "Leave out up to this many unusable rows. With more, the run stops.", unit="rows", at_least=0
     )
     letterbox: bool = option(False, "Pad pictures to a square with white instead of squashing them.")
+    trim: Literal["off", "crop", "squeeze"] = option(
+        "off",
+        "Cut pictures to their printed area before they are resized. crop: cut them. squeeze: cut them, and leave out "
+        "three of four rows without print. For scans of pages that are mostly blank.",
+    )
     image_tokens: int | None = option(
         None,
         "Most image tokens of a picture, for models that read pictures at their own resolution. Larger pictures are "

@@ -28,19 +28,29 @@ from im2json.text import command_line
 
 PATHS = {"model": "tiny", "dataset": "receipts", "adapter": None, "schema": None}
 """The options that may be paths, each with the one value that is none."""
-WARM_START_OPTIONS = ("prompt", "letterbox", "image_tokens")
+WARM_START_OPTIONS = ("prompt", "letterbox", "trim", "image_tokens")
 """What --adapter takes from the adapter unless it is given."""
 SHOWN = 5
 """Examples that an error names."""
 READING_OPTIONS = (
-    "model", "quant", "precision", "prompt", "letterbox", "image_tokens", "max_new_tokens", "constrain", "check_sum",
+    "model", "quant", "precision", "prompt", "letterbox", "trim", "image_tokens", "max_new_tokens", "constrain",
+    "check_sum",
 )  # fmt: skip
 """The options that decide what is read in a picture, besides the adapter."""
 
 
 EVALUATION_OPTIONS = ("precision", "constrain", "schema", "eval_batch_size", "check_sum", "threads")
 """What may differ from the run's own options when it is evaluated."""
-EXTRACTION_OPTIONS = ("model", "quant", "prompt", "letterbox", "image_tokens", "max_new_tokens", *EVALUATION_OPTIONS)
+EXTRACTION_OPTIONS = (
+    "model",
+    "quant",
+    "prompt",
+    "letterbox",
+    "trim",
+    "image_tokens",
+    "max_new_tokens",
+    *EVALUATION_OPTIONS,
+)
 """What may differ from the run's own options when pictures are read with it."""
 
 
@@ -304,6 +314,7 @@ def reading_digest(config: TrainConfig) -> str:
         decisive.append(Path(config.decode.schema or ""))
     files = [sha256(path) for path in decisive if path.is_file()]
     decides = {name: config.flat()[name] for name in READING_OPTIONS}
-    if decides["image_tokens"] is None:  # as before there was such an option
-        del decides["image_tokens"]
+    for name in ("image_tokens", "trim"):  # left out by default, as before there were such options
+        if decides[name] == OPTIONS[name].default:
+            del decides[name]
     return hashlib.sha256(json.dumps([files, decides], sort_keys=True).encode()).hexdigest()[:12]

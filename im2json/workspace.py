@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +78,7 @@ class Workspace:
         return {
             "prompt": self.config.data.prompt,
             "letterbox": self.config.data.letterbox,
+            "trim": self.config.data.trim,
             "image_tokens": self.config.data.image_tokens,
             "quant": self.config.model.quant,
             "max_new_tokens": self.settings.max_new_tokens,
@@ -126,7 +126,7 @@ class Workspace:
         slots = SLOTS if self.settings.batch_size == "auto" else self.settings.batch_size
         return Workload(
             config=self.config,
-            sizes=self.family.sizes(self.model.config),
+            sizes=self.family.sizes(self.model.config, self.config.data.image_tokens),
             setting=Setting.of(self.config, self.precision, self.model, self.family.tower),
             target_lengths=self.lengths.by_split["train"],
             longest_target=self.lengths.longest,
@@ -169,17 +169,16 @@ class Workspace:
         """
         limit, split, order = self.config.model.cache_features, self.splits["train"], self.order
         base, dtype = self.model.get_base_model(), DTYPES[self.precision]
-        epochs, shape = order.total(self.config.train) / order.steps_per_epoch, self.family.feature_shape(base.config)
-        if limit == 0 or epochs < 2 or shape is None or not is_frozen(base):
+        epochs, found = order.total(self.config.train) / order.steps_per_epoch, self.family.features(base)
+        if limit == 0 or epochs < 2 or found is None or not is_frozen(base):
             return None, None
-        size = len(split) * math.prod(shape) * dtype.itemsize / 2**30
+        size = len(split) * math.prod(found.shape) * dtype.itemsize / 2**30
         head = f"the vision tower is frozen: image features of {len(split):,} pictures ({size:.2f} GiB)"
         each_step = f"{head} are worked out in every step, as they cannot be kept"
         if size > limit:
             return None, f"{each_step}: --cache-features is {limit:g}"
         try:
-            compute = partial(self.family.image_features, base)
-            features = Features(split, self.collator, compute, shape, dtype, self.workers, self.accelerator)
+            features = Features(split, self.collator, *found, dtype, self.workers, self.accelerator)
         except OSError as error:
             return None, f"{each_step}: {error}"
         return features, f"{head} worked out once, in {features.seconds:.1f} s"
@@ -261,7 +260,7 @@ def open_workspace(
         UserError: naming the option, file or row that is wrong.
     """
     checks = parse_checks(config.decode.check_sum)
-    collator = collator_of(config)
+    collator = collator_of(config.model.model, config.data)
     found = _open_data(config, accelerator, collator, resumed, evaluated)
     if evaluated is not None and scored is not None and not len(found.splits[scored]):
         raise UserError(

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import clear_error, summed_loss_of
+from click.testing import CliRunner
+from helpers import clear_error, launch, metrics, summed_loss_of
 from PIL import Image
 from small_model import CHAT_TEMPLATE, save_small_chat, save_small_paligemma
 from transformers import AutoModelForImageTextToText
 
+from im2json.app import main
 from im2json.data.collate import IGNORE, Batch, Collator, Pictures, join_pictures
 from im2json.data.example import Example
 from im2json.errors import UserError
@@ -331,6 +333,14 @@ def test_templates_that_cannot_be_learned_from_are_refused(tmp_path):
         open_collator(str(folder), PROMPT)
 
 
+def test_options_that_mean_nothing_to_a_family_are_refused(cli, small_model, tmp_path):
+    flags = ("--model", small_model, "--output", tmp_path / "page.html", "--image-tokens", 100)
+    error = clear_error(cli("train", "--check", *flags))
+    assert error == "--image-tokens 100: leave it out, every picture takes 4 image tokens with this model"
+    flags = ("--model", save_small_chat(tmp_path / "chat"), "--output", tmp_path / "page.html", "--letterbox")
+    assert "--letterbox: leave it out" in clear_error(cli("train", "--check", *flags))
+
+
 def test_an_adapter_of_another_family_is_refused(cli, finished, tmp_path):
     folder = save_small_chat(tmp_path / "chat")
     error = clear_error(
@@ -397,10 +407,6 @@ def test_a_chat_model_is_trained_evaluated_and_read_with(cli, chat_run, dataset,
     result = json.loads(chat_run.result.read_text())
     assert json.loads(found.stdout)["after"] == pytest.approx(result["test"]["after"])
     written = {row.id: row.text for row in chat_run.predictions("test", "after")}
-    from click.testing import CliRunner
-
-    from im2json.app import main
-
     images = sorted((Path(dataset) / "test").glob("*.png"))
     read = CliRunner().invoke(main, ["extract", str(chat_run.path), *map(str, images)])
     assert read.exit_code == 0, read.output
@@ -428,10 +434,6 @@ def test_check_and_plan_know_the_size_of_pictures(cli, chat, dataset, tmp_path):
 
 @pytest.mark.slow
 def test_plain_transformers_reads_what_was_exported_as_the_run_did(cli, chat_run, tmp_path):
-    from click.testing import CliRunner
-
-    from im2json.app import main
-
     done = CliRunner().invoke(main, ["export", str(chat_run.path), "--out", str(tmp_path / "out"), "--parity", "0"])
     assert done.exit_code == 0, done.output
     assert "answers are the run's to the letter" in done.output
@@ -446,6 +448,27 @@ def test_constrained_answers_of_a_chat_model_are_valid(train, chat, dataset, tmp
     run = train(tmp_path / "run", "--steps", 2, "--constrain", "--max-new-tokens", 60, base=base)
     result = json.loads(run.result.read_text())
     assert result["test"]["after"]["json_validity"] == 1
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_chat_model_as_one_does(chat, chat_run, dataset, tmp_path):
+    run = RunFolder(tmp_path / "two")
+    launch("train", "--output", run.path, "--model", chat, "--dataset", dataset, *CHAT, "--steps", 4)
+    assert len(metrics(run)) == len(metrics(chat_run))
+    for got, wanted in zip(metrics(run), metrics(chat_run)):
+        assert (got["step"], got["split"], got.get("stage")) == (wanted["step"], wanted["split"], wanted.get("stage"))
+        assert got["values"] == pytest.approx(wanted["values"], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_sweep_compares_chat_models(chat, dataset, tmp_path):
+    base = {flag[2:].replace("-", "_"): value for flag, value in zip(CHAT[::2], CHAT[1::2])}
+    base |= {"model": chat, "dataset": dataset, "steps": 2, "eval_every": 2}
+    grid = {"base": base, "ablate": {"r": [4, 2]}}
+    (tmp_path / "grid.json").write_text(json.dumps(grid))
+    done = CliRunner().invoke(main, ["sweep", str(tmp_path / "grid.json"), "--output", str(tmp_path / "sweep")])
+    assert done.exit_code == 0, done.output
+    assert len(json.loads((tmp_path / "sweep" / "summary.json").read_text())["settings"]) == 2
 
 
 def test_a_batch_keeps_its_rows_on_another_device(collator):

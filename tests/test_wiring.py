@@ -60,6 +60,7 @@ TRAINING_EFFECTS = {
     "image_column": Effect("--image-column second", INPUTS, slow=True),
     "target_column": Effect("--target-column note", f"{INPUTS} counts schema", slow=True),
     "letterbox": Effect("--letterbox", f"{INPUTS} reading"),
+    "trim": Effect("--trim crop", f"{INPUTS} reading", slow=True),
     "prompt": Effect("--prompt read.", f"{INPUTS} reading"),
     "batch_size": Effect("--batch-size 5", f"{INPUTS} steps rates checkpoints"),
     "seed": Effect("--seed 1", INPUTS),

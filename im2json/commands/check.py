@@ -28,7 +28,7 @@ def check(config: TrainConfig) -> bool:
     page = Path(config.train.output or f"runs/{Path(config.data.dataset).name}-check.html")
     click.echo(reading_line(config.data))
     try:
-        collator = collator_of(config)
+        collator = collator_of(config.model.model, config.data)
         meter = TargetMeter(collator, load_positions(config.model.model), config.data.max_target_tokens)
     except UserError:
         diagnose(config.data, None, page, click.echo)

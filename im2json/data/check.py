@@ -14,15 +14,13 @@ from typing import Any
 from PIL import Image
 
 from im2json.data.example import Row, RunSplit, Split
-from im2json.data.lengths import Measured
+from im2json.data.lengths import Measured, TargetMeter
 from im2json.data.modes import reading_note
 from im2json.data.pictures import count_pages
 from im2json.data.stored import StoredSplit, bad_rows, listed
 from im2json.errors import UserError
 from im2json.jsontext import canonical
 from im2json.records import Content
-
-Measure = Callable[[dict[str, Any], tuple[int, int] | None], Measured]
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Checkup:
 
 
 def check_split(
-    *splits: Split, measure: Measure | None = None, skip_bad: int = 0, on_row: Callable[[], object] | None = None
+    *splits: Split, measure: TargetMeter | None = None, skip_bad: int = 0, on_row: Callable[[], object] | None = None
 ) -> Checkup:
     """Open every row of these splits as `examine` does, and allow up to `skip_bad` bad ones.
 
@@ -81,7 +79,7 @@ def check_split(
 
 def examine(
     splits: Iterable[Split],
-    measure: Measure | None = None,
+    measure: TargetMeter | None = None,
     on_row: Callable[[], object] | None = None,
     only: Collection[str] | None = None,
 ) -> Checkup:
@@ -104,7 +102,7 @@ def examine(
         for split in splits:
             over = pool.map if isinstance(split, StoredSplit) else map
             ids = {i: id for i, id in enumerate(split.ids) if only is None or id in only}
-            for (i, id), each in zip(ids.items(), over(partial(_open, split), ids)):
+            for (i, id), each in zip(ids.items(), over(partial(_open, split, measure), ids)):
                 judged = each if isinstance(each, str) else _judge(split, i, id, each, measure)
                 if isinstance(judged, str):
                     problems[split.name][id] = judged
@@ -131,9 +129,10 @@ class _Opened:
     pages: int = 1  # of the picture's file
     scaled: str | None = None  # how the values of the picture were scaled
     size: tuple[int, int] | None = None  # of the picture, width and height in pixels
+    shown: tuple[int, int] | None = None  # what of it the image processor gets
 
 
-def _open(split: Split, i: int) -> _Opened | str:
+def _open(split: Split, measure: TargetMeter | None, i: int) -> _Opened | str:
     """Return what a row holds, or a line on what is wrong with it."""
     if not isinstance(split, StoredSplit):
         target, source = split.targets[i], split.ids[i].encode()  # all that a receipt's picture is drawn from
@@ -145,21 +144,29 @@ def _open(split: Split, i: int) -> _Opened | str:
     image = example.image
     look = repr(image.size).encode() + _digest(image.resize((64, 64), Image.Resampling.NEAREST))
     content = Content.of(picture, canonical(example.target))
-    return _Opened(example.target, content, look, count_pages(picture), reading_note(image), image.size)
+    shown = image.size if measure is None else measure.collator.shown(image).size
+    return _Opened(example.target, content, look, count_pages(picture), reading_note(image), image.size, shown)
 
 
-def _judge(split: Split, i: int, id: str, opened: _Opened, measure: Measure | None) -> tuple[Row, bytes] | str:
+def _judge(split: Split, i: int, id: str, opened: _Opened, measure: TargetMeter | None) -> tuple[Row, bytes] | str:
     """Return a row that could be read and what tells its picture from others, or a line on what is wrong with it."""
-    measured = Measured(0) if measure is None else measure(opened.target, opened.size)
+    measured = Measured(0) if measure is None else measure(opened.target, opened.shown)
     where = split.where(i) if isinstance(split, StoredSplit) else id
     if measured.problem is not None:
         return f"{where}: {measured.problem}"
     altered = None if measured.difference is None else f"{where}: {measured.difference}"
     row = Row(
         split, i, id, opened.target, opened.content, measured.tokens, altered, opened.pages, opened.scaled,
-        measured.image_tokens, measured.scale,
+        measured.image_tokens, measured.scale, _kept(opened),
     )  # fmt: skip
     return row, opened.look
+
+
+def _kept(opened: _Opened) -> float:
+    """Return the share of a picture's pixels that the image processor gets, or 1 where it may get more."""
+    if opened.size is None or opened.shown is None:
+        return 1.0
+    return min(1.0, opened.shown[0] * opened.shown[1] / (opened.size[0] * opened.size[1]))
 
 
 def _digest(picture: Image.Image) -> bytes:

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from im2json.data.example import Example
+from im2json.data.trim import trimmed
 from im2json.errors import UserError
 from im2json.jsontext import canonical
+from im2json.options import Trim
 from im2json.text import is_utf8, shortened
 
 # B examples, S positions, P prefix positions (picture and prompt), T target tokens with the one that stops an answer.
@@ -83,7 +85,7 @@ class Collator(ABC):
 
     Args:
         processor: of the model; its tokenizer writes the targets.
-        letterbox: whether pictures keep their shape where the model sees squares.
+        trim: how pictures are cut to their printed area.
 
     Raises:
         UserError: if the prompt is not UTF-8, or holds what the tokenizer reads as a special token.
@@ -96,15 +98,19 @@ class Collator(ABC):
     text: str  # picture and prompt, as the processor of transformers takes them
     described: str  # how the model sees a picture, in words
 
-    def __init__(self, processor: Any, prompt: str, letterbox: bool = False) -> None:
+    def __init__(self, processor: Any, prompt: str, trim: Trim = "off") -> None:
         if not is_utf8(prompt):
             raise UserError(f"--prompt {shortened(prompt)!r} is not UTF-8 text")
         self.processor = processor
         self.prompt = prompt
-        self.letterbox = letterbox
+        self.trim: Trim = trim
         # the processor of an exported model, which is not ours, reads them as special tokens too
         if special := next((token for token in _special_tokens(processor.tokenizer) if token in prompt), None):
             raise UserError(f"--prompt {shortened(prompt)!r}: leave {special} out, a special token")
+
+    def shown(self, image: Image.Image) -> Image.Image:
+        """Return what of a picture goes to the image processor."""
+        return trimmed(image, self.trim)
 
     @abstractmethod
     def pictures(self, images: Sequence[Image.Image]) -> Pictures:
@@ -125,7 +131,7 @@ class Collator(ABC):
     @abstractmethod
     def image_tokens(self, width: int, height: int) -> tuple[int, float]:
         """Return how many tokens a picture of so many pixels takes, and the scale that the model sees it in: 0.5 if it
-        is half as wide or half as high as it was."""
+        is half as wide or half as high as it was. The pixels are those of `shown`."""
 
     @abstractmethod
     def seen(self, pictures: Pictures) -> Image.Image:

@@ -57,7 +57,7 @@ def diagnose(options: DataOptions, meter: TargetMeter | None, page: Path, say: C
     say("\n".join([*notes, rows]))
     splits = {name: split for name, split in found.splits.items() if len(split)}
     if splits and meter is not None:
-        lengths = lengths_report(splits, found.lengths)
+        lengths = lengths_report(splits, found.lengths, options.trim)
         say("\n".join(["", lengths, "", keys_report(splits)]))
         first = next(iter(splits.values()))
         previews = (preview(first[i], meter.collator) for i in range(min(PREVIEWS, len(first))))
@@ -91,15 +91,15 @@ def rows_report(checkup: Checkup, found: RunSplits) -> str:
     return "\n\n".join([*parts, *found.warnings()])
 
 
-def lengths_report(splits: Mapping[str, RunSplit], lengths: TargetLengths) -> str:
+def lengths_report(splits: Mapping[str, RunSplit], lengths: TargetLengths, trim: str) -> str:
     """Return lines on how long the targets are, and the longest one of each split."""
     longest = [
         f"longest of {name}: {split.ids[int(np.argmax(lengths.by_split[name]))]}" for name, split in splits.items()
     ]
-    return "\n".join([lengths.summary(), *longest, *pictures_report(splits)])
+    return "\n".join([lengths.summary(), *longest, *pictures_report(splits, trim)])
 
 
-def pictures_report(splits: Mapping[str, RunSplit]) -> list[str]:
+def pictures_report(splits: Mapping[str, RunSplit], trim: str) -> list[str]:
     """Return lines on how many tokens pictures take, and how much smaller the model sees them than they are."""
     rows = [row for split in splits.values() for row in split.rows if row.image_tokens]
     if not rows:
@@ -108,6 +108,11 @@ def pictures_report(splits: Mapping[str, RunSplit]) -> list[str]:
     whole = np.array([row.image_tokens + row.tokens for row in rows])
     scale = np.array([row.scale for row in rows])
     lines = [f"pictures take {_spread(tokens)} image tokens, and {_spread(whole)} with their targets"]
+    kept = np.array([row.kept for row in rows])
+    if (kept < 1).any():
+        lines.append(
+            f"--trim {trim} keeps {kept.min():.0%} to {kept.max():.0%} of a picture (median {np.median(kept):.0%})"
+        )
     if small := int((scale < SMALL).sum()):
         lines.append(
             f"pictures that the model sees in less than {SMALL:.0%} of their size: {small} of {len(rows)} (median "

@@ -59,6 +59,7 @@ class Row:
     scaled: str | None = None  # how the values of the picture had to be scaled
     image_tokens: int = 0  # of the picture; 0 if they were not counted
     scale: float = 1.0  # that the model sees the picture in
+    kept: float = 1.0  # share of the picture that --trim keeps
 
 
 class RunSplit:

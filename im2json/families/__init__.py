@@ -10,7 +10,7 @@ from im2json.families.base import Family, Reader
 from im2json.families.chat import Chat
 from im2json.families.paligemma import PaliGemma
 from im2json.model.base import load_config
-from im2json.options import TrainConfig
+from im2json.options import DataOptions
 
 _ALL: tuple[Family, ...] = (PaliGemma(), Chat())
 FAMILIES = {name: family for family in _ALL for name in family.model_types}
@@ -31,20 +31,20 @@ def family_of(config: Any, name: str = "the model") -> Family:
     return FAMILIES[config.model_type]
 
 
-def open_collator(model: str, prompt: str, letterbox: bool = False, image_tokens: int | None = None) -> Collator:
-    """Return the collator of a model: `tiny`, a folder, or a name on the hub.
+def collator_of(model: str, options: DataOptions) -> Collator:
+    """Return the collator of a model (`tiny`, a folder, or a name on the hub) that a run's options ask for.
 
     Raises:
-        UserError: if there is no such model, it is of no family here, or prompt and model do not fit each other.
+        UserError: if there is no such model, it is of no family here, or prompt, options and model do not fit each
+            other.
     """
     family = family_of(load_config(model), f"--model {model}")
-    return family.collator(family.load_processor(model), prompt, letterbox, image_tokens)
+    return family.collator(family.load_processor(model), options)
 
 
-def collator_of(config: TrainConfig) -> Collator:
-    """Return the collator that a run's options ask for; raises as `open_collator`."""
-    data = config.data
-    return open_collator(config.model.model, data.prompt, data.letterbox, data.image_tokens)
+def open_collator(model: str, prompt: str, **options: Any) -> Collator:
+    """Return the collator of a model for a prompt and other options of DataOptions; raises as `collator_of`."""
+    return collator_of(model, DataOptions(prompt=prompt, **options))
 
 
 __all__ = ["FAMILIES", "Family", "Reader", "collator_of", "family_of", "open_collator"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from im2json.data.collate import Collator, Pictures
 from im2json.model.memory import Sizes
+from im2json.options import DataOptions
 
 # B rows, S positions read of each, I image tokens, D hidden, G key/value heads, E head size, V vocabulary.
 
@@ -50,6 +51,13 @@ class Reader(Protocol):
         """Return the logits that a token is chosen by, and those that its probability is computed from; ... x V."""
 
 
+class PictureFeatures(NamedTuple):
+    """What a language model gets of pictures, where all of them get equally much."""
+
+    shape: tuple[int, int]  # I x D
+    compute: Callable[[Pictures], torch.Tensor]  # of B pictures: B x I x D
+
+
 class Family(Protocol):
     """A kind of vision-language model, whatever the size."""
 
@@ -64,30 +72,24 @@ class Family(Protocol):
             UserError: if it cannot be loaded.
         """
 
-    def collator(self, processor: Any, prompt: str, letterbox: bool, image_tokens: int | None) -> Collator:
+    def collator(self, processor: Any, options: DataOptions) -> Collator:
         """Return what lays out pictures, prompts and answers.
 
-        Args:
-            image_tokens: the most that a picture takes, where that depends on the picture.
-
         Raises:
-            UserError: if the prompt or the model's template does not allow it.
+            UserError: if the prompt or the model's template does not allow it, or an option means nothing here.
         """
 
     def hidden_states(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the last hidden states of a microbatch (Batch.inputs), B x S x D."""
 
-    def feature_shape(self, config: Any) -> tuple[int, int] | None:
-        """Return I x D of a picture's features, if they are all that the language model gets of it and can be kept."""
-
-    def image_features(self, model: Any, pictures: Pictures) -> torch.Tensor:
-        """Return the features of B pictures, B x I x D."""
+    def features(self, model: Any) -> PictureFeatures | None:
+        """Return how the features of pictures are computed, or None if they cannot be kept from step to step."""
 
     def reader(self, model: Any, collator: Collator) -> Reader:
         """Return what reads prefixes and tokens with a model of plain weights."""
 
-    def sizes(self, config: Any) -> Sizes:
-        """Return what of a config decides the memory that a run takes."""
+    def sizes(self, config: Any, image_tokens: int | None) -> Sizes:
+        """Return what of a config decides the memory that a run takes, with at most so many tokens for a picture."""
 
     def hub_layout(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return a model's weights under the names that they have on the hub."""

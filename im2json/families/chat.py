@@ -25,6 +25,7 @@ from im2json.families.reader import TextReader
 from im2json.files import write_json
 from im2json.model.base import from_pretrained
 from im2json.model.memory import Sizes, Tower
+from im2json.options import DataOptions, Trim
 
 # B examples, S positions, P prefix positions, N patches of a picture at most, I image tokens, D hidden.
 IMAGE_TOKENS = 1024
@@ -89,10 +90,16 @@ class Chat:
         """Load what of a processor is needed, without torchvision."""
         return from_pretrained(_Loader, model)
 
-    def collator(self, processor: Any, prompt: str, letterbox: bool, image_tokens: int | None) -> Collator:
-        """Return the collator. Pictures keep their shape, so `letterbox` changes nothing."""
-        processor.limit(image_tokens or IMAGE_TOKENS)
-        return ChatCollator(processor, prompt)
+    def collator(self, processor: Any, options: DataOptions) -> Collator:
+        """Return the collator.
+
+        Raises:
+            UserError: if prompt or template cannot be used, or `letterbox` is asked for.
+        """
+        if options.letterbox:
+            raise UserError("--letterbox: leave it out, this model sees pictures in their own shape")
+        processor.limit(options.image_tokens or IMAGE_TOKENS)
+        return ChatCollator(processor, options.prompt, options.trim)
 
     def hidden_states(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the last hidden states of pictures, prompts and targets; B x S x D.
@@ -116,21 +123,16 @@ class Chat:
             deepstack_visual_embeds=more,
         ).last_hidden_state
 
-    def feature_shape(self, config: Any) -> tuple[int, int] | None:
+    def features(self, model: Any) -> None:
         """Return None: pictures differ in size, and several layers of the language model get features of them."""
-        return None
-
-    def image_features(self, model: Any, pictures: Pictures) -> torch.Tensor:
-        """Never called, as no features are kept."""
-        raise NotImplementedError
 
     def reader(self, model: Any, collator: Collator) -> ChatReader:
         """Return what reads prefixes and tokens with a model of plain weights."""
         assert isinstance(collator, ChatCollator)
         return ChatReader(model, collator)
 
-    def sizes(self, config: Any) -> Sizes:
-        """Return the sizes of a config, for a picture of IMAGE_TOKENS."""
+    def sizes(self, config: Any, image_tokens: int | None = None) -> Sizes:
+        """Return the sizes of a config, for a picture of as many tokens as it may take."""
         text, vision = config.get_text_config(), config.vision_config
         wide, narrow = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
         d, f = text.hidden_size, text.intermediate_size
@@ -149,11 +151,12 @@ class Chat:
         joined = d * vision.spatial_merge_size**2
         mergers = (1 + len(vision.deepstack_visual_indexes)) * (joined * joined + joined * vision.out_hidden_size)
         patches = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        patches_seen = (image_tokens or IMAGE_TOKENS) * vision.spatial_merge_size**2
         other = d * (patches + vision.num_position_embeddings)
         if not config.tie_word_embeddings:
             other += text.vocab_size * text.hidden_size
         return Sizes(
-            decoder, encoder, text.vocab_size, IMAGE_TOKENS * vision.spatial_merge_size**2, mergers, other
+            decoder, encoder, text.vocab_size, patches_seen, mergers, other
         )  # fmt: skip
 
     def hub_layout(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -172,8 +175,8 @@ class ChatCollator(Collator):
         UserError: if the model has no chat template, or one whose answers do not follow their prompts directly.
     """
 
-    def __init__(self, processor: ChatProcessor, prompt: str) -> None:
-        super().__init__(processor, prompt)
+    def __init__(self, processor: ChatProcessor, prompt: str, trim: Trim = "off") -> None:
+        super().__init__(processor, prompt, trim)
         tokenizer, shown = processor.tokenizer, processor.image_processor
         if not tokenizer.chat_template:
             raise UserError("this model has no chat template: use an instruct model, whose tokenizer has one")
@@ -208,14 +211,20 @@ class ChatCollator(Collator):
 
     def image_tokens(self, width: int, height: int) -> tuple[int, float]:
         """Return how many tokens a picture of so many pixels takes, and the scale that it is seen in."""
-        width, height = max(width, -(-height // NARROWEST)), max(height, -(-width // NARROWEST))
         shown = self.processor.image_processor
         patches = shown.get_number_of_image_patches(height, width)
         return patches // self.merge**2, math.sqrt(patches * shown.patch_size**2 / (width * height))
 
+    def shown(self, image: Image.Image) -> Image.Image:
+        """Return what of a picture goes to the image processor: on white, if it is very narrow."""
+        image = super().shown(image)
+        width, height = image.size
+        least = max(width, -(-height // NARROWEST)), max(height, -(-width // NARROWEST))
+        return image if least == image.size else ImageOps.pad(image, least, color="white")
+
     def pictures(self, images: Sequence[Image.Image]) -> Pictures:
         """Return {"pixel_values": B x N x patch, "image_grid_thw": B x 3}, the patches of each padded with zeros."""
-        shown = self.processor.image_processor(list(map(_widened, images)), return_tensors="pt")
+        shown = self.processor.image_processor([*map(self.shown, images)], return_tensors="pt")
         patches = shown["pixel_values"].split(shown["image_grid_thw"].prod(1).tolist())
         return {
             "pixel_values": torch.nn.utils.rnn.pad_sequence(patches, batch_first=True),
@@ -307,12 +316,6 @@ def _features(model: Any, pictures: Mapping[str, torch.Tensor]) -> tuple[torch.T
     its first layers (DeepStack, https://arxiv.org/abs/2406.04334)."""
     grids = pictures["image_grid_thw"]
     patches = [part[:count] for part, count in zip(pictures["pixel_values"], grids.prod(1).tolist())]
-    found = model.model.get_image_features(torch.cat(patches), grids)
-    return torch.cat(found.pooler_output), [torch.cat(part) for part in found.deepstack_features]
-
-
-def _widened(image: Image.Image) -> Image.Image:
-    """Return a very narrow picture on white, wide enough to be read."""
-    width, height = image.size
-    least = max(width, -(-height // NARROWEST)), max(height, -(-width // NARROWEST))
-    return image if least == image.size else ImageOps.pad(image, least, color="white")
+    tower = model.model.visual
+    found = tower(torch.cat(patches).to(tower.dtype), grid_thw=grids)
+    return found.pooler_output, list(found.deepstack_features)

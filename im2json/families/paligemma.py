@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from transformers import PaliGemmaProcessor
 
 from im2json.data.collate import Collator, Pictures
 from im2json.data.pictures import on_square
+from im2json.errors import UserError
+from im2json.families.base import PictureFeatures
 from im2json.families.reader import TextReader
 from im2json.model.base import from_pretrained
 from im2json.model.memory import Sizes, Tower
+from im2json.options import DataOptions, Trim
 
 # B examples, S positions, I image tokens, D hidden.
 
@@ -29,9 +33,18 @@ class PaliGemma:
         """Load the processor of a model or of an adapter folder."""
         return from_pretrained(PaliGemmaProcessor, model)
 
-    def collator(self, processor: Any, prompt: str, letterbox: bool, image_tokens: int | None) -> Collator:
-        """Return the collator. Every picture takes the same number of tokens, so `image_tokens` changes nothing."""
-        return PaliGemmaCollator(processor, prompt, letterbox)
+    def collator(self, processor: Any, options: DataOptions) -> Collator:
+        """Return the collator.
+
+        Raises:
+            UserError: if the prompt cannot be used, or a number of image tokens is asked for.
+        """
+        if options.image_tokens is not None:
+            raise UserError(
+                f"--image-tokens {options.image_tokens}: leave it out, every picture takes "
+                f"{processor.image_seq_length} image tokens with this model"
+            )
+        return PaliGemmaCollator(processor, options.prompt, options.letterbox, options.trim)
 
     def hidden_states(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the last hidden states of pictures, prompts and targets; B x S x D.
@@ -45,7 +58,7 @@ class PaliGemma:
         """
         pictures = inputs.get("image_features")  # B x I x D
         if pictures is None:
-            pictures = self.image_features(model, inputs)
+            pictures = _features(model, inputs)
         words = model.model.get_input_embeddings()(inputs["input_ids"][:, pictures.shape[1] :])  # B x (S - I) x D
         positions = torch.arange(1, inputs["input_ids"].shape[1] + 1, device=words.device)  # S: PaliGemma counts from 1
         config = model.config.get_text_config()
@@ -59,20 +72,17 @@ class PaliGemma:
             use_cache=False,
         ).last_hidden_state
 
-    def feature_shape(self, config: Any) -> tuple[int, int] | None:
-        """Return I x D."""
-        sizes = self.sizes(config)
-        return sizes.image_tokens, sizes.text.hidden
-
-    def image_features(self, model: Any, pictures: Pictures) -> torch.Tensor:
-        """Return what the language model gets of B pictures, B x I x D."""
-        return model.model.get_image_features(pictures["pixel_values"]).pooler_output
+    def features(self, model: Any) -> PictureFeatures:
+        """Return how the features of pictures are computed."""
+        sizes = self.sizes(model.config)
+        return PictureFeatures((sizes.image_tokens, sizes.text.hidden), partial(_features, model))
 
     def reader(self, model: Any, collator: Collator) -> PaliGemmaReader:
         """Return what reads prefixes and tokens with a model of plain weights."""
+        assert isinstance(collator, PaliGemmaCollator)
         return PaliGemmaReader(model, collator)
 
-    def sizes(self, config: Any) -> Sizes:
+    def sizes(self, config: Any, image_tokens: int | None = None) -> Sizes:
         """Return the sizes of a PaliGemmaConfig, with the first or the second Gemma."""
         text, vision = config.get_text_config(), config.vision_config
         tokens = (vision.image_size // vision.patch_size) ** 2
@@ -120,8 +130,9 @@ class PaliGemmaCollator(Collator):
     <image> x 256, BOS, prompt, newline | target JSON, EOS
     """
 
-    def __init__(self, processor: PaliGemmaProcessor, prompt: str, letterbox: bool = False) -> None:
-        super().__init__(processor, prompt, letterbox)
+    def __init__(self, processor: PaliGemmaProcessor, prompt: str, letterbox: bool = False, trim: Trim = "off") -> None:
+        super().__init__(processor, prompt, trim)
+        self.letterbox = letterbox
         tokenizer: Any = processor.tokenizer
         image_tokens = processor.image_token * processor.image_seq_length
         prefix = tokenizer(f"{image_tokens}{tokenizer.bos_token}{prompt}\n", add_special_tokens=False)
@@ -133,10 +144,17 @@ class PaliGemmaCollator(Collator):
         form = "padded" if letterbox else "squashed"
         self.described = f"a picture of {self.size[0]} x {self.size[1]} pixels, {form} to that square"
 
+    def shown(self, image: Image.Image) -> Image.Image:
+        """Return what of a picture goes to the image processor, which squashes it."""
+        return on_square(super().shown(image)) if self.letterbox else super().shown(image)
+
     def pictures(self, images: Sequence[Image.Image]) -> Pictures:
         """Return {"pixel_values": B x 3 x H x W}: squashed to the square that the tower sees, or letterboxed."""
-        shown = [on_square(image) if self.letterbox else image for image in images]
-        return {"pixel_values": self.processor.image_processor(shown, return_tensors="pt")["pixel_values"]}
+        return {
+            "pixel_values": self.processor.image_processor([*map(self.shown, images)], return_tensors="pt")[
+                "pixel_values"
+            ]
+        }
 
     def prefixes(self, pictures: Mapping[str, torch.Tensor]) -> list[list[int]]:
         """Return the same tokens for each picture, whose pixels or features are given."""
@@ -144,8 +162,7 @@ class PaliGemmaCollator(Collator):
 
     def image_tokens(self, width: int, height: int) -> tuple[int, float]:
         """Return the tokens that every picture takes, and the scale that this one is seen in."""
-        sides = (max(width, height),) * 2 if self.letterbox else (width, height)
-        return self.processor.image_seq_length, min(size / side for size, side in zip(self.size, sides))
+        return self.processor.image_seq_length, min(self.size[0] / width, self.size[1] / height)
 
     def seen(self, pictures: Pictures) -> Image.Image:
         """Return the picture in the square that the tower sees."""
@@ -160,20 +177,23 @@ class PaliGemmaReader(TextReader):
 
     records_prefixes = True
 
-    def __init__(self, model: Any, collator: Collator) -> None:
+    def __init__(self, model: Any, collator: PaliGemmaCollator) -> None:
         super().__init__(model, model.model.language_model, collator)
-        (prefix,) = collator.prefixes({"one": torch.zeros(1)})
-        self.prefix = torch.tensor(prefix, device=self.like.device)  # P
+        self.prefix = torch.tensor(collator.prefix_ids, device=self.like.device)  # P
 
     def read_prefixes(self, pictures: Pictures, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Read what precedes the answers to B pictures, B x 3 x H x W; see Reader."""
-        pixels = pictures["pixel_values"].to(self.model.dtype)
-        seen = self.model.model.get_image_features(pixels).pooler_output  # B x I x D
+        seen = _features(self.model, {"pixel_values": pictures["pixel_values"].to(self.model.dtype)})  # B x I x D
         words = self.text.embed_tokens(self.prefix[seen.shape[1] :]).expand(len(seen), -1, -1)
         hidden = torch.cat([seen.to(words.dtype), words], 1)
         self._read_prefixes(hidden, 1 + torch.arange(hidden.shape[1], device=hidden.device)[None], cache)
         length = torch.full((len(seen),), hidden.shape[1], device=seen.device)
         return length, torch.ones_like(length)  # PaliGemma counts from 1
+
+
+def _features(model: Any, pictures: Pictures) -> torch.Tensor:
+    """Return what the language model gets of B pictures, B x I x D."""
+    return model.model.get_image_features(pictures["pixel_values"]).pooler_output
 
 
 def prefix_mask(

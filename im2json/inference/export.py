@@ -18,8 +18,8 @@ from safetensors import safe_open
 from transformers import GenerationConfig
 
 from im2json.data.check import examine
+from im2json.data.collate import Collator
 from im2json.data.example import RunSplit
-from im2json.data.pictures import on_square
 from im2json.data.sources import open_splits
 from im2json.data.splits import divide, restore
 from im2json.errors import UserError
@@ -86,9 +86,9 @@ def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, tit
                 if (run.path / name).exists():
                     shutil.copy(run.path / name, aside)
         else:
-            text = write_merged(run, aside)
+            collator = write_merged(run, aside)
             torch.cuda.empty_cache()  # the model is gone; another process is about to load its own
-            found = parity(run, aside, text, answers[:EXAMPLES])
+            found = parity(run, aside, collator, answers[:EXAMPLES])
             if found.share < least:
                 raise UserError(f"not exported: {found}, which is less than --parity {least:g} of them")
         (aside / "README.md").write_text(model_card(run, scorecard, title, adapter_alone, str(found or "")), "utf-8")
@@ -113,7 +113,7 @@ def validation_answers(run: RunFolder) -> list[Prediction]:
     return list(answers.values())
 
 
-def write_merged(run: RunFolder, folder: Path) -> str:
+def write_merged(run: RunFolder, folder: Path) -> Collator:
     """Write the weights that the run's answers come from, in bf16 and laid out as the hub has those of the base,
     with processor and generation config.
 
@@ -121,7 +121,7 @@ def write_merged(run: RunFolder, folder: Path) -> str:
     evaluation generates with, bit by bit.
 
     Returns:
-        Picture and prompt, as the processor of transformers takes them.
+        The collator of the run.
 
     Raises:
         UserError: if base and adapter do not fit each other.
@@ -144,10 +144,10 @@ def write_merged(run: RunFolder, folder: Path) -> str:
     model.save_pretrained(folder, state_dict=weights, save_original_format=False)
     collator.processor.save_pretrained(folder)
     write_json(folder / USAGE, {
-        "prompt": config.data.prompt, "letterbox": config.data.letterbox, "image_tokens": config.data.image_tokens,
+        name: getattr(config.data, name) for name in ("prompt", "letterbox", "trim", "image_tokens")
     })  # fmt: skip
     check_layout(folder, model, names)
-    return collator.text
+    return collator
 
 
 def check_layout(folder: Path, model: Any, weights: Collection[str]) -> None:
@@ -164,11 +164,11 @@ def check_layout(folder: Path, model: Any, weights: Collection[str]) -> None:
     assert "quantization_config" not in config
 
 
-def parity(run: RunFolder, folder: Path, text: str, answers: Sequence[Prediction]) -> Parity:
+def parity(run: RunFolder, folder: Path, collator: Collator, answers: Sequence[Prediction]) -> Parity:
     """Have plain transformers load the folder in a process of its own, and compare its answers with the run's.
 
     Args:
-        text: picture and prompt, as the processor of transformers takes them.
+        collator: of the run.
         answers: the run's predictions of validation examples.
 
     Raises:
@@ -184,7 +184,7 @@ def parity(run: RunFolder, folder: Path, text: str, answers: Sequence[Prediction
             f"{config.data.dataset}: of the {len(lost)} validation examples that the run has answers to, none is what "
             f"it was when the run began ({lost[0]} is the first); put it back as it was"
         )
-    texts = _plain_answers(folder, config, text, (validation[indices[answer.id]].image for answer in answers))
+    texts = _plain_answers(folder, collator, (validation[indices[answer.id]].image for answer in answers))
     evaluator = StreamingEvaluator()
     for answer, text in zip(answers, texts):
         evaluator.update(text, answer.document, answer.id)
@@ -205,13 +205,13 @@ def _validation_examples(run: RunFolder, config: TrainConfig, ids: Collection[st
     return found
 
 
-def _plain_answers(folder: Path, config: TrainConfig, text: str, images: Iterable[Image.Image]) -> list[str]:
+def _plain_answers(folder: Path, collator: Collator, images: Iterable[Image.Image]) -> list[str]:
     with tempfile.TemporaryDirectory() as pictures:
         paths = []
         for i, image in enumerate(images):
             paths.append(f"{pictures}/{i}.png")
-            (on_square(image) if config.data.letterbox else image).save(paths[-1])
-        wanted = {"model": str(folder), "text": text, "pictures": paths, "batch_size": BATCH}
+            collator.shown(image).save(paths[-1])
+        wanted = {"model": str(folder), "text": collator.text, "pictures": paths, "batch_size": BATCH}
         # -P: or Python would find modules of ours beside the program
         command = [sys.executable, "-P", str(Path(__file__).with_name("plain.py"))]
         done = subprocess.run(command, input=json.dumps(wanted), capture_output=True, text=True)

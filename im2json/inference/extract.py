@@ -105,7 +105,7 @@ class Extractor:
         precision = resolve_precision(config.model.precision, device)
         with torch.random.fork_rng():  # the caller's random numbers stay as they are
             adapted = load_adapted(replace(config.model, dequantize="off"), precision, device, seed=0)
-        collator = collator_of(config)
+        collator = collator_of(config.model.model, config.data)
         limit = config.decode.max_new_tokens or positions(adapted)
         settings = DecodeSettings.of(config, precision, adapted, collator, limit, schema, checks)
         extractor = cls(merged_copy(adapted, settings.dtype), collator, settings, calibration)

@@ -37,8 +37,8 @@ class Features:
     keeps in memory what has room there.
 
     Args:
-        compute: returns the features of B pictures, B x I x D.
         shape: I x D.
+        compute: returns the features of B pictures, B x I x D.
         dtype: that they are kept in.
         workers: processes that decode pictures meanwhile, for each of those that train.
 
@@ -51,8 +51,8 @@ class Features:
         self,
         split: Split,
         collator: Collator,
-        compute: Callable[[Pictures], torch.Tensor],
         shape: tuple[int, int],
+        compute: Callable[[Pictures], torch.Tensor],
         dtype: torch.dtype,
         workers: int,
         accelerator: Accelerator,
