@@ -36,7 +36,7 @@ def main(folder: Path, batch: int, repeat: int) -> None:
     model, collator = merged_copy(workspace.model, workspace.settings.dtype), workspace.collator
     split, limit = workspace.splits["test"], workspace.settings.max_new_tokens
     assert isinstance(limit, int)
-    pixels = collator.pixels([split[i].image for i in range(len(split))])
+    pixels = collator.pictures([split[i].image for i in range(len(split))])["pixel_values"]
     drafts = [collator.target_ids(target) for target in split.targets]
 
     def by_slots(sources: list[list[int]]) -> tuple[list[list[int]], int]:

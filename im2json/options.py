@@ -303,7 +303,7 @@ class TrainOptions:
     )
     batch_size: int = option(4, "Examples per step, over all processes and microbatches.", unit="examples", at_least=1)
     microbatch: int | Literal["auto"] = option(
-        2,
+        4,
         "Examples per forward and backward pass, per process. auto: as many as fit into the GPU's memory.",
         unit="examples",
         at_least=1,

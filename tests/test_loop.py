@@ -182,10 +182,10 @@ def test_runs_of_any_microbatch_log_the_same(train, tmp_path):
             assert got == pytest.approx(wanted, rel=1e-4)
 
 
-def test_auto_is_a_microbatch_of_two_on_a_cpu_and_stays_auto_in_the_config(train, resume, tmp_path):
+def test_auto_is_a_microbatch_of_four_on_a_cpu_and_stays_auto_in_the_config(train, resume, tmp_path):
     flags = ("--batch-size", 6, "--no-test", "--eval-every", 0)
-    two, auto = (train(tmp_path / str(size), *flags, "--microbatch", size) for size in (2, "auto"))
-    assert metrics(auto) == metrics(two)
+    four, auto = (train(tmp_path / str(size), *flags, "--microbatch", size) for size in (4, "auto"))
+    assert metrics(auto) == metrics(four)
     assert auto.read_config().train.microbatch == "auto"
     assert json.loads((auto.path / "config.json").read_text())["options"]["microbatch"] == "auto"
     resume(auto, "--steps", 5)

@@ -188,7 +188,7 @@ def test_all_problems_are_named_at_once():
 
 
 def test_microbatch_is_a_number_or_auto(parsed):
-    assert parsed([]).train.microbatch == 2
+    assert parsed([]).train.microbatch == 4
     assert parsed(["--microbatch", "auto"]).train.microbatch == "auto"
     assert parsed(["--preset", "cord"]).train.microbatch == "auto"
     assert parsed(["--preset", "cord", "--microbatch", "2"]).train.microbatch == 2

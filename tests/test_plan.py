@@ -23,7 +23,7 @@ def test_a_plan_says_what_a_run_takes_and_leaves_nothing(cli, base_args, tmp_pat
     assert result.exit_code == 0, result.output
     assert list(tmp_path.iterdir()) == []
     lines = result.output.splitlines()
-    assert "--microbatch auto: 2 of a step's 4 examples a process, on a CPU" in lines
+    assert "--microbatch auto: 4 of a step's 4 examples a process, on a CPU" in lines
     (steps,) = (line for line in lines if line.startswith("steps "))
     assert steps.split(None, 1)[1] == "5 of 4 examples: 18 examples, 1.80 epochs of 10"
     (evaluations,) = (line for line in lines if line.startswith("evaluations "))

@@ -46,8 +46,8 @@ def needs(found: Workload, strategy: Strategy) -> float:
 
 
 def test_on_a_cpu_nothing_is_recorded_or_checkpointed_by_default():
-    assert choose_strategy(work(None)) == Strategy("single", False, 2)
-    assert choose_strategy(work(None, batch_size=1)) == Strategy("single", False, 1)
+    assert choose_strategy(work(None)) == Strategy("single", False, 4)
+    assert choose_strategy(work(None, batch_size=3)) == Strategy("single", False, 3)
     given = {"microbatch": 2, "launch": "compiled", "gradient_checkpointing": "on"}
     assert choose_strategy(work(None, **given)) == Strategy("compiled", True, 2)
     assert strategy_note(Strategy("single", False, 2), work(None, microbatch=2)) is None

@@ -9,8 +9,8 @@ from im2json.data.order import even
 from im2json.model.memory import MARGIN, Forecast, Load, Setting, Sizes, forecast, most_that_fit
 from im2json.options import TrainConfig
 
-MICROBATCH_ON_CPU = 2  # examples
-"""`--microbatch auto` on a CPU: more are no faster, and padded further."""
+MICROBATCH_ON_CPU = 4  # examples
+"""`--microbatch auto` on a CPU: more would not be faster."""
 RECORDED = 1.5
 """What recorded passes reserve, relative to what they use: graphs of different shapes do not share every block."""
 ENOUGH = 4096  # positions of a microbatch that keep a GPU busy, where it need not wait for launches
