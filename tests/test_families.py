@@ -328,7 +328,11 @@ def test_templates_that_cannot_be_learned_from_are_refused(tmp_path):
     with pytest.raises(UserError, match="does not put an answer directly behind its prompt"):
         open_collator(str(folder), PROMPT)
     folder = save_small_chat(tmp_path / "none")
+    template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert open_collator(str(folder), PROMPT).text.endswith("<|im_start|>assistant\n")
+    (folder / "chat_template.json").unlink()
     with pytest.raises(UserError, match="has no chat template: use an instruct model"):
         open_collator(str(folder), PROMPT)
 

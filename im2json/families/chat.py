@@ -33,6 +33,7 @@ IMAGE_TOKENS = 1024
 NARROWEST = 32
 """A picture that is longer than so many times its width is widened with white: models refuse the narrowest."""
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+"""What describes the image processor: alone, or as a part of the whole processor."""
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "chat_template.json", "video_preprocessor_config.json", *IMAGE_FILES,
@@ -53,15 +54,18 @@ class ChatProcessor:
         self.files = files
         self.tokenizer: Any = AutoTokenizer.from_pretrained(files)
         self.image_processor: Any = Qwen2VLImageProcessorPil.from_pretrained(files)
+        apart = files / "chat_template.json"  # which transformers reads for its own processors alone
+        if not self.tokenizer.chat_template and apart.is_file():
+            self.tokenizer.chat_template = json.loads(apart.read_text("utf-8"))["chat_template"]
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def limit(self, image_tokens: int) -> None:
         """Scale pictures down to so many image tokens."""
         shown = self.image_processor
         most = image_tokens * (shown.patch_size * shown.merge_size) ** 2
-        shown.size = {
-            "shortest_edge": min(shown.size["shortest_edge"], most),
-            "longest_edge": most,
-        }  # in pixels, squared
+        # pixels of the whole picture, whatever these names say
+        shown.size = {"shortest_edge": min(shown.size["shortest_edge"], most), "longest_edge": most}
 
     def save_pretrained(self, folder: Path) -> None:
         """Copy the base's files, so that plain transformers finds them, with the limit on image tokens."""
@@ -69,13 +73,12 @@ class ChatProcessor:
             if (self.files / name).is_file():
                 shutil.copy(self.files / name, folder)
         for name in IMAGE_FILES:
-            if (folder / name).is_file():
-                config = json.loads((folder / name).read_text("utf-8"))
-                part = config.get("image_processor", config) if name == "processor_config.json" else config
-                if "size" in part or part is config:
-                    part["size"] = dict(self.image_processor.size)
-                    for old in ("min_pixels", "max_pixels"):
-                        part.pop(old, None)
+            config = json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
+            part = config if name == IMAGE_FILES[0] else config.get("image_processor")
+            if part:
+                for old in ("min_pixels", "max_pixels"):  # as earlier versions of transformers had it
+                    part.pop(old, None)
+                part["size"] = dict(self.image_processor.size)
                 write_json(folder / name, config)
 
 
