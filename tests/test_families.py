@@ -367,8 +367,10 @@ def test_image_tokens_limits_what_a_picture_takes(tmp_path):
     for limit in (64, 100, 1024):
         collator = open_collator(str(folder), PROMPT, image_tokens=limit)
         for size in [(1000, 1000), (300, 1500), (90, 4000), (4000, 30), (20, 20)]:
-            (prefix,) = collator.prefixes(collator.pictures([noise(0, size)]))
-            assert prefix.count(collator.image_token) == collator.image_tokens(*size)[0] <= limit
+            picture = noise(0, size)
+            (prefix,) = collator.prefixes(collator.pictures([picture]))
+            counted, _ = collator.image_tokens(*collator.shown(picture).size)
+            assert prefix.count(collator.image_token) == counted <= limit
             assert len(prefix) <= collator.longest_prefix
 
 
