@@ -1,4 +1,5 @@
-"""Evaluation at PaliGemma-3B's real size on one GPU: through evaluate_split, and as transformers generates.
+"""Evaluation at a real size, of PaliGemma-3B or of Qwen3-VL, on one GPU: through evaluate_split, and as transformers
+generates.
 
 The same random weights in NF4 with LoRA of rank 8. Random weights never write EOS, so each answer is as long as its
 row's target. First one token is written in each pass, as if no draft were ever right. What a good model gains is
@@ -8,6 +9,7 @@ long the prefixes take alone (answers of one token). Beside it: `generate` on th
 answers at a time, and one by one as the study did.
 
 python benchmarks/eval_speed.py --work /tmp/speed
+python benchmarks/eval_speed.py --work /tmp/speed --size qwen-4b --rows 256
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from full_size import QWEN, SIZES, as_transformers, picture_size, save_random
 
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="folder for the model")
 @click.option("--resolution", default=224)
-@click.option("--size", type=click.Choice(["3b", "3b-2", "toy"]), default="3b", help="toy: to try it on a CPU")
+@click.option("--size", type=click.Choice(SIZES), default="3b", help="toy, qwen-toy: to try it on a CPU")
 @click.option("--rows", "count", default=512)
 @click.option("--slots", default=256)
 @click.option("--right", default=0.95, help="share of the simulated drafts' tokens that are right")
@@ -33,7 +36,6 @@ def main(work: Path, resolution: int, size: str, count: int, slots: int, right: 
 
     quiet_libraries()
     import torch
-    from full_size import save_random_paligemma
     from rows import Rows
 
     from im2json.families import open_collator
@@ -50,13 +52,13 @@ def main(work: Path, resolution: int, size: str, count: int, slots: int, right: 
 
     model = work / f"model-{size}-{resolution}"
     if not model.exists():
-        save_random_paligemma(model, size, resolution)
+        save_random(model, size, resolution)
     config = TrainConfig.resolve({"model": str(model), "r": 8, "alpha": 32.0})
     accelerator, precision = start_accelerator(config)
     lora = add_lora(load_base(str(model), precision, "nf4", accelerator.device), config.model, 0).eval()
     for parameter in trained(lora):
         torch.nn.init.normal_(parameter, std=0.01)
-    collator = open_collator(str(model), config.data.prompt)
+    collator = open_collator(str(model), config.data.prompt, image_tokens=1080 if size in QWEN else None)
 
     class Draft(list):
         """A draft, and the text that it is a draft of."""
@@ -95,7 +97,8 @@ def main(work: Path, resolution: int, size: str, count: int, slots: int, right: 
         evaluate_split(EvaluationKey(0, "test", "after"), lambda: decoder, collator, rows, accelerator, settings)
         return clock() - start
 
-    many, hundred, speed, lengths = Rows(count, resolution), Rows(min(100, count), resolution), 0.0, drafts.LENGTHS
+    shape = picture_size(size, resolution)
+    many, hundred, speed, lengths = Rows(count, shape), Rows(min(100, count), shape), 0.0, drafts.LENGTHS
     for name, simulated in (("no draft right", False), (f"{right:.0%} of a draft right (simulated)", True)):
         drafts.LENGTHS = lengths if simulated else (1,)
         decode.Slots = Simulated if simulated else Slots  # type: ignore[misc]
@@ -116,7 +119,7 @@ def main(work: Path, resolution: int, size: str, count: int, slots: int, right: 
             )  # fmt: skip
             del decoder, plain
     for batch, tokens in ((16, 32), (1, 16)):
-        speed_4_bit = as_transformers(lora, collator, Rows(batch, resolution), tokens, DTYPES[precision])
+        speed_4_bit = generate_speed(lora, collator, Rows(batch, shape), tokens, DTYPES[precision])
         print(f"transformers on the 4-bit model, {batch} at a time: {speed_4_bit:.1f} tokens/s; "
               f"ours is {speed / speed_4_bit:.0f} times as fast", flush=True)  # fmt: skip
     print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else "")
@@ -130,15 +133,16 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def as_transformers(model: Any, collator: Any, rows: Any, tokens: int, dtype: Any) -> float:
+def generate_speed(model: Any, collator: Any, rows: Any, tokens: int, dtype: Any) -> float:
     """Tokens per second of `generate` on the model in training; the first call is not timed."""
     import torch
 
     device = next(model.parameters()).device
     pictures = collator.pictures([rows[i].image for i in range(len(rows))])
-    ids = torch.tensor(collator.prefixes(pictures))
+    ids = torch.tensor(collator.prefixes(pictures))  # all pictures are of one size
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    inputs = {name: value.to(device) for name, value in (inputs | pictures).items()}
+    inputs = as_transformers(model, inputs | pictures)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
 
     def write(count: int) -> None:

@@ -154,6 +154,113 @@ def save_random_paligemma(folder: Path, size: str, resolution: int) -> None:
     _processor(resolution).save_pretrained(folder)
 
 
+QWEN = {
+    "qwen-4b": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
+    "qwen-2b": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16),
+    "qwen-toy": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, head_dim=16),
+}
+SIZES = ["3b", "3b-2", "toy", *QWEN]
+
+
+def save_random(folder: Path, size: str, resolution: int) -> None:
+    """Save a random model of one of SIZES; the resolution is PaliGemma's."""
+    if size in QWEN:
+        save_random_qwen(folder, size)
+    else:
+        save_random_paligemma(folder, size, resolution)
+
+
+def picture_size(size: str, resolution: int) -> tuple[int, int]:
+    """Return width and height of the pictures for a model: a square for PaliGemma, and for Qwen3-VL a receipt of 864 x
+    1280 pixels, which is 1,080 image tokens."""
+    return (resolution, resolution) if size not in QWEN else (864, 1280) if size != "qwen-toy" else (96, 128)
+
+
+def save_random_qwen(folder: Path, size: str) -> None:
+    """Save a Qwen3-VL of a published config, or a toy of its shape, with random weights in bf16."""
+    import torch
+    from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    toy = size == "qwen-toy"
+    text = dict(num_key_value_heads=2 if toy else 8, head_dim=128) | QWEN[size]
+    vision = dict(
+        depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, deepstack_visual_indexes=[5, 11, 17]
+    )
+    if toy:
+        vision = dict(depth=4, hidden_size=64, intermediate_size=128, num_heads=4, deepstack_visual_indexes=[0, 1, 2])
+    special = dict(
+        image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653
+    )
+    config = Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=151936, max_position_embeddings=262144, tie_word_embeddings=True,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=5e6, mrope_section=[2, 3, 3] if toy else [24, 20, 20],
+                mrope_interleaved=True,
+            ),
+            **text,
+        ),
+        vision_config=dict(
+            patch_size=16, spatial_merge_size=2, temporal_patch_size=2, in_channels=3, num_position_embeddings=2304,
+            out_hidden_size=text["hidden_size"], **vision,
+        ),
+        tie_word_embeddings=True, **special,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen3VLForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    model.generation_config = GenerationConfig(eos_token_id=[151645, 151643], pad_token_id=151643)
+    model.save_pretrained(folder)
+    _chat_tokenizer().save_pretrained(folder)
+    edges = {"shortest_edge": 65536, "longest_edge": 16777216}
+    Qwen2VLImageProcessorPil(
+        size=edges, patch_size=16, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder)
+
+
+def _chat_tokenizer():
+    """Return a byte-level tokenizer with the ids of Qwen3's specials and a template like its own."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    special = {
+        151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>", 151652: "<|vision_start|>",
+        151653: "<|vision_end|>", 151655: "<|image_pad|>", 151656: "<|video_pad|>",
+    }  # fmt: skip
+    names = ["<unk>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    names += [special.get(i, f"<unused{i}>") for i in range(len(names), 151669)]
+    bpe = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True))
+    bpe.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special.values())})
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+        "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert tokenizer.convert_tokens_to_ids("<|image_pad|>") == 151655
+    return tokenizer
+
+
+def as_transformers(model, inputs):
+    """Return the inputs of transformers' own forward pass for a batch of ours."""
+    import torch
+
+    if "image_grid_thw" not in inputs:
+        return inputs
+    patches = zip(inputs["pixel_values"], inputs["image_grid_thw"].prod(1).tolist())
+    names = ("input_ids", "attention_mask", "image_grid_thw")
+    return {
+        **{name: inputs[name] for name in names},
+        "pixel_values": torch.cat([part[:count] for part, count in patches]),
+        "mm_token_type_ids": (inputs["input_ids"] == model.config.image_token_id).int(),
+    }
+
+
 def _processor(resolution: int):
     """PaliGemma's processor around a byte-level tokenizer with its vocabulary's size and the ids of its specials."""
     from tokenizers import Tokenizer, decoders, models
@@ -188,7 +295,7 @@ def write_cord_rows(folder: Path, counts: Mapping[str, int] = CORD) -> None:
     features = Features({"image": Image(), "ground_truth": Value("string")})
     (folder / "data").mkdir(parents=True)
     for seed, (split, count) in enumerate(counts.items()):
-        targets = Rows(count, 0, seed).targets
+        targets = Rows(count, (0, 0), seed).targets
         with ProcessPoolExecutor() as pool:
             pictures = list(pool.map(partial(_picture, split, count), range(count), chunksize=8))
         rows = [

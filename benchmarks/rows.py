@@ -18,10 +18,10 @@ OVERHEAD = 9  # tokens of {"a":""} and EOS, a byte each
 class Rows:
     """A split of such rows. `tokens`: the target tokens of each, EOS included."""
 
-    def __init__(self, count: int, resolution: int, seed: int = 0) -> None:
+    def __init__(self, count: int, size: tuple[int, int], seed: int = 0) -> None:
         drawn = random.Random(seed)
         self.name = "train"
-        self.resolution = resolution
+        self.size = size  # of the pictures: width and height in pixels
         self.tokens = [min(400, max(40, int(drawn.lognormvariate(math.log(160), 0.5)))) for _ in range(count)]
         self.ids: Sequence[str] = [str(i) for i in range(count)]
         self.targets: list[dict[str, Any]] = [
@@ -32,5 +32,6 @@ class Rows:
         return len(self.tokens)
 
     def __getitem__(self, i: int) -> Example:
-        pixels = np.random.default_rng(i).integers(0, 256, (self.resolution, self.resolution, 3), dtype=np.uint8)
+        width, height = self.size
+        pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
         return Example(self.ids[i], Image.fromarray(pixels), self.targets[i])

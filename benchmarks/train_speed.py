@@ -1,4 +1,4 @@
-"""Training steps at PaliGemma-3B's real size: im2json's and TRL's SFTTrainer's, side by side on one GPU.
+"""Training steps at a real size, of PaliGemma-3B or of Qwen3-VL: im2json's and TRL's SFTTrainer's, on one GPU.
 
 Both train the same random weights (speed and memory do not depend on their values) in NF4 on the same rows of CORD's
 lengths, with LoRA of rank 8 on the seven names of both towers, dropout .05, 16 examples a step. Each variant has a
@@ -6,6 +6,7 @@ process of its own, one after the other. Printed are medians over steps after th
 allocated and reserved it, the losses of the first steps, and ratios to TRL's. TRL is no dependency: `pip install trl`.
 
 python benchmarks/train_speed.py --work /tmp/speed
+python benchmarks/train_speed.py --work /tmp/speed --size qwen-4b
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from full_size import QWEN, SIZES, as_transformers, picture_size, save_random
 
 EXAMPLES = 16  # a step
 EPOCHS = 2  # so that a frozen tower's features are used again
@@ -45,11 +47,34 @@ TRL: dict[str, dict[str, Any]] = {
 }
 
 
+# For Qwen3-VL LoRA of rank 16 is on the language model alone.
+LANGUAGE = dict(target_modules="language", r=16)
+OURS_QWEN: dict[str, dict[str, Any]] = {
+    "automatic": LANGUAGE,
+    "compiled": LANGUAGE | dict(launch="compiled"),
+    "compiled, 4 at a time": LANGUAGE | dict(launch="compiled", microbatch=4),
+    "compiled, 4 at a time, NF4": LANGUAGE | dict(launch="compiled", microbatch=4, dequantize="off"),
+    "compiled, 1 at a time, NF4": LANGUAGE | dict(launch="compiled", microbatch=1, dequantize="off"),
+    "checkpointing, NF4": LANGUAGE | dict(gradient_checkpointing="on", dequantize="off"),
+    "checkpointing, NF4, 4 at a time": LANGUAGE | dict(gradient_checkpointing="on", dequantize="off", microbatch=4),
+}
+TRL_QWEN: dict[str, dict[str, Any]] = {
+    "TRL 16 x 1, checkpointing": dict(microbatch=16, checkpointing=True),
+    "TRL 8 x 2": dict(microbatch=8, checkpointing=False),
+    "TRL 4 x 4": dict(microbatch=4, checkpointing=False),
+}
+
+
+def variants(size: str) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Return ours and TRL's for a size."""
+    return (OURS_QWEN, TRL_QWEN) if size in QWEN else (OURS, TRL)
+
+
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="folder for the model")
 @click.option("--resolution", default=224)
 @click.option("--steps", default=14)
-@click.option("--size", type=click.Choice(["3b", "3b-2", "toy"]), default="3b", help="toy: to try it on a CPU")
+@click.option("--size", type=click.Choice(SIZES), default="3b", help="toy, qwen-toy: to try it on a CPU")
 @click.option("--only", multiple=True, help="these variants alone")
 @click.option("--cap-gib", type=float, help="hold each process to so much memory")
 @click.option("--one", hidden=True)
@@ -58,18 +83,19 @@ def main(
 ) -> None:
     model = work / f"model-{size}-{resolution}"
     if one == "save":
-        from full_size import save_random_paligemma
-
-        save_random_paligemma(model, size, resolution)
+        save_random(model, size, resolution)
         return
     if one is not None:
-        measure = ours if one in OURS else trl
-        print("RESULT" + json.dumps(measure(model, resolution, steps, cap_gib, **(OURS | TRL)[one])))
+        ours_, trl_ = variants(size)
+        measure = ours if one in ours_ else trl
+        print(
+            "RESULT" + json.dumps(measure(model, picture_size(size, resolution), steps, cap_gib, **(ours_ | trl_)[one]))
+        )
         return
     if not model.exists():  # by a process that then leaves the GPU alone
         subprocess.run([sys.executable, __file__, "--one", "save", *sys.argv[1:]], check=True, capture_output=True)
     found = {}
-    for name in only or [*TRL, *OURS]:
+    for name in only or [name for some in variants(size)[::-1] for name in some]:
         command = [sys.executable, __file__, "--one", name, *sys.argv[1:]]
         done = subprocess.run(command, capture_output=True, text=True)
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
@@ -82,8 +108,12 @@ def main(
 
 def line_of(name: str, found: dict[str, dict[str, Any]]) -> str:
     result = found[name]
-    best = max((other["examples_per_second"] for key, other in found.items() if key in TRL), default=None)
-    ratio = f"  {result['examples_per_second'] / best:5.2f} x TRL's best so far" if best and name in OURS else ""
+    best = max((other["examples_per_second"] for key, other in found.items() if key.startswith("TRL")), default=None)
+    ratio = (
+        f"  {result['examples_per_second'] / best:5.2f} x TRL's best so far"
+        if best and not name.startswith("TRL")
+        else ""
+    )
     losses = " ".join(f"{loss:.3f}" for loss in result["losses"][:3])
     return (
         f"{name:<38} {result['examples_per_second']:6.1f} examples/s  {result['peak_gib']:6.2f} GiB allocated, "
@@ -114,7 +144,7 @@ def cap(gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
 
 
-def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **changes: Any) -> dict[str, Any]:
+def ours(model: Path, size: tuple[int, int], steps: int, cap_gib: float | None, **changes: Any) -> dict[str, Any]:
     """Steps through im2json's own parts, as fit() takes them."""
     from im2json.cli import quiet_libraries
 
@@ -125,7 +155,7 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
     from im2json.data.example import RunSplit
     from im2json.data.lengths import TargetMeter
     from im2json.data.splits import RunSplits
-    from im2json.families import open_collator
+    from im2json.families import family_of, open_collator
     from im2json.inference.settings import DecodeSettings
     from im2json.model.base import load_positions
     from im2json.model.loading import load_adapted
@@ -136,15 +166,17 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
 
     cap(cap_gib)
     defaults = dict(r=8, alpha=32.0, dropout=0.05, steps=steps)
+    if "target_modules" in changes and "r" in changes:  # Qwen3-VL: the receipt's 1,080 tokens
+        defaults["image_tokens"] = 1080
     config = TrainConfig.resolve({"model": str(model), **defaults, **changes})
     accelerator, precision = start_accelerator(config)
-    rows: Any = Rows(EXAMPLES * steps // EPOCHS, resolution)
-    collator = open_collator(str(model), config.data.prompt)
+    rows: Any = Rows(EXAMPLES * steps // EPOCHS, size)
+    collator = open_collator(str(model), config.data.prompt, image_tokens=config.data.image_tokens)
     checkup = examine([rows], TargetMeter(collator, load_positions(str(model))))
     data = RunSplits({name: RunSplit(name, checkup.rows["train"]) for name in ("train", "validation")}, checkup)
     lora = load_adapted(config.model, precision, accelerator.device, 0)
     settings = DecodeSettings(data.lengths.new_token_limit(None), config.decode.eval_batch_size)
-    space = Workspace(config, accelerator, precision, data, collator, lora, settings, {})
+    space = Workspace(config, accelerator, precision, data, collator, family_of(lora.config), lora, settings, {})
     work = space.workload()
     strategy = choose_strategy(work)
     print(strategy_note(strategy, work))
@@ -159,13 +191,13 @@ def ours(model: Path, resolution: int, steps: int, cap_gib: float | None, **chan
 
 
 def trl(
-    model: Path, resolution: int, steps: int, cap_gib: float | None, microbatch: int, checkpointing: bool
+    model: Path, size: tuple[int, int], steps: int, cap_gib: float | None, microbatch: int, checkpointing: bool
 ) -> dict[str, Any]:
     """The study's recipe: SFTTrainer, bitsandbytes and PEFT as their documentation has it."""
     import torch
     from peft import LoraConfig, get_peft_model
     from rows import Rows
-    from transformers import BitsAndBytesConfig, PaliGemmaForConditionalGeneration, TrainerCallback
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     from im2json.data.order import Order
@@ -176,15 +208,19 @@ def trl(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_use_double_quant=True,
     )  # fmt: skip
-    base = PaliGemmaForConditionalGeneration.from_pretrained(
+    base: Any = AutoModelForImageTextToText.from_pretrained(
         model, quantization_config=bits, device_map={"": 0}, dtype=torch.bfloat16
     )
-    names = ["q_proj", "o_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    names: Any = ["q_proj", "o_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    chat = base.config.model_type != "paligemma"
+    if chat:
+        names = rf".*language_model.*\.({'|'.join(names)})"
     lora = get_peft_model(
-        base, LoraConfig(r=8, lora_alpha=32, lora_dropout=0.05, target_modules=names, task_type="CAUSAL_LM")
+        base,
+        LoraConfig(r=16 if chat else 8, lora_alpha=32, lora_dropout=0.05, target_modules=names, task_type="CAUSAL_LM"),
     )
-    rows = Rows(EXAMPLES * steps // EPOCHS, resolution)
-    collator = open_collator(str(model), "extract JSON.")
+    rows = Rows(EXAMPLES * steps // EPOCHS, size)
+    collator = open_collator(str(model), "extract JSON.", image_tokens=1080 if chat else None)
     order = Order(len(rows), EXAMPLES, 0)
     placed = [rows[i] for step in range(steps) for i in order.step(step)]  # the same examples in the same steps
     times: list[float] = []
@@ -200,7 +236,7 @@ def trl(
 
     def collate(chosen: list[dict[str, int]]) -> dict[str, Any]:
         batch = collator([placed[row["place"]] for row in chosen])
-        return {**batch.inputs, "labels": batch.labels}
+        return {**as_transformers(base, batch.inputs), "labels": batch.labels}
 
     from datasets import Dataset
 
