@@ -48,6 +48,8 @@ class Option:
         word: a text that is allowed instead of a number, such as `auto`.
         affects_result: False if the option changes how a run is carried out but not what it computes. It then takes no
             part in the identity of a sweep's point.
+        added_later: True for an option that earlier versions did not have. At its default it takes no part in an
+            identity, so sweeps and rows that were begun before it stay valid.
         changeable_on_resume: whether --resume accepts another value, which holds from there on. Always true of options
             that do not affect the result.
     """
@@ -66,6 +68,7 @@ class Option:
     choices: tuple[str, ...] = ()
     word: str | None = None
     affects_result: bool = True
+    added_later: bool = False
     changeable_on_resume: bool = False
 
     @property
@@ -156,6 +159,7 @@ class DataOptions:
         "off",
         "Cut pictures to their printed area before they are resized. crop: cut them. squeeze: cut them, and leave out "
         "three of four rows without print. For scans of pages that are mostly blank.",
+        added_later=True,
     )
     image_tokens: int | None = option(
         None,
@@ -163,6 +167,7 @@ class DataOptions:
         "scaled down to it. Default: 1,024.",
         unit="tokens",
         at_least=64,
+        added_later=True,
     )
     prompt: str = option("extract JSON.", "Prompt that the model gets with every picture. It is kept with the adapter.")
     max_target_tokens: int | None = option(
@@ -470,6 +475,11 @@ class TrainConfig:
     def flat(self) -> dict[str, Any]:
         """Return every value by the name of its option, as config.json, the flags and a sweep's axes have them."""
         return {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(self, group)).items()}
+
+    def identity(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return the values of these options as an identity holds them: without `added_later` ones at their default."""
+        values = self.flat()
+        return {n: values[n] for n in names if not (OPTIONS[n].added_later and values[n] == OPTIONS[n].default)}
 
     def replace(self, **changes: Any) -> TrainConfig:
         """Return a copy with some values changed.

@@ -313,8 +313,5 @@ def reading_digest(config: TrainConfig) -> str:
     if config.decode.constrain:
         decisive.append(Path(config.decode.schema or ""))
     files = [sha256(path) for path in decisive if path.is_file()]
-    decides = {name: config.flat()[name] for name in READING_OPTIONS}
-    for name in ("image_tokens", "trim"):  # left out by default, as before there were such options
-        if decides[name] == OPTIONS[name].default:
-            del decides[name]
+    decides = config.identity(READING_OPTIONS)
     return hashlib.sha256(json.dumps([files, decides], sort_keys=True).encode()).hexdigest()[:12]

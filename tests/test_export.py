@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import im2json
+from im2json.families import open_collator
 from im2json.inference import plain
 from im2json.runs import RunFolder
 from im2json.scoring import METRICS
@@ -126,7 +127,8 @@ def test_fields_of_the_two_models_are_compared(export, finished, tmp_path, monke
         row["text"] = '{"a": "1", "b": "2"}'
     run.predictions_file.write_text("".join(json.dumps(row) + "\n" for row in lines))
     texts = ['{"a": "1", "b": "2"}', '{"b": "2", "a": "1"}', '{"a": "1", "b": "3"}', "nothing"]
-    monkeypatch.setattr("im2json.inference.export.write_merged", lambda run, folder: None)
+    collator = open_collator(run.read_config().model.model, "extract JSON.")
+    monkeypatch.setattr("im2json.inference.export.write_merged", lambda run, folder: collator)
     monkeypatch.setattr(
         "im2json.inference.export.subprocess.run",
         lambda *_, **__: types.SimpleNamespace(returncode=0, stdout=json.dumps(texts)),

@@ -310,3 +310,9 @@ def test_every_help_text_is_a_sentence_and_every_metavar_a_type():
             choices = isinstance(parameter.type, click.Choice)
             named = set((parameter.metavar or "").split("|")) <= types
             assert parameter.is_flag or choices or named, (name, parameter.name, parameter.metavar)
+
+
+def test_an_option_that_was_added_later_leaves_identities_alone_at_its_default():
+    names = ("prompt", "trim", "image_tokens")
+    assert TrainConfig.from_values({}).identity(names) == {"prompt": "extract JSON."}
+    assert TrainConfig.from_values({"trim": "crop"}).identity(names) == {"prompt": "extract JSON.", "trim": "crop"}

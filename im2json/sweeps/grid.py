@@ -190,7 +190,7 @@ def _resolve(given: Values, preset: str | None) -> TrainConfig:
 
 def point_id(config: TrainConfig) -> str:
     """Return a name that follows from the options that decide the result."""
-    decides = {name: value for name, value in config.flat().items() if OPTIONS[name].affects_result}
+    decides = config.identity(name for name, option in OPTIONS.items() if option.affects_result)
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
     model, train = config.model, config.train
     shown = f"r{model.r}-alpha{model.alpha:g}-dropout{model.dropout:g}-lr{train.lr:g}-seed{train.seed}"
