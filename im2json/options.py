@@ -195,8 +195,8 @@ class ModelOptions:
     )
     adapter: str | None = option(
         None,
-        "Adapter or run folder to start from, with its LoRA options, base model, prompt and letterboxing. The scores "
-        "called `before` remain those of the base model alone. Default: a new adapter.",
+        "Adapter or run folder to start from, with its LoRA options, base model, prompt and way of seeing pictures. "
+        "The scores called `before` remain those of the base model alone. Default: a new adapter.",
         metavar="PATH",
     )
     r: int = option(16, "Rank of the LoRA matrices.", at_least=1)
@@ -415,7 +415,7 @@ _PALIGEMMA_RECIPE: dict[str, Any] = dict(
     warmup=0.03,
     eval_every=25,
 )
-# Half the rank and no cap on the gradients below 1: an instruct model needs less to take on a form of answer.
+# Half the rank, and gradients clipped at 1: an instruct model needs less to take on a form of answer.
 _QWEN_RECIPE = {**_PALIGEMMA_RECIPE, "r": 16, "alpha": 32.0, "max_grad_norm": 1.0}
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},

@@ -179,8 +179,8 @@ def trained_contents(adapter: Path, notes: list[str]) -> set[Content]:
 def fresh_options(given: dict[str, Any], preset: str | None = None) -> dict[str, Any]:
     """Return the options of a new run: the given ones, and those that --adapter settles.
 
-    An adapter settles the shape of LoRA, and the base, the prompt and letterboxing unless they are given (or, for the
-    base, a preset names one). Folders are made absolute, so that the run can be resumed from any directory.
+    An adapter settles the shape of LoRA, and the base, the prompt and how pictures are seen unless they are given (or,
+    for the base, a preset names one). Folders are made absolute, so that the run can be resumed from any directory.
 
     Raises:
         UserError: if --adapter holds no LoRA adapter, or an option given contradicts it.
@@ -219,7 +219,7 @@ def _absolute(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _adapter_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the shape of an adapter's LoRA, and its base, prompt and letterboxing as far as the adapter names them.
+    """Return the shape of an adapter's LoRA, and its base, prompt and way of seeing pictures as far as they are named.
 
     Raises:
         UserError: if its files do not describe a LoRA adapter.

@@ -380,6 +380,8 @@ def adapter_folder(path: Path) -> Path:
             return folder
     if not path.exists():
         raise UserError(f"{path}: there is no such folder{did_you_mean(path)}")
+    if (path / USAGE).is_file():
+        raise UserError(f"{path} holds merged weights and no adapter: read it with transformers, as its README.md says")
     raise UserError(f"{path} holds no adapter: expected {WEIGHTS} and {ADAPTER_CONFIG} in it or in its adapter/")
 
 

@@ -26,7 +26,7 @@ from im2json.data.order import Order, Share
 from im2json.data.sources import open_splits
 from im2json.data.splits import RunSplits, divide, restore
 from im2json.errors import UserError
-from im2json.families import Family, collator_of, family_of
+from im2json.families import Family, check_adapter, collator_of, family_of
 from im2json.inference.evaluate import Evaluation, Sink
 from im2json.inference.settings import DecodeSettings
 from im2json.jsontext import canonical
@@ -76,6 +76,7 @@ class Workspace:
     def usage(self) -> dict[str, Any]:
         """The settings that inference needs besides the weights. They are saved next to the adapter."""
         return {
+            "model_type": self.model.config.model_type,
             "prompt": self.config.data.prompt,
             "letterbox": self.config.data.letterbox,
             "trim": self.config.data.trim,
@@ -260,6 +261,7 @@ def open_workspace(
         UserError: naming the option, file or row that is wrong.
     """
     checks = parse_checks(config.decode.check_sum)
+    check_adapter(config.model)
     collator = collator_of(config.model.model, config.data)
     found = _open_data(config, accelerator, collator, resumed, evaluated)
     if evaluated is not None and scored is not None and not len(found.splits[scored]):

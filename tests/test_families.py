@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -131,7 +132,8 @@ def test_image_tokens_are_counted_from_width_and_height(collator):
     for size, prefix in zip(SIZES, collator.prefixes(pictures)):
         count, scale = collator.image_tokens(*size)
         assert prefix.count(collator.image_token) == count
-        assert scale > 0
+        shown = collator.seen(collator.pictures([noise(0, size)])).size
+        assert scale == pytest.approx(min(a / b for a, b in zip(shown, size)), rel=0.35)
 
 
 def test_the_picture_that_the_model_sees_is_that_of_the_example(collator):
@@ -291,7 +293,7 @@ def test_lora_is_where_target_modules_say(kind, folder):
         assert len(names) == len(set(names))
 
 
-def test_the_hub_has_every_weight_once(model, tmp_path):
+def test_the_hub_has_every_weight_once(model):
     family = family_of(model.config)
     assert len(family.hub_layout(model.state_dict())) == len(list(model.parameters()))
 
@@ -332,9 +334,38 @@ def test_templates_that_cannot_be_learned_from_are_refused(tmp_path):
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     assert open_collator(str(folder), PROMPT).text.endswith("<|im_start|>assistant\n")
+    (folder / "chat_template.json").write_text("{}")
+    with pytest.raises(UserError, match="has no chat template"):
+        open_collator(str(folder), PROMPT)
     (folder / "chat_template.json").unlink()
     with pytest.raises(UserError, match="has no chat template: use an instruct model"):
         open_collator(str(folder), PROMPT)
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no pictures') }}", "{{", "{{ messages[0].content + 3 }}"])
+def test_a_template_that_cannot_be_rendered_is_one_line(tmp_path, template):
+    folder = save_small_chat(tmp_path / "broken", template=template)
+    with pytest.raises(UserError, match=f"the chat template of {folder} cannot be rendered: "):
+        open_collator(str(folder), PROMPT)
+
+
+def test_the_size_of_an_image_processor_must_be_one_of_pixels(tmp_path):
+    folder = save_small_chat(tmp_path / "square")
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps({**config, "size": {"height": 224, "width": 224}}))
+    with pytest.raises(UserError, match="has no shortest_edge and longest_edge"):
+        open_collator(str(folder), PROMPT)
+
+
+def test_names_of_layers_that_are_not_linear_are_refused(tmp_path, small_model):
+    chat = save_small_chat(tmp_path / "chat")
+    for folder, wanted, other in (
+        (chat, "qkv,proj", "patch_embed.proj"),
+        (chat, ".*proj", "patch_embed.proj"),
+        (Path(small_model), ".*(q_proj|embed_tokens)", "embed_tokens"),
+    ):
+        with pytest.raises(UserError, match=f"also matches .*{other}, which is no linear layer"):
+            adapted(folder, wanted)
 
 
 def test_options_that_mean_nothing_to_a_family_are_refused(cli, small_model, tmp_path):
@@ -347,10 +378,11 @@ def test_options_that_mean_nothing_to_a_family_are_refused(cli, small_model, tmp
 
 def test_an_adapter_of_another_family_is_refused(cli, finished, tmp_path):
     folder = save_small_chat(tmp_path / "chat")
-    error = clear_error(
-        cli("train", "--adapter", finished.adapter, "--model", folder, "--output", tmp_path / "run", "--steps", 1)
-    )
-    assert "does not fit this model" in error
+    flags = ("--adapter", finished.adapter, "--model", folder, "--output", tmp_path / "run", "--steps", 1)
+    assert "was trained on a model of type paligemma, and --model" in clear_error(cli("train", *flags))
+    older = Path(shutil.copytree(finished.adapter, tmp_path / "older"))  # which does not say
+    (older / "im2json.json").write_text("{}")
+    assert "does not fit this model" in clear_error(cli("train", *flags, "--adapter", older))
 
 
 def test_a_prompt_that_is_a_control_token_is_refused(tmp_path):
@@ -432,7 +464,11 @@ def test_check_and_plan_know_the_size_of_pictures(cli, chat, dataset, tmp_path):
     flags = ("--model", chat, "--dataset", dataset)
     checked = cli("train", "--check", *flags, "--output", tmp_path / "page.html")
     assert checked.exit_code == 0, checked.output
-    assert "image tokens, and" in checked.stdout and "with their targets" in checked.stdout
+    assert re.search(r"every picture takes \d+ image tokens", checked.stdout)
+    sized = Path(shutil.copytree(dataset, tmp_path / "sized"))
+    noise(0, (70, 30)).save(sized / "train" / "3.png")
+    checked = cli("train", "--check", "--model", chat, "--dataset", sized, "--output", tmp_path / "page.html")
+    assert re.search(r"pictures take \d+ to \d+ \(median \d+\) image tokens, and \d+ to \d+", checked.stdout)
     assert "&lt;|image_pad|&gt; x " in (tmp_path / "page.html").read_text()
     planned = cli("train", "--plan", *flags, *CHAT, "--steps", 4)
     assert planned.exit_code == 0 and "forecast of memory" in planned.stdout
@@ -442,7 +478,7 @@ def test_check_and_plan_know_the_size_of_pictures(cli, chat, dataset, tmp_path):
 def test_plain_transformers_reads_what_was_exported_as_the_run_did(cli, chat_run, tmp_path):
     done = CliRunner().invoke(main, ["export", str(chat_run.path), "--out", str(tmp_path / "out"), "--parity", "0"])
     assert done.exit_code == 0, done.output
-    assert "answers are the run's to the letter" in done.output
+    assert re.search(r"[34] of 4 answers are the run's to the letter", done.output), done.output  # bf16 may break a tie
     config = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert config["size"]["longest_edge"] == 64 * 64
 

@@ -125,7 +125,8 @@ def test_what_else_lies_in_a_run_folder(finished):
     assert [path.name for path in sorted(finished.checkpoints.iterdir())] == ["step-2", "step-4"]
     asked = json.loads((finished.adapter / "im2json.json").read_text())
     assert asked == {
-        "prompt": "extract JSON.", "letterbox": False, "trim": "off", "image_tokens": None, "quant": "none",
+        "model_type": "paligemma", "prompt": "extract JSON.",
+        "letterbox": False, "trim": "off", "image_tokens": None, "quant": "none",
         "max_new_tokens": 6, "text": "<image>extract JSON.",
         "seen": "a picture of 28 x 28 pixels, squashed to that square",
     }  # fmt: skip

@@ -81,8 +81,8 @@ def test_every_family_sees_the_printed_area(small_model, tmp_path):
 
 def test_trimming_is_kept_with_the_adapter_and_shown_by_check(cli, base_args, tmp_path):
     data = write_dataset(tmp_path / "data")
-    for file in data.glob("*/*.png"):
-        page((620, 877), at=(200, 100)).save(file)
+    for number, file in enumerate(sorted(data.glob("*/*.png"))):
+        page((620, 877), at=(200 + number, 100)).save(file)
     flags = [*base_args, "--dataset", data, "--trim", "crop"]
     done = cli("train", *flags, "--steps", 1, "--no-test", "--output", tmp_path / "run")
     assert done.exit_code == 0, done.output
@@ -99,4 +99,5 @@ def test_trimming_is_kept_with_the_adapter_and_shown_by_check(cli, base_args, tm
         "--output",
         tmp_path / "p.html",
     )
-    assert "--trim crop keeps" in shown.stdout
+    assert shown.exit_code == 0, shown.stdout
+    assert "--trim crop cuts 17 of 17 pictures, to" in shown.stdout

@@ -50,13 +50,13 @@ class Batch:
         return Batch(self.ids, inputs, self.labels.to(device, non_blocking=True))
 
     def cut(self, most: int) -> list[Batch]:
-        """Itself in parts of at most `most` examples, each padded no further than its longest."""
+        """Return it in parts of at most `most` examples, each padded no further than its longest."""
         if len(self.ids) <= most:
             return [self]
         return [self._part(start, start + most) for start in range(0, len(self.ids), most)]
 
     def padded(self, multiple: int) -> Batch:
-        """Itself with S a multiple of this."""
+        """Return it padded so that S is a multiple of this."""
         more = -self.labels.shape[1] % multiple
         if not more:
             return self

@@ -107,17 +107,19 @@ def pictures_report(splits: Mapping[str, RunSplit], trim: str) -> list[str]:
     tokens = np.array([row.image_tokens for row in rows])
     whole = np.array([row.image_tokens + row.tokens for row in rows])
     scale = np.array([row.scale for row in rows])
-    lines = [f"pictures take {_spread(tokens)} image tokens, and {_spread(whole)} with their targets"]
-    kept = np.array([row.kept for row in rows])
-    if (kept < 1).any():
-        lines.append(
-            f"--trim {trim} keeps {kept.min():.0%} to {kept.max():.0%} of a picture (median {np.median(kept):.0%})"
-        )
+    vary = tokens.min() < tokens.max()
+    lines = [f"every picture takes {tokens.min()} image tokens"]
+    if vary:
+        lines = [f"pictures take {_spread(tokens)} image tokens, and {_spread(whole)} with their targets"]
+    if trim != "off":
+        kept = np.array([row.kept for row in rows if row.kept < 1])
+        cut = f", to {np.median(kept):.0%} of their size (median)" if len(kept) else ""
+        lines.append(f"--trim {trim} cuts {len(kept)} of {len(rows)} pictures{cut}")
     if small := int((scale < SMALL).sum()):
+        more = " or more --image-tokens" if vary else ""
         lines.append(
             f"pictures that the model sees in less than {SMALL:.0%} of their size: {small} of {len(rows)} (median "
-            f"{np.median(scale):.0%}); if their print cannot be read on the page, use a base of a larger resolution or "
-            "more --image-tokens"
+            f"{np.median(scale):.0%}); if their print cannot be read on the page, use a base of larger resolution{more}"
         )
     return lines
 

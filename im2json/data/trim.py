@@ -12,7 +12,7 @@ from im2json.options import Trim
 COARSE = 600  # pixels of the longer side where the printed area is looked for
 DARKER = 40  # than the paper around, of 255: what counts as ink there
 NEEDED = 0.006  # share of a row or column that must be ink
-BORDER = 0.02  # of the printed area, that is kept around it
+BORDER = 0.02  # kept around the printed area, as a share of its size
 EDGE = 4  # coarse pixels at the border of a scan that never count: shadows, cut edges
 
 LEAST = 18  # darkness that can be print in the full picture
@@ -20,7 +20,7 @@ SHARE = 0.3  # of the darkness of the darkest 1.5 %: what is darker is print
 RULE = 0.4  # of a column's rows: what has more ink is a line or an edge, not print
 PRINTED = 0.004  # share of a row that must be print
 AROUND = 0.0016  # of the height, that is kept above and below a row of print
-ONE_IN = 4  # blank rows: this one is kept
+EVERY = 4  # of the blank rows, one in so many is kept
 
 
 def trimmed(picture: Image.Image, how: Trim) -> Image.Image:
@@ -38,7 +38,7 @@ def trimmed(picture: Image.Image, how: Trim) -> Image.Image:
     if how == "crop":
         return cut
     blank = ~printed_rows(cut)
-    kept = ~blank | (np.cumsum(blank) % ONE_IN == 0)
+    kept = ~blank | (np.cumsum(blank) % EVERY == 0)
     return cut if blank.all() else Image.fromarray(np.asarray(cut)[kept])
 
 
@@ -71,9 +71,9 @@ def printed_rows(picture: Image.Image) -> NDArray[np.bool_]:
     width, height = gray.size
     quarter = gray.resize((max(8, width // 4), max(8, height // 4)), Image.Resampling.BOX)
     darkness = _darkness(gray, quarter)  # H x W
-    print_ = darkness > max(LEAST, SHARE * float(np.percentile(darkness[::3, ::3], 98.5)))
-    print_[:, print_.mean(0) > RULE] = False
-    rows = print_[:, int(0.01 * width) : max(1, int(0.99 * width))].mean(1) > PRINTED
+    inked = darkness > max(LEAST, SHARE * float(np.percentile(darkness[::3, ::3], 98.5)))
+    inked[:, inked.mean(0) > RULE] = False
+    rows = inked[:, int(0.01 * width) : max(1, int(0.99 * width))].mean(1) > PRINTED
     reach = min(max(1, round(AROUND * height)), (height - 1) // 2)
     return np.convolve(rows, np.ones(2 * reach + 1), "same") > 0.5
 

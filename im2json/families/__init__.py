@@ -1,7 +1,8 @@
-"""Kinds of vision-language models. No module outside asks which it has: it calls what `Family` declares."""
+"""Kinds of vision-language models. Other modules do not ask which kind they have, but call what `Family` declares."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from im2json.data.collate import Collator
@@ -10,7 +11,8 @@ from im2json.families.base import Family, Reader
 from im2json.families.chat import Chat
 from im2json.families.paligemma import PaliGemma
 from im2json.model.base import load_config
-from im2json.options import DataOptions
+from im2json.options import DataOptions, ModelOptions
+from im2json.runs import adapter_folder, adapter_usage
 
 _ALL: tuple[Family, ...] = (PaliGemma(), Chat())
 FAMILIES = {name: family for family in _ALL for name in family.model_types}
@@ -31,6 +33,21 @@ def family_of(config: Any, name: str = "the model") -> Family:
     return FAMILIES[config.model_type]
 
 
+def check_adapter(options: ModelOptions) -> None:
+    """Refuse an adapter that was trained on a model of another type.
+
+    Raises:
+        UserError: naming both types.
+    """
+    usage = adapter_usage(adapter_folder(Path(options.adapter))) if options.adapter is not None else None
+    trained_on = None if usage is None else usage.get("model_type")
+    if trained_on is not None and trained_on != (found := load_config(options.model).model_type):
+        raise UserError(
+            f"--adapter {options.adapter} was trained on a model of type {trained_on}, and --model {options.model} is "
+            f"of type {found}: leave --model out, or begin without --adapter"
+        )
+
+
 def collator_of(model: str, options: DataOptions) -> Collator:
     """Return the collator of a model (`tiny`, a folder, or a name on the hub) that a run's options ask for.
 
@@ -47,4 +64,4 @@ def open_collator(model: str, prompt: str, **options: Any) -> Collator:
     return collator_of(model, DataOptions(prompt=prompt, **options))
 
 
-__all__ = ["FAMILIES", "Family", "Reader", "collator_of", "family_of", "open_collator"]
+__all__ = ["FAMILIES", "Family", "Reader", "check_adapter", "collator_of", "family_of", "open_collator"]

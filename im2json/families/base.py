@@ -62,7 +62,7 @@ class Family(Protocol):
     """A kind of vision-language model, whatever the size."""
 
     model_types: Sequence[str]  # of the configs of transformers
-    tower: str  # the part of a module's name that says that it sees pictures
+    tower: str  # the part of the names of all modules that see pictures
     records_steps: bool  # whether a training pass can be recorded as a CUDA graph
 
     def load_processor(self, model: str) -> Any:
@@ -88,7 +88,7 @@ class Family(Protocol):
     def reader(self, model: Any, collator: Collator) -> Reader:
         """Return what reads prefixes and tokens with a model of plain weights."""
 
-    def sizes(self, config: Any, image_tokens: int | None) -> Sizes:
+    def sizes(self, config: Any, image_tokens: int | None = None) -> Sizes:
         """Return what of a config decides the memory that a run takes, with at most so many tokens for a picture."""
 
     def hub_layout(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from im2json.data.collate import Collator, Pictures
-from im2json.errors import UserError
+from im2json.errors import UserError, first_line
 from im2json.families.reader import TextReader
 from im2json.files import write_json
 from im2json.model.base import from_pretrained
@@ -54,11 +55,18 @@ class ChatProcessor:
         self.files = files
         self.tokenizer: Any = AutoTokenizer.from_pretrained(files)
         self.image_processor: Any = Qwen2VLImageProcessorPil.from_pretrained(files)
+        if not {"shortest_edge", "longest_edge"} <= dict(self.image_processor.size).keys():
+            raise ValueError(f"{files}: the size of its image processor has no shortest_edge and longest_edge")
         apart = files / "chat_template.json"  # which transformers reads for its own processors alone
         if not self.tokenizer.chat_template and apart.is_file():
-            self.tokenizer.chat_template = json.loads(apart.read_text("utf-8"))["chat_template"]
+            self.tokenizer.chat_template = json.loads(apart.read_text("utf-8")).get("chat_template")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @classmethod
+    def from_pretrained(cls, path: str) -> ChatProcessor:
+        """Load what a folder holds, or a model on the hub."""
+        return cls(Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=list(FILES))))
 
     def limit(self, image_tokens: int) -> None:
         """Scale pictures down to so many image tokens."""
@@ -91,7 +99,7 @@ class Chat:
 
     def load_processor(self, model: str) -> ChatProcessor:
         """Load what of a processor is needed, without torchvision."""
-        return from_pretrained(_Loader, model)
+        return from_pretrained(ChatProcessor, model)
 
     def collator(self, processor: Any, options: DataOptions) -> Collator:
         """Return the collator.
@@ -158,9 +166,7 @@ class Chat:
         other = d * (patches + vision.num_position_embeddings)
         if not config.tie_word_embeddings:
             other += text.vocab_size * text.hidden_size
-        return Sizes(
-            decoder, encoder, text.vocab_size, patches_seen, mergers, other
-        )  # fmt: skip
+        return Sizes(decoder, encoder, text.vocab_size, patches_seen, mergers, other)
 
     def hub_layout(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return a model's weights under their own names, which are those on the hub; lm_head only if it is another
@@ -182,21 +188,22 @@ class ChatCollator(Collator):
         super().__init__(processor, prompt, trim)
         tokenizer, shown = processor.tokenizer, processor.image_processor
         if not tokenizer.chat_template:
-            raise UserError("this model has no chat template: use an instruct model, whose tokenizer has one")
+            raise UserError(f"{processor.files} has no chat template: use an instruct model, whose tokenizer has one")
+        template = f"the chat template of {processor.files}"
         ask = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
         before = self._render([ask], add_generation_prompt=True)
         answered = self._render([ask, {"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]}])
         if not answered.startswith(f"{before}ANSWER"):
             raise UserError(
-                "the chat template of this model does not put an answer directly behind its prompt, so what is learned "
+                f"{template} does not put an answer directly behind its prompt, so what is learned "
                 f"would not be what is generated: it ends a prompt with {before[-40:]!r}, but writes {answered[-80:]!r}"
             )
         after = tokenizer(answered.removeprefix(f"{before}ANSWER"), add_special_tokens=False)["input_ids"]
         if not after or (after[0] not in tokenizer.all_special_ids and after[0] not in tokenizer.added_tokens_decoder):
-            raise UserError("the chat template of this model ends no answer with a special token")
+            raise UserError(f"{template} ends no answer with a special token")
         image = "<|image_pad|>"
         if before.count(image) != 1:
-            raise UserError(f"the chat template of this model does not put one {image} into a message with a picture")
+            raise UserError(f"{template} does not put one {image} into a message with a picture")
         self.stop = after[0]
         self.image_token = tokenizer.convert_tokens_to_ids(image)
         self.head, self.tail = (
@@ -274,7 +281,11 @@ class ChatCollator(Collator):
         return Image.fromarray(((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
     def _render(self, messages: list[dict[str, Any]], **more: Any) -> str:
-        return self.processor.tokenizer.apply_chat_template(messages, tokenize=False, **more)
+        try:
+            return self.processor.tokenizer.apply_chat_template(messages, tokenize=False, **more)
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            files = self.processor.files
+            raise UserError(f"the chat template of {files} cannot be rendered: {first_line(error)}") from error
 
 
 class ChatReader(TextReader):
@@ -302,16 +313,6 @@ class ChatReader(TextReader):
         cache.look_back(lengths, ids.shape[1])
         self._read_prefixes(hidden, places.permute(2, 0, 1), cache, added)
         return lengths, torch.tensor(self.collator.offsets(grids), device=device)
-
-
-class _Loader:
-    """Loads a ChatProcessor as transformers loads its own."""
-
-    @staticmethod
-    def from_pretrained(path: str) -> ChatProcessor:
-        if Path(path).is_dir():
-            return ChatProcessor(Path(path))
-        return ChatProcessor(Path(snapshot_download(path, allow_patterns=list(FILES))))
 
 
 def _features(model: Any, pictures: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:

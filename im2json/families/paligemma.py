@@ -199,8 +199,8 @@ def _features(model: Any, pictures: Pictures) -> torch.Tensor:
 def prefix_mask(
     attention_mask: torch.Tensor, token_type_ids: torch.Tensor, window: int | None
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Who attends to whom, B x 1 x S x S: all to the prefix, in both directions within it, the suffix causally, nobody
-    to padding. For a model with sliding windows, a mask for each kind of layer.
+    """Return who attends to whom, B x 1 x S x S: all to the prefix, in both directions within it, the suffix causally,
+    nobody to padding. For a model with sliding windows, a mask for each kind of layer.
     """
     steps = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     back = (steps[:, None] - steps[None, :])[None, None]  # 1 x 1 x S x S
@@ -214,7 +214,7 @@ def prefix_mask(
 
 
 def _added(mask: torch.Tensor | dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor | dict[str, torch.Tensor]:
-    """The mask as it is added to scores."""
+    """Return the mask as it is added to scores."""
     if isinstance(mask, dict):
         return {kind: _added(each, dtype) for kind, each in mask.items()}  # type: ignore[misc]
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

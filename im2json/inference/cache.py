@@ -47,7 +47,7 @@ class PrefixCache:
     All of a prefix attends to all of it, unless `look_back` is called before.
 
     Args:
-        slots: B indices. One may stand there several times if its rows are the same.
+        slots: B indices. A slot may be named several times if its rows are the same.
     """
 
     def __init__(self, kept: KeyValues, slots: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from im2json.data.modes import reading_note
 from im2json.data.pictures import count_pages, decode_picture, upright_rgb
 from im2json.data.stored import read_file
 from im2json.errors import UserError
-from im2json.families import collator_of
+from im2json.families import check_adapter, collator_of
 from im2json.inference.decode import Answer, Decoder, Request
 from im2json.inference.settings import DecodeSettings
 from im2json.jsontext import read
@@ -105,6 +105,7 @@ class Extractor:
         precision = resolve_precision(config.model.precision, device)
         with torch.random.fork_rng():  # the caller's random numbers stay as they are
             adapted = load_adapted(replace(config.model, dequantize="off"), precision, device, seed=0)
+        check_adapter(config.model)
         collator = collator_of(config.model.model, config.data)
         limit = config.decode.max_new_tokens or positions(adapted)
         settings = DecodeSettings.of(config, precision, adapted, collator, limit, schema, checks)

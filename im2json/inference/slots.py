@@ -131,13 +131,13 @@ class Slots:
             limits: how many tokens each may have, 1 to T.
             sources: what each is drafted from; what is longer than there is room for is left out.
         """
-        if self.fixed:
+        if self.fixed and self.reader.records_prefixes:
             more = [0] * (self.group - len(slots))  # rows that a recorded graph asks for: the first again
             rows = [*range(len(slots)), *more]
             pictures = {name: value[rows] for name, value in pictures.items()}
             slots, limits = [*slots, *(slots[0] for _ in more)], [*limits, *(limits[0] for _ in more)]
             sources = [*sources, *(sources[0] for _ in more)]
-        else:
+        if not self.fixed:
             self.used += len(slots)
         given = torch.full((len(slots), self.source.shape[1]), NOTHING)
         for row, source in zip(given, sources):
@@ -153,16 +153,13 @@ class Slots:
         if self.allowed is not None:
             self.allowed.begin(slots)
         sent = {name: self._sent(value) for name, value in pictures.items()}
-        if not self.on_gpu:
+        if self.on_gpu and not self._graphs:
+            self._warm_up(where, sent)
+        if not (self.on_gpu and self.reader.records_prefixes):
             self._read_prefixes(where, sent)
             return
         if self._pictures is None:
             self._pictures = sent
-            self._slots.copy_(where)
-            self._warm_up(sent)
-        if not self.reader.records_prefixes:
-            self._read_prefixes(where, sent)
-            return
         for name, value in sent.items():
             self._pictures[name].copy_(value)
         self._slots.copy_(where)
@@ -295,7 +292,7 @@ class Slots:
         room = [torch.empty_like(value, device="cpu", pin_memory=self.on_gpu) for value in self._state()]
         return room, torch.cuda.Event() if self.on_gpu else None
 
-    def _warm_up(self, pictures: Pictures) -> None:
+    def _warm_up(self, slots: torch.Tensor, pictures: Pictures) -> None:
         """Run everything once, as what is allocated and chosen in first runs cannot be recorded.
 
         State is restored afterwards. Only the first group has begun, and its prefixes are read again.
@@ -304,7 +301,7 @@ class Slots:
         present, aside = torch.cuda.current_stream(), _aside()
         aside.wait_stream(present)
         with torch.cuda.stream(aside):
-            self._read_prefixes(self._slots, pictures)
+            self._read_prefixes(slots, pictures)
             self._read(1)
             self._choose(1)
         present.wait_stream(aside)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from types import MethodType
@@ -101,6 +101,7 @@ def target_modules(base: torch.nn.Module, wanted: str) -> list[str] | str:
             raise UserError(
                 f"--target-modules: no linear layer is named {', '.join(missing)}: there are {', '.join(endings)}"
             )
+        _refuse_others(base, wanted, lambda name: any(f".{name}".endswith(f".{each}") for each in names))
         return names
     try:
         pattern = re.compile(wanted)
@@ -108,7 +109,18 @@ def target_modules(base: torch.nn.Module, wanted: str) -> list[str] | str:
         raise UserError(f"--target-modules {wanted!r} is not a regular expression: {error}") from error
     if not any(pattern.fullmatch(name) for name in linear):
         raise UserError(f"--target-modules {wanted!r} matches no linear layer: they are named like {linear[-1]}")
+    _refuse_others(base, wanted, lambda name: pattern.fullmatch(name) is not None)
     return wanted
+
+
+def _refuse_others(base: torch.nn.Module, wanted: str, matches: Callable[[str], bool]) -> None:
+    """Refuse names that stand for other layers than linear ones, to which PEFT would add LoRA as well."""
+    for name, module in base.named_modules():
+        if matches(name) and not isinstance(module, torch.nn.Linear):
+            raise UserError(
+                f"--target-modules {wanted!r} also matches {name}, which is no linear layer: give a regular expression "
+                "that leaves it out, or `both` for every linear layer of both towers"
+            )
 
 
 _UNFIT = (RuntimeError, ValueError, OSError, LookupError, AttributeError, TypeError, SafetensorError, re.error)

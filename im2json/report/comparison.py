@@ -87,7 +87,7 @@ def run_report(
 def confidence_table(found: FieldConfidence) -> str:
     """Return a table with a line for each key path, all leaves together first."""
     if not found.groups:
-        return "no answer could be read, so no field has a confidence"
+        return "no answer that could be read holds a value, so no field has a confidence"
     headers = ["confidence", "fields", "right", "mean", "ECE", "AURC"]
     lines = [[path, *group[:5]] for path, group in found.groups.items()]
     note = "right: share of those predicted; mean: calibrated; ECE, AURC: calibration error, area under risk-coverage"

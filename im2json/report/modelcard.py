@@ -47,6 +47,10 @@ def model_card(run: RunFolder, scorecard: Scorecard, title: str, adapter_alone: 
     return escape_surrogates("\n\n".join(parts) + "\n")
 
 
+LICENCES = {"google/paligemma": "gemma", "Qwen/Qwen3-VL": "apache-2.0", EMBEDDED["model"]: "apache-2.0"}
+"""Of bases, by the beginning of their names."""
+
+
 def _head(config: TrainConfig, scorecard: Scorecard, title: str, adapter_alone: bool) -> str:
     data, base = config.data.dataset, config.model.model
     values = scorecard.metrics.compute()
@@ -62,7 +66,7 @@ def _head(config: TrainConfig, scorecard: Scorecard, title: str, adapter_alone: 
         library_name="peft" if adapter_alone else "transformers",
         pipeline_tag="image-text-to-text",
         base_model=base if _on_hub(base) else None,
-        license="gemma" if base.startswith("google/paligemma") else "apache-2.0" if base == "tiny" else None,
+        license=next((licence for start, licence in LICENCES.items() if base.startswith(start)), None),
         datasets=[data] if on_hub else None,
         metrics=["field_f1", "exact_match"],
         tags=["im2json", "document-understanding"],
@@ -75,7 +79,14 @@ def _head(config: TrainConfig, scorecard: Scorecard, title: str, adapter_alone: 
 def _usage(run: RunFolder, config: TrainConfig, adapter_alone: bool) -> str:
     usage = adapter_usage(run.adapter) or {}
     prompt = json.dumps(usage.get("text", f"<image>{config.data.prompt}"), ensure_ascii=False)
-    padded = "\nPad the picture to a square with white first, as in training." if config.data.letterbox else ""
+    steps = []
+    if config.data.trim != "off":
+        steps.append(f"cut the picture by `im2json.data.trim.trimmed(picture, {config.data.trim!r})`")
+    if config.data.letterbox:
+        steps.append("pad it to a square with white")
+    padded = f"\nAs in training, first {' and '.join(steps)}." if steps else ""
+    if config.model.model.startswith("Qwen/") or "<|image_pad|>" in prompt:
+        padded += "\nThis processor needs torchvision."
     if adapter_alone:
         form = "in NF4 with double quantisation" if config.model.quant == "nf4" else "as it is"
         return (
@@ -176,7 +187,8 @@ def _limits(run: RunFolder, config: TrainConfig, scorecard: Scorecard, adapter_a
             "LoRA is merged into the weights that the NF4 base of training stands for, not into the original's."
         )
     if parity:
-        limits.append(f"Rounded to bf16 and loaded by transformers: {parity} (validation).")
+        prepared = "" if config.data.trim == "off" else ", pictures trimmed as in training"
+        limits.append(f"Rounded to bf16 and loaded by transformers: {parity} (validation{prepared}).")
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
