@@ -116,7 +116,7 @@ def _shown_default(option: Option) -> str:
     if option.kind is bool:
         return "on" if option.default else "off"
     shown = f"{option.default:g}" if isinstance(option.default, float) else str(option.default)
-    return f"{shown} {option.unit}".rstrip()
+    return shown if option.default == option.word else f"{shown} {option.unit}".rstrip()
 
 
 def _collect(context: click.Context, parameter: click.Parameter, value: Any) -> None:
