@@ -261,7 +261,8 @@ def open_workspace(
         UserError: naming the option, file or row that is wrong.
     """
     checks = parse_checks(config.decode.check_sum)
-    check_adapter(config.model)
+    if resumed is None and adapter is None:  # a run that goes on may have lost the adapter that it began with
+        check_adapter(config.model)
     collator = collator_of(config.model.model, config.data)
     found = _open_data(config, accelerator, collator, resumed, evaluated)
     if evaluated is not None and scored is not None and not len(found.splits[scored]):
