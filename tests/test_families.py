@@ -418,8 +418,8 @@ def test_a_narrow_picture_is_widened_with_white_and_not_squashed(tmp_path):
 
 
 CHAT = (
-    "--precision", "fp32", "--quant", "nf4", "--r", 4, "--lr", 0.01, "--threads", 1, "--batch-size", 4,
-    "--microbatch", 2, "--eval-every", 2, "--max-new-tokens", 8, "--image-tokens", 64,
+    "--precision", "fp32", "--quant", "nf4", "--r", 4, "--lr", 0.01, "--threads", 1, "--dropout", 0.0,
+    "--batch-size", 4, "--microbatch", 2, "--eval-every", 2, "--max-new-tokens", 8, "--image-tokens", 64,
 )  # fmt: skip
 
 

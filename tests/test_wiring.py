@@ -60,7 +60,6 @@ TRAINING_EFFECTS = {
     "image_column": Effect("--image-column second", INPUTS, slow=True),
     "target_column": Effect("--target-column note", f"{INPUTS} counts schema", slow=True),
     "letterbox": Effect("--letterbox", f"{INPUTS} reading"),
-    "trim": Effect("--trim crop", f"{INPUTS} reading", slow=True),
     "prompt": Effect("--prompt read.", f"{INPUTS} reading"),
     "batch_size": Effect("--batch-size 5", f"{INPUTS} steps rates checkpoints"),
     "seed": Effect("--seed 1", INPUTS),
@@ -125,6 +124,7 @@ ELSEWHERE = {  # tests of this file that need more than two runs
 NOT_HERE = {
     "adapter": "changes where training begins: see test_wiring_resume.py",
     "output": "names the run folder: every run of these tests has one",
+    "trim": "needs scans with blank paper around their print: see test_trim.py",
     "image_tokens": "needs a model that reads pictures at their own resolution: see test_families.py",
     "launch": "needs a GPU: see test_gpu.py",
     "track": "needs a tracker other than TensorBoard, and none is installed",
@@ -217,6 +217,7 @@ def test_all_other_options_are_refused_on_resume(train, paths, cli, tmp_path):
     flags = {option: effect.flags for option, effect in (TRAINING_EFFECTS | READING_EFFECTS).items()}
     flags |= {"skip_bad": "--skip-bad 1", "max_target_tokens": "--max-target-tokens 99", "adapter": "--adapter {model}"}
     flags |= {
+        "trim": "--trim crop",
         "image_tokens": "--image-tokens 64",
         "dataset_config": "--dataset-config small",
         "revision": "--revision v2",
