@@ -114,10 +114,21 @@ def report(run: Path, first: float, second: float, peak_gib: float) -> None:
     print("versions", config["versions"])
 
 
+def random_weights(kind, config):
+    """Return a model of a class of transformers with random weights in bf16, made on the GPU if there is one."""
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = kind(config)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
 def save_random_paligemma(folder: Path, size: str, resolution: int) -> None:
     """A PaliGemma-3B of the published config, of the first or the second Gemma (3b, 3b-2), or a toy of the first one's
     shape, with random weights in bf16."""
-    import torch
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
     tokens = (resolution // 14) ** 2
@@ -145,12 +156,7 @@ def save_random_paligemma(folder: Path, size: str, resolution: int) -> None:
         vision_config=vision, text_config=text, image_token_index=257152, projection_dim=text["hidden_size"],
         hidden_size=text["hidden_size"], pad_token_id=0, bos_token_id=2, eos_token_id=1,
     )  # fmt: skip
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = PaliGemmaForConditionalGeneration(config)
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder)
+    random_weights(PaliGemmaForConditionalGeneration, config).save_pretrained(folder)
     _processor(resolution).save_pretrained(folder)
 
 
@@ -178,7 +184,6 @@ def picture_size(size: str, resolution: int) -> tuple[int, int]:
 
 def save_random_qwen(folder: Path, size: str) -> None:
     """Save a Qwen3-VL of a published config, or a toy of its shape, with random weights in bf16."""
-    import torch
     from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -207,11 +212,7 @@ def save_random_qwen(folder: Path, size: str) -> None:
         ),
         tie_word_embeddings=True, **special,
     )  # fmt: skip
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen3VLForConditionalGeneration(config)
-    torch.set_default_dtype(torch.float32)
+    model = random_weights(Qwen3VLForConditionalGeneration, config)
     model.generation_config = GenerationConfig(eos_token_id=[151645, 151643], pad_token_id=151643)
     model.save_pretrained(folder)
     _chat_tokenizer().save_pretrained(folder)

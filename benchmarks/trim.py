@@ -1,4 +1,4 @@
-"""What --trim keeps of the scans in a folder, how much higher squeezing makes their print, and how long it takes.
+"""Measure what --trim keeps of the scans in a folder, how much higher squeezing makes print, and how long it takes.
 
 python benchmarks/trim.py FOLDER
 """

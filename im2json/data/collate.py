@@ -24,7 +24,7 @@ TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 """The inputs that have S positions. All others are those of pictures."""
 
 Pictures = dict[str, torch.Tensor]
-"""What a model gets of B pictures: tensors of B rows each."""
+"""The inputs of B pictures: tensors of B rows each."""
 
 
 def join_pictures(parts: Sequence[Pictures]) -> Pictures:
@@ -136,6 +136,12 @@ class Collator(ABC):
     @abstractmethod
     def seen(self, pictures: Pictures) -> Image.Image:
         """Return the one picture that these inputs hold, as the model sees it."""
+
+    def as_image(self, pixels: torch.Tensor) -> Image.Image:
+        """Return normalised pixels, 3 x H x W, as a picture."""
+        shown = self.processor.image_processor
+        mean, std = (torch.tensor(values)[:, None, None] for values in (shown.image_mean, shown.image_std))
+        return Image.fromarray(((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
     def target_ids(self, target: dict) -> list[int]:
         """Return the T tokens to learn: canonical JSON, then the one that ends an answer."""

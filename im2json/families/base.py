@@ -15,7 +15,7 @@ from im2json.options import DataOptions
 
 
 class Cache(Protocol):
-    """Where keys and values are kept, and who attends to whom. Decoding owns it; a reader hands in what is new."""
+    """Keeps keys and values, and says who attends to whom. Decoding owns it; a reader hands in what is new."""
 
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep what is new, B x S x G x E, and return what to attend to."""
@@ -52,7 +52,7 @@ class Reader(Protocol):
 
 
 class PictureFeatures(NamedTuple):
-    """What a language model gets of pictures, where all of them get equally much."""
+    """Computes what a language model gets of pictures, which is equally much of each."""
 
     shape: tuple[int, int]  # I x D
     compute: Callable[[Pictures], torch.Tensor]  # of B pictures: B x I x D

@@ -34,12 +34,12 @@ IMAGE_TOKENS = 1024
 NARROWEST = 32
 """A picture that is longer than so many times its width is widened with white: models refuse the narrowest."""
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-"""What describes the image processor: alone, or as a part of the whole processor."""
+"""Files that describe the image processor: alone, or as a part of the whole processor."""
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "chat_template.json", "video_preprocessor_config.json", *IMAGE_FILES,
 )  # fmt: skip
-"""What transformers makes a processor from."""
+"""Files that transformers makes a processor from."""
 
 
 class ChatProcessor:
@@ -145,15 +145,6 @@ class Chat:
     def sizes(self, config: Any, image_tokens: int | None = None) -> Sizes:
         """Return the sizes of a config, for a picture of as many tokens as it may take."""
         text, vision = config.get_text_config(), config.vision_config
-        wide, narrow = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-        d, f = text.hidden_size, text.intermediate_size
-        decoder = Tower(
-            text.num_hidden_layers, d, f, text.num_attention_heads, text.num_key_value_heads, text.head_dim, norms=2,
-            linears=dict(
-                q_proj=(d, wide), k_proj=(d, narrow), v_proj=(d, narrow), o_proj=(wide, d),
-                gate_proj=(d, f), up_proj=(d, f), down_proj=(f, d),
-            ),
-        )  # fmt: skip
         d, f, heads = vision.hidden_size, vision.intermediate_size, vision.num_heads
         encoder = Tower(
             vision.depth, d, f, heads, heads, d // heads, norms=2,
@@ -166,7 +157,7 @@ class Chat:
         other = d * (patches + vision.num_position_embeddings)
         if not config.tie_word_embeddings:
             other += text.vocab_size * text.hidden_size
-        return Sizes(decoder, encoder, text.vocab_size, patches_seen, mergers, other)
+        return Sizes(Tower.of_decoder(text), encoder, text.vocab_size, patches_seen, mergers, other)
 
     def hub_layout(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return a model's weights under their own names, which are those on the hub; lm_head only if it is another
@@ -277,8 +268,7 @@ class ChatCollator(Collator):
         patches = pictures["pixel_values"][0, : height * width]
         blocks = patches.view(height // merge, width // merge, merge, merge, 3, -1, size, size)[:, :, :, :, :, 0]
         pixels = blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, height * size, width * size)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (shown.image_mean, shown.image_std))
-        return Image.fromarray(((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+        return self.as_image(pixels)
 
     def _render(self, messages: list[dict[str, Any]], **more: Any) -> str:
         try:

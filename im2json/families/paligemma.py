@@ -86,16 +86,7 @@ class PaliGemma:
         """Return the sizes of a PaliGemmaConfig, with the first or the second Gemma."""
         text, vision = config.get_text_config(), config.vision_config
         tokens = (vision.image_size // vision.patch_size) ** 2
-        wide, narrow = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-        d, f = text.hidden_size, text.intermediate_size
-        gemma = Tower(
-            text.num_hidden_layers, d, f, text.num_attention_heads, text.num_key_value_heads, text.head_dim,
-            norms=4 if text.model_type == "gemma2" else 2,
-            linears=dict(
-                q_proj=(d, wide), k_proj=(d, narrow), v_proj=(d, narrow), o_proj=(wide, d),
-                gate_proj=(d, f), up_proj=(d, f), down_proj=(f, d),
-            ),
-        )  # fmt: skip
+        gemma = Tower.of_decoder(text, norms=4 if text.model_type == "gemma2" else 2)
         d, f, heads = vision.hidden_size, vision.intermediate_size, vision.num_attention_heads
         siglip = Tower(
             vision.num_hidden_layers, d, f, heads, heads, d // heads, norms=2,
@@ -150,11 +141,8 @@ class PaliGemmaCollator(Collator):
 
     def pictures(self, images: Sequence[Image.Image]) -> Pictures:
         """Return {"pixel_values": B x 3 x H x W}: squashed to the square that the tower sees, or letterboxed."""
-        return {
-            "pixel_values": self.processor.image_processor([*map(self.shown, images)], return_tensors="pt")[
-                "pixel_values"
-            ]
-        }
+        encoded = self.processor.image_processor([*map(self.shown, images)], return_tensors="pt")
+        return {"pixel_values": encoded["pixel_values"]}
 
     def prefixes(self, pictures: Mapping[str, torch.Tensor]) -> list[list[int]]:
         """Return the same tokens for each picture, whose pixels or features are given."""
@@ -166,10 +154,8 @@ class PaliGemmaCollator(Collator):
 
     def seen(self, pictures: Pictures) -> Image.Image:
         """Return the picture in the square that the tower sees."""
-        processor = self.processor.image_processor
-        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
         (pixels,) = pictures["pixel_values"]  # 3 x H x W
-        return Image.fromarray(((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+        return self.as_image(pixels)
 
 
 class PaliGemmaReader(TextReader):

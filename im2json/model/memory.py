@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -45,6 +46,18 @@ class Tower:
     head_dim: int
     norms: int  # a layer
     linears: dict[str, tuple[int, int]]  # of a layer: name -> numbers in, numbers out
+
+    @classmethod
+    def of_decoder(cls, text: Any, norms: int = 2) -> Tower:
+        """Return the decoder of a text config, with the seven linear layers that Gemma and Qwen 3 have."""
+        d, f = text.hidden_size, text.intermediate_size
+        heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+        wide, narrow = heads * text.head_dim, kv_heads * text.head_dim
+        linears = dict(
+            q_proj=(d, wide), k_proj=(d, narrow), v_proj=(d, narrow), o_proj=(wide, d),
+            gate_proj=(d, f), up_proj=(d, f), down_proj=(f, d),
+        )  # fmt: skip
+        return cls(text.num_hidden_layers, d, f, heads, kv_heads, text.head_dim, norms, linears)
 
     @property
     def linear_weights(self) -> int:
