@@ -50,13 +50,13 @@ class Batch:
         return Batch(self.ids, inputs, self.labels.to(device, non_blocking=True))
 
     def cut(self, most: int) -> list[Batch]:
-        """Return it in parts of at most `most` examples, each padded no further than its longest."""
+        """Return the batch in parts of at most `most` examples, each padded no further than its longest."""
         if len(self.ids) <= most:
             return [self]
         return [self._part(start, start + most) for start in range(0, len(self.ids), most)]
 
     def padded(self, multiple: int) -> Batch:
-        """Return it padded so that S is a multiple of this."""
+        """Return the batch, padded until S is a multiple of `multiple`."""
         more = -self.labels.shape[1] % multiple
         if not more:
             return self
@@ -135,7 +135,7 @@ class Collator(ABC):
 
     @abstractmethod
     def seen(self, pictures: Pictures) -> Image.Image:
-        """Return the one picture that these inputs hold, as the model sees it."""
+        """Return the picture of a single row of inputs, as the model sees it."""
 
     def as_image(self, pixels: torch.Tensor) -> Image.Image:
         """Return normalised pixels, 3 x H x W, as a picture."""

@@ -62,7 +62,7 @@ class Family(Protocol):
     """A kind of vision-language model, whatever the size."""
 
     model_types: Sequence[str]  # of the configs of transformers
-    tower: str  # the part of the names of all modules that see pictures
+    tower: str  # found in the name of every module that sees pictures
     records_steps: bool  # whether a training pass can be recorded as a CUDA graph
 
     def load_processor(self, model: str) -> Any:

@@ -32,7 +32,7 @@ from im2json.options import LANGUAGE_MODULES, ModelOptions
 from im2json.runs import adapter_folder
 
 _LAYER = r".*\.(layers|blocks)\.\d+\."
-"""The names of what lies in a layer of either tower begin like this."""
+"""Matches the beginning of the name of every module inside a layer of either tower."""
 
 
 def add_lora(base: Any, options: ModelOptions, seed: int) -> PeftModel:

@@ -98,7 +98,7 @@ class Setting:
         """Return the setting of a model that has its LoRA layers already, as far as options and model tell.
 
         Args:
-            tower: the part of a module's name that says that it sees pictures.
+            tower: found in the name of every module that sees pictures.
         """
         adapted = [name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name]
         text, vision = (
