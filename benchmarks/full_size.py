@@ -251,13 +251,13 @@ def as_transformers(model, inputs):
     """Return the inputs of transformers' own forward pass for a batch of ours."""
     import torch
 
+    from im2json.families.chat import pixel_values
+
     if "image_grid_thw" not in inputs:
         return inputs
-    patches = zip(inputs["pixel_values"], inputs["image_grid_thw"].prod(1).tolist())
-    names = ("input_ids", "attention_mask", "image_grid_thw")
     return {
-        **{name: inputs[name] for name in names},
-        "pixel_values": torch.cat([part[:count] for part, count in patches]),
+        **{name: inputs[name] for name in ("input_ids", "attention_mask", "image_grid_thw")},
+        "pixel_values": pixel_values(inputs, model.config.vision_config.temporal_patch_size, torch.float32),
         "mm_token_type_ids": (inputs["input_ids"] == model.config.image_token_id).int(),
     }
 

@@ -65,7 +65,11 @@ def collator(folder) -> Collator:
 
 @pytest.fixture(scope="session")
 def model(folder) -> Any:
-    """Random weights, large enough that different pictures get different and winding texts."""
+    return talkative(folder)
+
+
+def talkative(folder: Path) -> Any:
+    """Return a model with random weights, large enough that different pictures get different and winding texts."""
     model = AutoModelForImageTextToText.from_pretrained(folder)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -76,16 +80,18 @@ def model(folder) -> Any:
     return model.eval()
 
 
-def as_transformers(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the inputs of transformers' own forward pass for a batch of ours, positions and masks left to it."""
+def as_transformers(
+    model: Any, collator: Collator, inputs: dict[str, torch.Tensor], images: list[Image.Image]
+) -> dict[str, torch.Tensor]:
+    """Return the inputs of transformers' own forward pass for a batch of ours, with pictures as its image processor
+    makes them; positions and masks are left to it."""
     if "image_grid_thw" not in inputs:
         return inputs
-    patches = zip(inputs["pixel_values"], inputs["image_grid_thw"].prod(1).tolist())
     of_picture = inputs["input_ids"] == model.config.image_token_id
-    names = ("input_ids", "attention_mask", "image_grid_thw")
+    seen = collator.processor.image_processor([collator.shown(image) for image in images], return_tensors="pt")
     return {
-        **{name: inputs[name] for name in names},
-        "pixel_values": torch.cat([part[:count] for part, count in patches]),
+        **{name: inputs[name] for name in ("input_ids", "attention_mask")},
+        **seen,
         "mm_token_type_ids": of_picture.int(),
     }
 
@@ -103,7 +109,8 @@ def prefix_batch(collator: Collator, pictures: Pictures) -> dict[str, torch.Tens
 
 def generated(model: Any, collator: Collator, image: Image.Image) -> list[int]:
     """Return what transformers writes for a picture alone, up to the token that stops it."""
-    inputs = as_transformers(model, prefix_batch(collator, collator.pictures([image])))
+    inputs = as_transformers(model, collator, prefix_batch(collator, collator.pictures([image])), [image])
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
     output = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
     return output[0, inputs["input_ids"].shape[1] :].tolist()
 
@@ -190,7 +197,7 @@ def gradients(lora: Any) -> dict[str, torch.Tensor]:
 def test_loss_and_gradients_are_those_of_transformers(folder, collator):
     lora, batch = adapted(folder), collator(EXAMPLES)
     count = int((batch.labels != IGNORE).sum())
-    output = lora(**as_transformers(lora, batch.inputs), labels=batch.labels)
+    output = lora(**as_transformers(lora, collator, batch.inputs, IMAGES), labels=batch.labels)
     output.loss.backward()
     expected = gradients(lora)
     assert len(expected) == len(trained(lora))
@@ -249,7 +256,7 @@ def test_log_probabilities_are_those_of_a_pass_over_the_answer(model, collator, 
         text["attention_mask"] = torch.ones_like(text["input_ids"])
         text["token_type_ids"] = (torch.arange(start + len(tokens)) >= start).long()[None]
         with torch.no_grad():
-            logits = model(**as_transformers(model, {**prefix, **text})).logits[0, start - 1 : -1]
+            logits = model(**as_transformers(model, collator, {**prefix, **text}, [image])).logits[0, start - 1 : -1]
         wanted = logits.log_softmax(-1).gather(1, ids.T)[:, 0]
         assert answer.logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
 

@@ -137,12 +137,6 @@ class Collator(ABC):
     def seen(self, pictures: Pictures) -> Image.Image:
         """Return the picture of a single row of inputs, as the model sees it."""
 
-    def as_image(self, pixels: torch.Tensor) -> Image.Image:
-        """Return normalised pixels, 3 x H x W, as a picture."""
-        shown = self.processor.image_processor
-        mean, std = (torch.tensor(values)[:, None, None] for values in (shown.image_mean, shown.image_std))
-        return Image.fromarray(((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
-
     def target_ids(self, target: dict) -> list[int]:
         """Return the T tokens to learn: canonical JSON, then the one that ends an answer."""
         tokenizer = self.processor.tokenizer

@@ -1,6 +1,6 @@
 """Chat models that read pictures at their own resolution: Qwen3-VL.
 
-Their own modules compute everything. What is ours: the layout of a training example, positions and masks, and reading
+Their own modules compute everything. What is ours: the layout of a training example, positions, and reading
 prefixes and tokens in decoding.
 """
 
@@ -13,15 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from transformers import AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from im2json.data.collate import Collator, Pictures
 from im2json.errors import UserError, first_line
+from im2json.families.base import Cache
 from im2json.families.reader import TextReader
 from im2json.files import write_json
 from im2json.model.base import from_pretrained
@@ -117,17 +119,14 @@ class Chat:
 
         Args:
             inputs: input_ids and attention_mask (B, S), padded on the right; position_ids (B, S, 3);
-                pixel_values (B, N, patch) and image_grid_thw (B, 3).
+                patches, image_grid_thw and levels (see ChatCollator.pictures).
         """
         pictures = inputs["input_ids"] == model.config.image_token_id  # B x S
         seen, more = _features(model, inputs)
         words = model.get_input_embeddings()(inputs["input_ids"])  # B x S x D
-        steps = torch.arange(words.shape[1], device=words.device)
-        causal = steps[:, None] >= steps  # S x S
-        mask = causal & inputs["attention_mask"].bool()[:, None, None, :]  # B x 1 x S x S
         return model.model.language_model(
             inputs_embeds=words.masked_scatter(pictures[..., None], seen.to(words.dtype)),
-            attention_mask=mask,
+            attention_mask=None,  # attention is causal, so what stands before the padding does not see it
             position_ids=inputs["position_ids"].permute(2, 0, 1),
             use_cache=False,
             visual_pos_masks=pictures,
@@ -157,7 +156,8 @@ class Chat:
         other = d * (patches + vision.num_position_embeddings)
         if not config.tie_word_embeddings:
             other += text.vocab_size * text.hidden_size
-        return Sizes(Tower.of_decoder(text), encoder, text.vocab_size, patches_seen, mergers, other)
+        decoder = Tower.of_decoder(text, head_norms=True, causal=True)
+        return Sizes(decoder, encoder, text.vocab_size, patches_seen, mergers, other)
 
     def hub_layout(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return a model's weights under their own names, which are those on the hub; lm_head only if it is another
@@ -224,13 +224,34 @@ class ChatCollator(Collator):
         return image if least == image.size else ImageOps.pad(image, least, color="white")
 
     def pictures(self, images: Sequence[Image.Image]) -> Pictures:
-        """Return {"pixel_values": B x N x patch, "image_grid_thw": B x 3}, the patches of each padded with zeros."""
-        shown = self.processor.image_processor([*map(self.shown, images)], return_tensors="pt")
-        patches = shown["pixel_values"].split(shown["image_grid_thw"].prod(1).tolist())
+        """Return {"patches": B x N x patch, bytes padded with zeros, "image_grid_thw": B x 3, "levels": B x 2 x 3}.
+
+        Levels are what the model gets for black and for white in each colour. The image processor itself would return
+        8 times as much: each patch twice, as if it were of a film, in fp32.
+        """
+        shown = self.processor.image_processor
+        mean, std = torch.tensor(shown.image_mean), torch.tensor(shown.image_std)
+        levels = torch.stack([-mean / std, (1 - mean) / std])
+        parts = [self._patches(self.shown(image)) for image in images]
         return {
-            "pixel_values": torch.nn.utils.rnn.pad_sequence(patches, batch_first=True),
-            "image_grid_thw": shown["image_grid_thw"],
+            "patches": torch.nn.utils.rnn.pad_sequence([patches for patches, _ in parts], batch_first=True),
+            "image_grid_thw": torch.tensor([grid for _, grid in parts]),
+            "levels": levels.repeat(len(images), 1, 1),
         }
+
+    def _patches(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """Return the N patches of a picture, those that become one token side by side, and the grid's sizes in time,
+        height and width."""
+        shown, merge = self.processor.image_processor, self.merge
+        size, pixels = shown.patch_size, shown.size
+        height, width = smart_resize(
+            image.height, image.width, size * merge, pixels["shortest_edge"], pixels["longest_edge"]
+        )
+        colours = np.asarray(image.resize((width, height), shown.resample))  # height x width x 3
+        high, wide = height // size, width // size
+        blocks = colours.reshape(high // merge, merge, size, wide // merge, merge, size, 3)
+        patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(high * wide, -1)
+        return torch.from_numpy(patches), (1, high, wide)
 
     def prefixes(self, pictures: Mapping[str, torch.Tensor]) -> list[list[int]]:
         """Return the tokens before each answer, as many of them for the picture as it has features."""
@@ -265,10 +286,9 @@ class ChatCollator(Collator):
         shown, merge = self.processor.image_processor, self.merge
         ((_, height, width),) = pictures["image_grid_thw"].tolist()
         size = shown.patch_size
-        patches = pictures["pixel_values"][0, : height * width]
-        blocks = patches.view(height // merge, width // merge, merge, merge, 3, -1, size, size)[:, :, :, :, :, 0]
-        pixels = blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, height * size, width * size)
-        return self.as_image(pixels)
+        patches = pictures["patches"][0, : height * width]
+        blocks = patches.view(height // merge, width // merge, merge, merge, 3, size, size)
+        return Image.fromarray(blocks.permute(0, 2, 5, 1, 3, 6, 4).reshape(height * size, width * size, 3).numpy())
 
     def _render(self, messages: list[dict[str, Any]], **more: Any) -> str:
         try:
@@ -286,6 +306,10 @@ class ChatReader(TextReader):
         self.collator = collator
         stops = model.generation_config.eos_token_id
         self.stops = sorted({collator.stop, *([stops] if isinstance(stops, int) else stops or ())})
+
+    def read_tokens(self, tokens: torch.Tensor, rotations: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Read tokens behind the prefixes, whose position is the same in time, height and width; see Reader."""
+        return super().read_tokens(tokens, rotations.expand(3, -1, -1), cache)
 
     def read_prefixes(self, pictures: Pictures, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Read what precedes the answers to B pictures; see Reader."""
@@ -308,8 +332,21 @@ class ChatReader(TextReader):
 def _features(model: Any, pictures: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return what the language model gets of all pictures, one after the other: sum of I x D, and the same for each of
     its first layers (DeepStack, https://arxiv.org/abs/2406.04334)."""
-    grids = pictures["image_grid_thw"]
-    patches = [part[:count] for part, count in zip(pictures["pixel_values"], grids.prod(1).tolist())]
     tower = model.model.visual
-    found = tower(torch.cat(patches).to(tower.dtype), grid_thw=grids)
+    pixels = pixel_values(pictures, tower.config.temporal_patch_size, tower.dtype)
+    found = tower(pixels, grid_thw=pictures["image_grid_thw"])
     return found.pooler_output, list(found.deepstack_features)
+
+
+def pixel_values(pictures: Mapping[str, torch.Tensor], frames: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return what transformers' image processor makes of B pictures, for a tower that sees so many frames at a time.
+
+    Returns:
+        Normalised pixels of all patches, one picture after the other: sum of N x (3 x frames x height x width).
+    """
+    seen = []
+    counts = pictures["image_grid_thw"].prod(1).tolist()
+    for patches, count, (black, white) in zip(pictures["patches"], counts, pictures["levels"][..., None]):
+        pixels = black + (white - black) / 255 * patches[:count].unflatten(1, (3, -1))  # N x 3 x (height x width)
+        seen.append(pixels.to(dtype)[:, :, None].expand(-1, -1, frames, -1).flatten(1))
+    return torch.cat(seen)

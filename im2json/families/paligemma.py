@@ -155,7 +155,9 @@ class PaliGemmaCollator(Collator):
     def seen(self, pictures: Pictures) -> Image.Image:
         """Return the picture in the square that the tower sees."""
         (pixels,) = pictures["pixel_values"]  # 3 x H x W
-        return self.as_image(pixels)
+        shown = self.processor.image_processor
+        mean, std = (torch.tensor(values)[:, None, None] for values in (shown.image_mean, shown.image_std))
+        return Image.fromarray(((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 class PaliGemmaReader(TextReader):
