@@ -17,11 +17,13 @@ from im2json.options import DataOptions
 class Cache(Protocol):
     """Keeps keys and values, and says who attends to whom. Decoding owns it; a reader hands in what is new."""
 
+    causal: bool  # whether a position for which there is no mask sees only itself and those before it
+
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep what is new, B x S x G x E, and return what to attend to."""
 
     def mask(self, window: int | None) -> torch.Tensor | None:
-        """Return what is added to scores, B x S x L, or None if all is seen."""
+        """Return what is added to scores, B x S x L, or None if `causal` says it all."""
 
 
 class Reader(Protocol):

@@ -11,7 +11,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
 
 from im2json.data.collate import Collator
 from im2json.families.base import Cache
-from im2json.model.attention import grouped_attention, tiled
+from im2json.model.attention import causal_attention, grouped_attention, tiled
 
 # B rows, S positions read of each, D hidden, H query heads, G key/value heads, E head size, V vocabulary.
 FEW = 1024  # positions whose joint product is quicker than two; with more, its halves lie too far apart in memory
@@ -91,7 +91,11 @@ class TextReader:
             if prefix and number == self.layers - 1:
                 break  # of a prefix only keys and values are wanted
             cap = getattr(attention, "attn_logit_softcapping", None)
-            attended = grouped_attention(query, *seen, masks[self.windows[number]], attention.scaling, cap)
+            mask = masks[self.windows[number]]
+            if mask is None and cache.causal:
+                attended = causal_attention(query, *seen, attention.scaling)
+            else:
+                attended = grouped_attention(query, *seen, mask, attention.scaling, cap)
             hidden = _after_attention(layer, hidden, attention.o_proj(attended.flatten(2)), self.gate_up[number])
             if number < len(more):
                 hidden = hidden + more[number]

@@ -1,4 +1,4 @@
-"""Attention to cached keys and values, computed without repeating those that query heads share."""
+"""Attention computed without repeating the keys and values that query heads share."""
 
 from __future__ import annotations
 
@@ -43,6 +43,21 @@ def grouped_attention(
             scores = scores + added
         out = scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
     return out.view(rows, groups, -1, positions, size).permute(0, 3, 1, 2, 4).reshape(query.shape)
+
+
+def causal_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """Compute attention of S positions to themselves and to those before, with a kernel that needs no mask.
+
+    Args:
+        query: B x S x H x E.
+        keys, values: B x S x G x E.
+
+    Returns:
+        B x S x H x E.
+    """
+    query, keys, values = (part.transpose(1, 2) for part in (query, keys, values))
+    out = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
 def tiled(mask: torch.Tensor | None, heads: int) -> torch.Tensor | None:
