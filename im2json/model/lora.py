@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers.initialization import no_init_weights
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 from im2json.errors import UserError, first_line
 from im2json.options import LANGUAGE_MODULES, ModelOptions
@@ -220,16 +221,22 @@ def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
 
 
 def fuse_norms(model: torch.nn.Module) -> None:
-    """Have Gemma's norms computed by PyTorch's own kernel, where transformers launches nine; their weights are not to
-    change any more."""
+    """Have the decoder's norms computed by PyTorch's own kernel, where transformers launches up to nine; their weights
+    are not to change any more."""
     for norm in model.modules():
         if isinstance(norm, GemmaRMSNorm | Gemma2RMSNorm):
             norm.register_buffer("scale", 1.0 + norm.weight.float(), persistent=False)
+            norm.forward = MethodType(_fused_gemma_norm, norm)  # type: ignore[method-assign]
+        elif isinstance(norm, Qwen3VLTextRMSNorm):
             norm.forward = MethodType(_fused_norm, norm)  # type: ignore[method-assign]
 
 
-def _fused_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+def _fused_gemma_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], norm.scale, norm.eps).type_as(x)
+
+
+def _fused_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def _plain_config(base: Any) -> Any:
