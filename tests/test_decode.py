@@ -194,6 +194,17 @@ def test_a_draft_changes_no_answer(model, collator, pixels, expected, fixed):
     assert passes["random"] >= longest - 2, passes
 
 
+def test_fixed_rows_grow_fewer_when_no_picture_is_waiting(model, collator, pixels, expected, monkeypatch):
+    monkeypatch.setattr("im2json.inference.slots.FEWEST", 1)
+    limits = [3 * place + 1 for place in range(9)]
+    read: list[int] = []
+    pass_of = Slots.advance
+    monkeypatch.setattr(Slots, "advance", lambda self, *given: (read.append(self.used), pass_of(self, *given))[1])
+    answers = drafted(make_decoder(model, collator, slots=8, fixed=True), pixels, limits, expected[1:] + expected[:1])
+    assert [answer.tokens for answer in answers] == [row[:limit] for row, limit in zip(expected, limits)]
+    assert read == sorted(read, reverse=True) and set(read) == {8, 4, 2, 1}
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 def test_a_limit_within_a_draft(model, collator, pixels, expected, tokens):
     answers = drafted(make_decoder(model, collator), pixels, tokens, expected)

@@ -34,11 +34,11 @@ class KeyValues:
         """Return what a slot of so many positions takes."""
         return 2 * reader.layers * reader.kv_heads * reader.head_dim * reader.like.itemsize * length
 
-    def move(self, source: int, target: int) -> None:
-        """Copy what one slot holds to another."""
+    def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy what some slots hold to as many others."""
         for layer in self.layers:
             for kept in layer:
-                kept[target] = kept[source]
+                kept.index_copy_(0, targets, kept.index_select(0, sources))
 
 
 class PrefixCache:
@@ -65,6 +65,11 @@ class PrefixCache:
         """
         self.lengths, self.width = lengths, width
 
+    @property
+    def causal(self) -> bool:
+        """Return whether a position attends only to itself and to those before it."""
+        return self.lengths is not None
+
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep what is new, B x S x G x E, clear the rest of the slots, and return what to attend to."""
         rest = (0, 0, 0, 0, 0, self.kept.length - keys.shape[1])
@@ -75,17 +80,16 @@ class PrefixCache:
         return keys, values
 
     def mask(self, window: int | None) -> torch.Tensor | None:
-        """Return what is added to scores, 1 x S x S, or None if all of a prefix attends to all of it.
+        """Return what is added to scores, 1 x S x S, or None where `causal` says it all.
 
         Args:
             window: how many positions a layer sees if it looks back, the token's own included. None: all.
         """
-        if self.lengths is None:
+        if self.lengths is None or window is None:
             return None
         places = torch.arange(self.width, device=self.lengths.device)
         back = places[:, None] - places
-        hidden = back < 0 if window is None else (back < 0) | (back >= window)
-        return _added(hidden[None], self.kept)
+        return _added(((back < 0) | (back >= window))[None], self.kept)
 
     def _real(self, new: torch.Tensor) -> torch.Tensor:
         """Return B x S x G x E with zeros where a row is padded."""
@@ -106,6 +110,7 @@ class TokenCache:
     places: torch.Tensor  # B x S, positions in the slots
     end: int  # no token stands at this position or beyond
     begins: torch.Tensor  # B, where the answers begin
+    causal = False  # the masks say it all
 
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep what is new, B x S x G x E, and return what to attend to, B x `end` x G x E."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -154,7 +154,8 @@ class Allowed:
         forbidden = (self.bits[part][: len(logits), :, None] & self._bit) == 0  # N x W x 8
         return logits.masked_fill(forbidden.flatten(1)[:, : logits.shape[1]], float("-inf"))
 
-    def move(self, source: int, target: int) -> None:
-        """Go on with a row in another place."""
-        self.matchers[target], self.seen[target] = self.matchers[source], self.seen[source]
-        self.matchers[source] = None
+    def move(self, moves: Mapping[int, int]) -> None:
+        """Go on with rows in other places, which are free. moves: from which to which"""
+        for source, target in moves.items():
+            self.matchers[target], self.seen[target] = self.matchers[source], self.seen[source]
+            self.matchers[source] = None

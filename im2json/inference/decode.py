@@ -200,6 +200,7 @@ class _Work:
         self.waiting = waiting
         self.begun = begun
         self.length = DraftLength(OVERHEAD[slots.device.type], slots.most)
+        self.all_begun = False  # so no slot is needed again
 
     def __iter__(self) -> Iterator[tuple[int, Answer]]:
         slots = self.slots
@@ -220,20 +221,22 @@ class _Work:
             number, _ = self.begun.pop(slot)
             count = report.counts[slot]
             done.append((number, report.written[slot, :count].tolist(), report.logprobs[slot, :count].tolist()))
-        if not self.slots.fixed:
-            self._close_up()
+        self._close_up()
         for number, tokens, logprobs in done:
             yield number, self.decoder.answer(tokens, logprobs)
 
     def _close_up(self) -> None:
-        """Have those that are still written stand in the first slots."""
-        free = iter([slot for slot in range(len(self.begun)) if slot not in self.begun])
-        for slot in sorted(self.begun, reverse=True):
-            if slot >= len(self.begun):
-                target = next(free)
-                self.slots.move(slot, target)
-                self.begun[target] = self.begun.pop(slot)
-        self.slots.used = len(self.begun)
+        """Have what is still written stand in the first slots, and compute no more rows than it needs."""
+        if self.slots.fixed and not self.all_begun:
+            return
+        rows = self.slots.rows(len(self.begun))
+        high = sorted(slot for slot in self.begun if slot >= rows)
+        moves = dict(zip(high, (slot for slot in range(rows) if slot not in self.begun)))
+        if moves:
+            self.slots.move(moves)
+            for source, target in moves.items():
+                self.begun[target] = self.begun.pop(source)
+        self.slots.used = rows
 
     def _admit(self, least: int) -> None:
         """Begin with what is waiting, a group at a time, while at least so many slots are free."""
@@ -242,6 +245,7 @@ class _Work:
         while len(free) >= least:
             chosen = dict(zip(free, itertools.islice(self.waiting, slots.group)))
             if not chosen:
+                self.all_begun = True
                 return
             self.begun.update(chosen)
             pictures = join_pictures([request.picture() for _, request in chosen.values()])

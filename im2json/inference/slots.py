@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from im2json.model.memory import CHOICES
 # R slots, B rows computed, K tokens read of each, T tokens that may be written, S tokens of a source, L positions,
 # D hidden, V vocabulary.
 ROUND_UP = 64  # positions: kernels like multiples of 8, and what is recorded once fits more often
+FEWEST = 32  # rows of a graph: a pass over fewer takes a GPU hardly less time
 MOST_HELD = 8  # tokens of a row in a pass that are held to a grammar: each takes a bit for every word
 
 
@@ -68,7 +69,8 @@ class Slots:
     Args:
         room: the slots' number and sizes.
         group: how many texts are begun at once, at most.
-        fixed: whether all slots are computed in every pass, as a graph asks for, or only the first `used`.
+        fixed: whether rows are computed that hold no text, since a graph has a fixed number of them. The rows of a pass
+            are the first `used` slots.
     """
 
     def __init__(self, reader: Reader, room: Room, group: int, grammar: Grammar | None, *, fixed: bool) -> None:
@@ -103,7 +105,7 @@ class Slots:
         self.hidden = reader.like.new_zeros((slots, most, reader.hidden))
         self.allowed = None if grammar is None else Allowed(grammar, slots, most, device)
         self.seconds_recording = 0.0
-        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[str, int, int], torch.cuda.CUDAGraph] = {}
         self._pictures: Pictures | None = None  # what the recorded prefixes are read from
         self._slots = torch.zeros(group, **numbers)
         # for a report while another is read
@@ -199,16 +201,31 @@ class Slots:
 
         return wait
 
+    def rows(self, texts: int) -> int:
+        """Return how many rows to compute for so many texts, if no more are begun.
+
+        Where rows are `fixed`, their number is halved as often as that leaves enough: each takes graphs of its own.
+        """
+        if not self.fixed:
+            return texts
+        rows = self.used
+        while rows > FEWEST and texts <= rows // 2:
+            rows //= 2
+        return rows
+
     @torch.no_grad()
-    def move(self, source: int, target: int) -> None:
-        """Go on with a row in another slot, which is free."""
-        self.cache.move(source, target)
-        for kept in (self.written, self.logprobs, self.latest, self.position, self.offset, self.count, self.limit):
-            kept[target] = kept[source]
-        for kept in (self.begins, self.finished, self.source, self.place, self.draft):
-            kept[target] = kept[source]
+    def move(self, moves: Mapping[int, int]) -> None:
+        """Go on with rows in other slots, which are free. moves: from which slot to which"""
+        sources, targets = (self._sent(torch.tensor(slots)) for slots in zip(*moves.items()))
+        self.cache.move(sources, targets)
+        of_a_row = (
+            self.written, self.logprobs, self.latest, self.position, self.offset, self.begins, self.count, self.limit,
+            self.finished, self.source, self.place, self.draft, self.right, self.tried,
+        )  # fmt: skip
+        for kept in of_a_row:
+            kept.index_copy_(0, targets, kept.index_select(0, sources))
         if self.allowed is not None:
-            self.allowed.move(source, target)
+            self.allowed.move(moves)
 
     def _read_prefixes(self, slots: torch.Tensor, pictures: Pictures) -> None:
         length, offset = self.reader.read_prefixes(pictures, PrefixCache(self.cache, slots))
@@ -313,9 +330,10 @@ class Slots:
         if not self.on_gpu:
             work(length)
             return
-        graph = self._graphs.get((name, length))
+        key = name, length, self.used
+        graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[name, length] = self._record(functools.partial(work, length))
+            graph = self._graphs[key] = self._record(functools.partial(work, length))
         graph.replay()
 
     def _record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
