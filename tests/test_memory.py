@@ -7,9 +7,15 @@ import dataclasses
 import pytest
 import torch
 from peft import PeftModel
-from transformers import PaliGemmaConfig
+from PIL import Image
+from small_model import save_small_chat
+from transformers import PaliGemmaConfig, Qwen3VLConfig
 
 from im2json.data.collate import Batch
+from im2json.data.example import Example
+from im2json.families import open_collator
+from im2json.families.base import Family
+from im2json.families.chat import Chat
 from im2json.families.paligemma import PaliGemma
 from im2json.model.base import load_base
 from im2json.model.lora import add_lora, count_parameters
@@ -67,7 +73,30 @@ def test_what_is_kept_is_what_autograd_saves(small_model, batch: Batch, options)
     """On a CPU in fp32 without dropout, whose mask takes more there than on a GPU."""
     checkpointing = options.pop("checkpointing", False)
     model, config = adapted(small_model, **options)
-    make_forward(model, PaliGemma().hidden_states, "single", checkpointing)
+    family, inputs = PaliGemma(), long(batch)
+    make_forward(model, family.hidden_states, "single", checkpointing)
+    measured = saved_bytes(family, model, inputs)
+    examples, positions = inputs["input_ids"].shape
+    setting = dataclasses.replace(Setting.of(config, "fp32", model, "vision_tower"), checkpointing=checkpointing)
+    kept = forecast(family.sizes(model.config), setting, Load(examples, positions, 1, 1, 1)).kept
+    assert kept == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("target_modules", ["language", "q_proj,down_proj"])
+def test_what_is_kept_of_a_chat_model_is_what_autograd_saves(tmp_path, target_modules):
+    folder, family = str(save_small_chat(tmp_path / "chat")), Chat()
+    model, config = adapted(folder, target_modules=target_modules)
+    examples = [Example(str(i), Image.new("RGB", (40, 60 + i)), {"total": "1" * 300}) for i in range(2)]
+    inputs = open_collator(folder, "extract JSON.")(examples).inputs
+    kept = forecast(
+        family.sizes(model.config), Setting.of(config, "fp32", model, family.tower),
+        Load(*inputs["input_ids"].shape, 1, 1, 1),
+    ).kept  # fmt: skip
+    assert kept == pytest.approx(saved_bytes(family, model, inputs), rel=0.03)
+
+
+def saved_bytes(family: Family, model: PeftModel, inputs: dict[str, torch.Tensor]) -> int:
+    """Return what autograd saves of a forward pass besides weights."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     saved: dict[int, torch.Tensor] = {}  # by storage, kept alive so that no address comes twice
 
@@ -75,14 +104,9 @@ def test_what_is_kept_is_what_autograd_saves(small_model, batch: Batch, options)
         saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    inputs = long(batch)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _hidden = model.get_base_model().model(**inputs, use_cache=False).last_hidden_state
-    measured = sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in own)
-    examples, positions = inputs["input_ids"].shape
-    setting = dataclasses.replace(Setting.of(config, "fp32", model, "vision_tower"), checkpointing=checkpointing)
-    kept = forecast(PaliGemma().sizes(model.config), setting, Load(examples, positions, 1, 1, 1)).kept
-    assert kept == pytest.approx(measured, rel=0.03)
+        _hidden = family.hidden_states(model.get_base_model(), inputs)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in own)
 
 
 def long(batch: Batch) -> dict[str, torch.Tensor]:
@@ -118,6 +142,19 @@ def test_what_paligemma_took_on_a_gpu(resolution, microbatch, changes, gib):
     """Peaks of steps on one H100, of LoRA with r 8."""
     parts = forecast(paligemma(resolution), setting(**changes), load(resolution, microbatch))
     assert (parts.resident + parts.step) / GIB == pytest.approx(gib, rel=0.15)
+
+
+@pytest.mark.parametrize(("changes", "gib"), [({}, 82.7), ({"compiled": True}, 66.6)], ids=str)
+def test_what_a_chat_model_took_on_a_gpu(changes, gib):
+    """Peaks of steps on one H200, weights left out: Qwen3-VL-4B, receipts of 1,080 tokens, targets of 400, r 16."""
+    text = dict(
+        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=128, vocab_size=151936,
+    )  # fmt: skip
+    language = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    sizes = Chat().sizes(Qwen3VLConfig(text_config=text), 1080)
+    one = Setting("bf16", "none", 16, True, 2, language, (), **changes)
+    assert forecast(sizes, one, Load(8, 1510, 8 * 180, 64, 1510)).step / GIB == pytest.approx(gib, rel=0.03)
 
 
 def test_the_most_that_fit_that_has_room():

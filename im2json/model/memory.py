@@ -46,9 +46,11 @@ class Tower:
     head_dim: int
     norms: int  # a layer
     linears: dict[str, tuple[int, int]]  # of a layer: name -> numbers in, numbers out
+    head_norms: bool = False  # whether queries and keys are normalised
+    causal: bool = False  # whether attention needs no mask
 
     @classmethod
-    def of_decoder(cls, text: Any, norms: int = 2) -> Tower:
+    def of_decoder(cls, text: Any, norms: int = 2, *, head_norms: bool = False, causal: bool = False) -> Tower:
         """Return the decoder of a text config, with the seven linear layers that Gemma and Qwen 3 have."""
         d, f = text.hidden_size, text.intermediate_size
         heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
@@ -57,7 +59,7 @@ class Tower:
             q_proj=(d, wide), k_proj=(d, narrow), v_proj=(d, narrow), o_proj=(wide, d),
             gate_proj=(d, f), up_proj=(d, f), down_proj=(f, d),
         )  # fmt: skip
-        return cls(text.num_hidden_layers, d, f, heads, kv_heads, text.head_dim, norms, linears)
+        return cls(text.num_hidden_layers, d, f, heads, kv_heads, text.head_dim, norms, linears, head_norms, causal)
 
     @property
     def linear_weights(self) -> int:
@@ -193,19 +195,22 @@ def _activations(sizes: Sizes, setting: Setting, load: Load) -> tuple[float, flo
 
 
 def decoder_layer_bytes(text: Tower, setting: Setting, examples: int, positions: int) -> float:
-    """Return the bytes that autograd keeps of one of Gemma's layers.
+    """Return the bytes that autograd keeps of one of the decoder's layers.
 
     The frozen weights need no gradient, so that what goes into a linear layer is kept for its LoRA matrix alone.
     """
     e, targets, compiled = setting.bytes, setting.text_targets, setting.compiled
     numbers = examples * positions
-    wide = text.heads * text.head_dim  # A
+    wide, narrow = text.heads * text.head_dim, text.kv_heads * text.head_dim  # A
     # The norm computes in fp32 and keeps its input's copy in it; compiled it keeps the input and converts it again.
-    norms = text.norms * numbers * text.hidden * (e if compiled else 4)
-    # Queries and what comes out; keys and values, repeated for every head unless a single one of theirs serves all,
-    # which is a view; the softmax's sums in fp32; the mask, which becomes a bias of its own in each layer.
-    repeated = text.head_dim if text.kv_heads == 1 else wide
-    attention = 2 * e * numbers * (wide + repeated) + 4 * numbers * text.heads + e * examples * positions**2
+    normed = text.norms * text.hidden + text.head_norms * (wide + narrow)
+    norms = numbers * normed * (e if compiled else 4)
+    # Queries and what comes out; keys and values; the softmax's sums in fp32. A mask becomes a bias of its own in each
+    # layer, and the kernels that take one want keys and values repeated for every head. If a single one of theirs
+    # serves all, that is a view.
+    repeated = narrow if text.causal or text.kv_heads == 1 else wide
+    masks = 0 if text.causal else e * examples * positions**2
+    attention = 2 * e * numbers * (wide + repeated) + 4 * numbers * text.heads + masks
     # gelu(gate) * up: gate, up and gelu(gate), which is computed again where compiled
     mlp = (2 if compiled else 3) * e * numbers * text.intermediate
     # what comes out of attention is kept by it already
