@@ -14,7 +14,8 @@ MICROBATCH_ON_CPU = 4  # examples
 RECORDED = 1.5
 """What recorded passes reserve, relative to what they use: graphs of different shapes do not share every block."""
 ENOUGH = 4096  # positions of a microbatch that keep a GPU busy, where it need not wait for launches
-LONG_RUN = 8192  # examples after which compiling has paid for itself
+LONG_RUN, LONG_UNRECORDED = 8192, 2048
+"""Examples after which compiling has paid for itself: beside recorded passes, and beside launches one by one."""
 LARGE = 1024  # hidden size of a language model whose layers are worth compiling
 
 
@@ -110,11 +111,11 @@ def strategy_note(strategy: Strategy, work: Workload) -> str | None:
 def _launch(work: Workload) -> str:
     """Return the launch mode on a GPU. `auto` compiles large models in long runs, and otherwise records graphs where
     the family allows it."""
-    wanted = work.config.model.launch
+    wanted, recorded = work.config.model.launch, "graphs" if work.recordable else "single"
     if wanted == "auto":
-        large = work.sizes.text.hidden >= LARGE
-        wanted = "compiled" if large and work.steps * work.config.train.batch_size >= LONG_RUN else "graphs"
-    return "single" if wanted == "graphs" and not work.recordable else wanted
+        long = work.steps * work.config.train.batch_size >= (LONG_RUN if work.recordable else LONG_UNRECORDED)
+        return "compiled" if long and work.sizes.text.hidden >= LARGE else recorded
+    return recorded if wanted == "graphs" else wanted
 
 
 def _enough(work: Workload) -> int:
