@@ -36,6 +36,7 @@ def main(work: Path, resolution: int, size: str, count: int, slots: int, right: 
 
     quiet_libraries()
     import torch
+    import torch.nn.functional as F
     from rows import Rows
 
     from im2json.families import open_collator
@@ -76,8 +77,8 @@ def main(work: Path, resolution: int, size: str, count: int, slots: int, right: 
             self.texts = torch.zeros_like(self.written)
 
         def admit(self, slots: Any, pictures: Any, limits: Any, sources: Any) -> None:
-            for slot, source in zip(slots, sources):
-                self.texts[slot, : len(source)] = torch.tensor(source.text, device=self.device)
+            texts = [F.pad(torch.tensor(source.text), (0, self.texts.shape[1] - len(source))) for source in sources]
+            self.texts.index_copy_(0, self._sent(torch.tensor(slots)), self._sent(torch.stack(texts)))
             super().admit(slots, pictures, limits, sources)
 
         def _likeliest(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
