@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
@@ -14,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from im2json.errors import UserError, first_line
 from im2json.files import did_you_mean
 from im2json.model.hub import fetch
+from im2json.model.norms import fuse_norms
 from im2json.runs import HUB_NAME
 
 TINY = Path(__file__).parent / "tiny"
@@ -57,9 +59,10 @@ def load_base(model: str, precision: str, quant: str, device: torch.device, dequ
     base: Any = from_pretrained(AutoModelForImageTextToText, model, **settings)
     if getattr(base.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         base.set_attn_implementation({"text_config": "eager"})  # PaliGemma 2 caps its scores, which sdpa leaves out
-    if quant == "nf4" and (plentiful(device) if dequantize == "auto" else dequantize == "on"):
+    if quant == "nf4" and (plentiful(base, dtype) if dequantize == "auto" else dequantize == "on"):
         base = base.dequantize(dtype)
     base.requires_grad_(False)
+    fuse_norms(base)
     base.config.use_cache = False
     return base
 
@@ -78,9 +81,13 @@ def load_positions(model: str) -> int:
     return load_config(model).get_text_config().max_position_embeddings
 
 
-def plentiful(device: torch.device) -> bool:
-    """Return whether a device has memory to spare for a few billion weights in 16 bits."""
-    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > PLENTY
+def plentiful(model: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Return whether there is memory to spare for a model's 4-bit weights in a larger dtype: on a GPU for a few billion
+    of them in 16 bits, on a CPU a small part of what is free."""
+    packed = [parameter for parameter in model.parameters() if parameter.dtype == torch.uint8]
+    if packed and packed[0].is_cuda:
+        return torch.cuda.mem_get_info(packed[0].device)[0] > PLENTY
+    return sum(2 * weight.numel() for weight in packed) * dtype.itemsize < psutil.virtual_memory().available / 10
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
