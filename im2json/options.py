@@ -23,9 +23,10 @@ from im2json.text import is_path, is_utf8, shortened
 
 EMBEDDED_MODEL = "tiny"
 """The --model that is part of the package."""
-DEFAULT_TARGET_MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-LANGUAGE_MODULES = rf".*language_model.*\.({DEFAULT_TARGET_MODULES.replace(',', '|')})"
-"""The regular expression that `--target-modules language` stands for."""
+SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+"""The linear layers of a decoder's layer."""
+DECODERS = ("language_model", "text_model")
+"""How models call their stack of decoder layers."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class DataOptions:
     image_tokens: int | None = option(
         None,
         "Most image tokens of a picture, for models that read pictures at their own resolution. Larger pictures are "
-        "scaled down to it. Default: 1,024.",
+        "scaled down to it. Default: 1,024, or for models that cut pictures into tiles what their own files say.",
         unit="tokens",
         at_least=64,
         added_later=True,
@@ -189,8 +190,9 @@ class DataOptions:
 class ModelOptions:
     model: str = option(
         EMBEDDED_MODEL,
-        f"Base model: `{EMBEDDED_MODEL}` (embedded), a folder, or a PaliGemma or Qwen3-VL on the hub. Without --preset "
-        f"any model but {EMBEDDED_MODEL} takes the other values of --preset cord, except its data set.",
+        f"Base model: `{EMBEDDED_MODEL}` (embedded), a folder, or a model on the hub: PaliGemma, Qwen2.5-VL, Qwen3-VL, "
+        "Gemma 3, SmolVLM2, Idefics 3 or PaddleOCR-VL. Without --preset any model but the embedded one takes the other "
+        "values of --preset cord, except its data set and --target-modules.",
         metavar="NAME|PATH",
     )
     adapter: str | None = option(
@@ -205,10 +207,10 @@ class ModelOptions:
     )
     dropout: float = option(0.0, "Dropout probability before the LoRA matrices.", at_least=0, at_most=0.999)
     target_modules: str = option(
-        DEFAULT_TARGET_MODULES,
-        "Linear layers that get LoRA: names joined by commas (in both towers where they match), `language` for the "
-        "default names in the language model alone, `both` for every layer of both towers, or a regular expression "
-        "over full module names.",
+        "language",
+        "Linear layers that get LoRA: `language` for the seven kinds of the language model, `both` for every layer of "
+        "both towers, names joined by commas (in both towers where they match), or a regular expression over full "
+        "module names.",
         metavar="NAMES",
     )
     rslora: bool = option(False, "Multiply the output of LoRA by alpha / sqrt(r) instead (rank-stabilised LoRA).")
@@ -231,7 +233,7 @@ class ModelOptions:
     dequantize: Literal["auto", "on", "off"] = option(
         "auto",
         "Keep the dequantized values of the 4-bit weights in memory instead of computing them in every pass. The "
-        "values are the same and take 4 times the memory. auto: on where there is plenty of memory.",
+        "values are the same and take 4 times the memory (8 times in fp32). auto: on where there is plenty of memory.",
         affects_result=False,
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = option(
@@ -416,12 +418,29 @@ _PALIGEMMA_RECIPE: dict[str, Any] = dict(
     eval_every=25,
 )
 # Half the rank, and gradients clipped at 1: an instruct model needs less to take on a form of answer.
-_QWEN_RECIPE = {**_PALIGEMMA_RECIPE, "r": 16, "alpha": 32.0, "max_grad_norm": 1.0}
+_CHAT_RECIPE = {
+    "dataset": "naver-clova-ix/cord-v2", **_PALIGEMMA_RECIPE, "r": 16, "alpha": 32.0, "max_grad_norm": 1.0,
+}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
-    "cord": dict(model="google/paligemma-3b-pt-224", dataset="naver-clova-ix/cord-v2", **_PALIGEMMA_RECIPE),
-    "qwen": dict(model="Qwen/Qwen3-VL-2B-Instruct", dataset="naver-clova-ix/cord-v2", **_QWEN_RECIPE),
+    "cord": dict(
+        model="google/paligemma-3b-pt-224",
+        dataset="naver-clova-ix/cord-v2",
+        target_modules=SEVEN,
+        **_PALIGEMMA_RECIPE,
+    ),
+    "qwen": dict(model="Qwen/Qwen3-VL-2B-Instruct", **_CHAT_RECIPE),
+    "qwen2.5": dict(model="Qwen/Qwen2.5-VL-3B-Instruct", **_CHAT_RECIPE),
+    "gemma3": dict(model="google/gemma-3-4b-it", **_CHAT_RECIPE),
+    "smolvlm": dict(model="HuggingFaceTB/SmolVLM2-2.2B-Instruct", **_CHAT_RECIPE),
+    "paddleocr": dict(model="PaddlePaddle/PaddleOCR-VL", **_CHAT_RECIPE),
+    "docling": dict(model="ibm-granite/granite-docling-258M", **_CHAT_RECIPE),
 }
+
+
+def language_modules(decoder: str) -> str:
+    """Return the regular expression that `--target-modules language` stands for, with a decoder of this name."""
+    return rf".*{decoder.rpartition('.')[2]}.*\.({SEVEN.replace(',', '|')})"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from im2json.errors import UserError
 from im2json.files import read_json, sha256
-from im2json.options import LANGUAGE_MODULES, OPTIONS, PRESETS, TrainConfig, TrainOptions, flag_name
+from im2json.options import DECODERS, OPTIONS, PRESETS, TrainConfig, TrainOptions, flag_name, language_modules
 from im2json.records import Content
 from im2json.runs import (
     ADAPTER_CONFIG,
@@ -242,7 +242,7 @@ def _adapter_options(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} describes no LoRA adapter: {error}") from error
-    if modules == LANGUAGE_MODULES:
+    if modules in map(language_modules, DECODERS):
         shape["target_modules"] = "language"
     base = {"model": config["base_model_name_or_path"]} if config.get("base_model_name_or_path") else {}
     usage = adapter_usage(folder) or {}

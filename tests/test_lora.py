@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from im2json.data.collate import Batch
 from im2json.data.sources import load_splits
@@ -28,18 +30,17 @@ from im2json.model.base import DTYPES, load_base, resolve_precision
 from im2json.model.lora import (
     add_lora,
     count_parameters,
-    fuse_norms,
     merged_copy,
     read_adapter_weights,
     trained,
     write_adapter_weights,
 )
-from im2json.options import DEFAULT_TARGET_MODULES, LANGUAGE_MODULES, ModelOptions
+from im2json.model.norms import fuse_norms
+from im2json.options import SEVEN, ModelOptions, language_modules
 from im2json.resume import fresh_options
 from im2json.runs import RunFolder
 
 CPU = torch.device("cpu")
-SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 VISION = "base_model.model.model.vision_tower.encoder.layers"
 TEXT = "base_model.model.model.language_model.layers"
 IN_LAYERS = {  # of the small model, by what the names end with
@@ -56,7 +57,7 @@ def options(**values) -> ModelOptions:
 
 def lora_model(folder: str, quant: str = "nf4", precision: str = "fp32", **values) -> PeftModel:
     """LoRA with B (and DoRA's magnitudes) away from where they start."""
-    model = add_lora(load_base(folder, precision, quant, CPU), options(**values), seed=0)
+    model = add_lora(load_base(folder, precision, quant, CPU), options(**{"target_modules": SEVEN, **values}), seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in trained(model):
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -91,14 +92,15 @@ def paligemma_3b_224() -> PaliGemmaConfig:
 def test_trainable_counts_of_paligemma_3b(paligemma_3b_224, r, published):
     with torch.device("meta"):
         base = PaliGemmaForConditionalGeneration(paligemma_3b_224)
-        model = add_lora(base.requires_grad_(False), ModelOptions(model="paligemma", r=r, alpha=2.0 * r), seed=0)
+        options = ModelOptions(model="paligemma", r=r, alpha=2.0 * r, target_modules=SEVEN)
+        model = add_lora(base.requires_grad_(False), options, seed=0)
     assert count_parameters(model) == (published, 2_923_466_480 + published)
 
 
 def test_exactly_which_weights_are_packed_and_trained(small_model):
     model = lora_model(small_model)
     packed = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.uint8}
-    targeted = {name for names in IN_LAYERS.values() for name in names if name.split(".")[-1] in SEVEN}
+    targeted = {name for names in IN_LAYERS.values() for name in names if name.split(".")[-1] in SEVEN.split(",")}
     expected = {
         f"{layers}.{i}.{name}.{'base_layer.' if name in targeted else ''}weight"
         for layers, names in IN_LAYERS.items() for name in names for i in (0, 1)
@@ -157,7 +159,7 @@ def layers(folder: str, pattern: str) -> set[str]:
 @pytest.mark.parametrize(
     ("wanted", "pattern"),
     [
-        (",".join(sorted(SEVEN)), r"(q|k|v|o|gate|up|down)_proj$"),
+        (SEVEN, r"(q|k|v|o|gate|up|down)_proj$"),
         ("q_proj, v_proj", r"(q|v)_proj$"),
         ("self_attn.q_proj", r"q_proj$"),
         ("fc1,down_proj", r"(fc1|down_proj)$"),
@@ -174,7 +176,7 @@ def test_target_modules(small_model, wanted, pattern):
 
 
 def test_the_seven_names_match_both_towers_and_language_one(small_model):
-    both, one = targeted(small_model, ModelOptions().target_modules), targeted(small_model, "language")
+    both, one = targeted(small_model, SEVEN), targeted(small_model, ModelOptions().target_modules)
     assert len(both) == 2 * 3 + 2 * 7
     assert len(one) == 2 * 7
     assert one < both
@@ -249,7 +251,7 @@ def test_a_merged_copy_answers_as_the_model_does(small_model, batch, quant, vari
             assert bool(torch.isclose(answers, loss, rtol=1e-5)) is adapter
 
 
-@pytest.mark.parametrize("kind", [GemmaRMSNorm, Gemma2RMSNorm])
+@pytest.mark.parametrize("kind", [GemmaRMSNorm, Gemma2RMSNorm, Gemma3RMSNorm, LlamaRMSNorm])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_norms_are_those_of_transformers(kind, dtype):
     torch.manual_seed(0)
@@ -260,7 +262,7 @@ def test_fused_norms_are_those_of_transformers(kind, dtype):
     fuse_norms(norm)
     found = norm(x)
     assert found.dtype == dtype and set(norm.state_dict()) == weights
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(found, wanted, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-5)  # of bf16, two
 
 
 def test_a_merged_copy_is_what_bf16_says(small_model, monkeypatch):
@@ -354,11 +356,11 @@ def test_gradients_before_and_after_an_evaluation_are_equal(
 def test_an_adapter_survives_its_file(small_model, tmp_path):
     model = lora_model(small_model, dora=True)
     write_adapter_weights(model, tmp_path / "weights.safetensors")
-    other = add_lora(load_base(small_model, "fp32", "nf4", CPU), options(dora=True), seed=5)
+    other = add_lora(load_base(small_model, "fp32", "nf4", CPU), options(dora=True, target_modules=SEVEN), seed=5)
     assert not torch.equal(trained(other)[0], trained(model)[0])
     read_adapter_weights(other, tmp_path / "weights.safetensors")
     assert all(torch.equal(one, another) for one, another in zip(trained(model), trained(other)))
-    third = add_lora(load_base(small_model, "fp32", "nf4", CPU), options(r=8), seed=5)
+    third = add_lora(load_base(small_model, "fp32", "nf4", CPU), options(r=8, target_modules=SEVEN), seed=5)
     with pytest.raises(ValueError, match="does not fit this adapter") as error:
         read_adapter_weights(third, tmp_path / "weights.safetensors")
     assert "\n" not in str(error.value)
@@ -403,11 +405,11 @@ def test_a_warm_start_takes_base_and_prompt_of_its_adapter(finished, tmp_path):
         ("prompt", "mine"), ("model", "a/b"), ("r", 4),
     }  # fmt: skip
     assert "model" not in fresh_options({"adapter": str(folder)}, "cord")  # the preset's it is
-    names = DEFAULT_TARGET_MODULES.replace(",", ", ")
-    assert fresh_options({"adapter": str(folder), "target_modules": names})["r"] == 4
-    config = json.loads((folder / "adapter_config.json").read_text()) | {"target_modules": LANGUAGE_MODULES}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
     assert fresh_options({"adapter": str(folder), "target_modules": "language"})["target_modules"] == "language"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == language_modules("language_model")
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": SEVEN.split(",")[::-1]}))
+    assert fresh_options({"adapter": str(folder), "target_modules": SEVEN.replace(",", ", ")})["r"] == 4
 
 
 @pytest.mark.parametrize(

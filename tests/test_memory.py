@@ -15,16 +15,16 @@ from im2json.data.collate import Batch
 from im2json.data.example import Example
 from im2json.families import open_collator
 from im2json.families.base import Family
-from im2json.families.chat import Chat
 from im2json.families.paligemma import PaliGemma
+from im2json.families.qwen import Qwen
 from im2json.model.base import load_base
 from im2json.model.lora import add_lora, count_parameters
 from im2json.model.memory import MARGIN, Load, Setting, Sizes, forecast, most_that_fit
 from im2json.model.replay import make_forward
-from im2json.options import DEFAULT_TARGET_MODULES, TrainConfig
+from im2json.options import SEVEN, TrainConfig
 
 GIB = 2**30
-TEXT, VISION = tuple(DEFAULT_TARGET_MODULES.split(",")), ("q_proj", "k_proj", "v_proj")
+TEXT, VISION = tuple(SEVEN.split(",")), ("q_proj", "k_proj", "v_proj")
 
 
 def paligemma(resolution: int) -> Sizes:
@@ -84,7 +84,7 @@ def test_what_is_kept_is_what_autograd_saves(small_model, batch: Batch, options)
 
 @pytest.mark.parametrize("target_modules", ["language", "q_proj,down_proj"])
 def test_what_is_kept_of_a_chat_model_is_what_autograd_saves(tmp_path, target_modules):
-    folder, family = str(save_small_chat(tmp_path / "chat")), Chat()
+    folder, family = str(save_small_chat(tmp_path / "chat")), Qwen()
     model, config = adapted(folder, target_modules=target_modules)
     examples = [Example(str(i), Image.new("RGB", (40, 60 + i)), {"total": "1" * 300}) for i in range(2)]
     inputs = open_collator(folder, "extract JSON.")(examples).inputs
@@ -117,7 +117,7 @@ def long(batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def test_lora_weights_are_counted_as_they_are(small_model):
-    for modules in ("q_proj,down_proj", "language", DEFAULT_TARGET_MODULES):
+    for modules in ("q_proj,down_proj", "language", SEVEN):
         model, config = adapted(small_model, target_modules=modules)
         one = Setting.of(config, "fp32", model, "vision_tower")
         trainable, total = count_parameters(model)
@@ -152,7 +152,7 @@ def test_what_a_chat_model_took_on_a_gpu(changes, gib):
         head_dim=128, vocab_size=151936,
     )  # fmt: skip
     language = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    sizes = Chat().sizes(Qwen3VLConfig(text_config=text), 1080)
+    sizes = Qwen().sizes(Qwen3VLConfig(text_config=text), 1080)
     one = Setting("bf16", "none", 16, True, 2, language, (), **changes)
     assert forecast(sizes, one, Load(8, 1510, 8 * 180, 64, 1510)).step / GIB == pytest.approx(gib, rel=0.03)
 

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from im2json.data.collate import Batch, Collator, Pictures
 from im2json.data.example import Split
 from im2json.data.loader import loaded
+from im2json.options import DECODERS
 from im2json.progress import progress_bar
 
 T = TypeVar("T")
@@ -27,7 +28,8 @@ CHUNK = 16  # pictures at a time: always the same, so that a resumed run finds t
 def is_frozen(model: torch.nn.Module) -> bool:
     """Return whether training leaves the features of a picture as they are: nothing outside the language model
     learns."""
-    return all("language_model" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    learning = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return all(any(decoder in name for decoder in DECODERS) for name in learning)
 
 
 class Features:

@@ -24,15 +24,13 @@ from peft.utils.integrations import dequantize_bnb_weight
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.initialization import no_init_weights
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 from im2json.errors import UserError, first_line
-from im2json.options import LANGUAGE_MODULES, ModelOptions
+from im2json.model.norms import fuse_norms
+from im2json.options import ModelOptions, language_modules
 from im2json.runs import adapter_folder
 
-_LAYER = r".*\.(layers|blocks)\.\d+\."
+_LAYER = r".*\.(layers?|blocks)\.\d+\."
 """Matches the beginning of the name of every module inside a layer of either tower."""
 
 
@@ -91,7 +89,7 @@ def target_modules(base: torch.nn.Module, wanted: str) -> list[str] | str:
     linear = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
     endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
     if wanted == "language":
-        return LANGUAGE_MODULES
+        return language_modules(decoder_name(base))
     if wanted == "both":
         inner = sorted({name.rsplit(".", 1)[-1] for name in linear if re.search(_LAYER, name)})
         return rf"{_LAYER}.*\.({'|'.join(inner)})"
@@ -112,6 +110,12 @@ def target_modules(base: torch.nn.Module, wanted: str) -> list[str] | str:
         raise UserError(f"--target-modules {wanted!r} matches no linear layer: they are named like {linear[-1]}")
     _refuse_others(base, wanted, lambda name: pattern.fullmatch(name) is not None)
     return wanted
+
+
+def decoder_name(model: Any) -> str:
+    """Return the name of a model's stack of decoder layers within it."""
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
 
 
 def _refuse_others(base: torch.nn.Module, wanted: str, matches: Callable[[str], bool]) -> None:
@@ -198,7 +202,7 @@ def merged_copy(model: PeftModel, dtype: torch.dtype, *, adapter: bool = True) -
         if isinstance(layer, LoraLayer):
             weights[f"{name}.weight"] = _merged(layer, weights[f"{name}.weight"])
     if base.get_output_embeddings().weight is base.get_input_embeddings().weight:
-        weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
+        weights["lm_head.weight"] = weights[f"{decoder_name(base)}.embed_tokens.weight"]
     copy.load_state_dict(weights, strict=True, assign=True)
     copy.tie_weights()
     for name, buffer in base.named_buffers():  # rotary frequencies and position ids are in no state dict
@@ -218,25 +222,6 @@ def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     if layer.lora_variant:  # DoRA
         changed *= (layer.lora_magnitude_vector["default"].weight / changed.norm(dim=1))[:, None]
     return changed.to(weight.dtype)
-
-
-def fuse_norms(model: torch.nn.Module) -> None:
-    """Have the decoder's norms computed by PyTorch's own kernel, where transformers launches up to nine; their weights
-    are not to change any more."""
-    for norm in model.modules():
-        if isinstance(norm, GemmaRMSNorm | Gemma2RMSNorm):
-            norm.register_buffer("scale", 1.0 + norm.weight.float(), persistent=False)
-            norm.forward = MethodType(_fused_gemma_norm, norm)  # type: ignore[method-assign]
-        elif isinstance(norm, Qwen3VLTextRMSNorm):
-            norm.forward = MethodType(_fused_norm, norm)  # type: ignore[method-assign]
-
-
-def _fused_gemma_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x.float(), x.shape[-1:], norm.scale, norm.eps).type_as(x)
-
-
-def _fused_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def _plain_config(base: Any) -> Any:
