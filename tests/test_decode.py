@@ -205,6 +205,25 @@ def test_fixed_rows_grow_fewer_when_no_picture_is_waiting(model, collator, pixel
     assert read == sorted(read, reverse=True) and set(read) == {8, 4, 2, 1}
 
 
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed rows"])
+def test_no_answer_is_lost_if_memory_runs_out_at_the_end(model, collator, pixels, expected, monkeypatch, fixed):
+    monkeypatch.setattr("im2json.inference.slots.FEWEST", 1)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    left, move = [1], Slots.move
+
+    def fail_once(self: Slots, moves: Any) -> None:
+        if left:
+            left.pop()
+            raise torch.cuda.OutOfMemoryError
+        move(self, moves)
+
+    monkeypatch.setattr(Slots, "move", fail_once)
+    limits = [1] * 5 + [NEW] * 4
+    answers = drafted(make_decoder(model, collator, slots=9, fixed=fixed), pixels, limits, [[]] * 9)
+    assert not left
+    assert [answer.tokens for answer in answers] == [row[:limit] for row, limit in zip(expected, limits)]
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 def test_a_limit_within_a_draft(model, collator, pixels, expected, tokens):
     answers = drafted(make_decoder(model, collator), pixels, tokens, expected)

@@ -55,20 +55,22 @@ class PrefixCache:
         self.slots = slots
         self.lengths: torch.Tensor | None = None
         self.width = 0
+        self.together: torch.Tensor | None = None
 
-    def look_back(self, lengths: torch.Tensor, width: int) -> None:
+    def look_back(self, lengths: torch.Tensor, width: int, together: torch.Tensor | None = None) -> None:
         """Let each position attend to itself and to those before it, in rows that are padded on the right.
 
         Args:
             lengths: B, the positions that are real.
             width: S, those and the padding.
+            together: B x S, bool, the positions of a row that attend to each other as well.
         """
-        self.lengths, self.width = lengths, width
+        self.lengths, self.width, self.together = lengths, width, together
 
     @property
     def causal(self) -> bool:
         """Return whether a position attends only to itself and to those before it."""
-        return self.lengths is not None
+        return self.lengths is not None and self.together is None
 
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep what is new, B x S x G x E, clear the rest of the slots, and return what to attend to."""
@@ -80,16 +82,19 @@ class PrefixCache:
         return keys, values
 
     def mask(self, window: int | None) -> torch.Tensor | None:
-        """Return what is added to scores, 1 x S x S, or None where `causal` says it all.
+        """Return what is added to scores, 1 or B x S x S, or None where nothing is or `causal` says it all.
 
         Args:
             window: how many positions a layer sees if it looks back, the token's own included. None: all.
         """
-        if self.lengths is None or window is None:
+        if self.lengths is None or (window is None and self.together is None):
             return None
         places = torch.arange(self.width, device=self.lengths.device)
-        back = places[:, None] - places
-        return _added(((back < 0) | (back >= window))[None], self.kept)
+        back = (places[:, None] - places)[None]
+        hidden = back < 0
+        if self.together is not None:
+            hidden = hidden & ~(self.together[:, :, None] & self.together[:, None, :])
+        return _added(hidden if window is None else hidden | (back >= window), self.kept)
 
     def _real(self, new: torch.Tensor) -> torch.Tensor:
         """Return B x S x G x E with zeros where a row is padded."""
@@ -109,7 +114,7 @@ class TokenCache:
     kept: KeyValues
     places: torch.Tensor  # B x S, positions in the slots
     end: int  # no token stands at this position or beyond
-    begins: torch.Tensor  # B, where the answers begin
+    begins: torch.Tensor  # B, where windows begin to hold: with the answers, if all of a prefix sees all of it
     causal = False  # the masks say it all
 
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,7 +134,7 @@ class TokenCache:
         """
         back = self.places[:, :, None] - torch.arange(self.end, device=self.places.device)
         hidden = back < 0
-        if window is not None:  # a prefix attends to all of itself in every layer
+        if window is not None:
             hidden = hidden | ((back >= window) & (self.places >= self.begins[:, None])[:, :, None])
         return _added(hidden, self.kept)
 

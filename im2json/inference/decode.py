@@ -221,9 +221,9 @@ class _Work:
             number, _ = self.begun.pop(slot)
             count = report.counts[slot]
             done.append((number, report.written[slot, :count].tolist(), report.logprobs[slot, :count].tolist()))
-        self._close_up()
         for number, tokens, logprobs in done:
             yield number, self.decoder.answer(tokens, logprobs)
+        self._close_up()  # which may run out of memory, and then loses nothing that is finished
 
     def _close_up(self) -> None:
         """Have what is still written stand in the first slots, and compute no more rows than it needs."""

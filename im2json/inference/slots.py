@@ -93,7 +93,7 @@ class Slots:
         self.latest = torch.zeros((slots, 1), **numbers)  # the token that a row goes on from
         self.position = torch.zeros(slots, **numbers)  # of `latest`, in the slot
         self.offset = torch.zeros(slots, **numbers)  # what is added to it for rotation
-        self.begins = torch.zeros(slots, **numbers)  # position of the answer's first token
+        self.begins = torch.zeros(slots, **numbers)  # position from which windows hold
         self.count = torch.zeros(slots, **numbers)  # tokens written
         self.limit = torch.zeros(slots, **numbers)
         self.finished = torch.ones(slots, dtype=torch.bool, device=device)
@@ -228,9 +228,10 @@ class Slots:
             self.allowed.move(moves)
 
     def _read_prefixes(self, slots: torch.Tensor, pictures: Pictures) -> None:
-        length, offset = self.reader.read_prefixes(pictures, PrefixCache(self.cache, slots))
+        cache = PrefixCache(self.cache, slots)
+        length, offset = self.reader.read_prefixes(pictures, cache)
         # The last token is read once more with the first draft, where it finds what it found before.
-        self.begins.index_copy_(0, slots, length)
+        self.begins.index_copy_(0, slots, length if cache.lengths is None else torch.zeros_like(length))
         self.position.index_copy_(0, slots, length - 1)
         self.offset.index_copy_(0, slots, offset)
         self.latest.index_fill_(0, slots, self.reader.last)
