@@ -1,7 +1,7 @@
 """The command line: every command with its flags, each of which reads them and makes one call.
 
 im2json train --r 16                      the embedded base model and receipts, no network and no GPU needed
-im2json train --preset cord               PaliGemma-3B on CORD v2, one 16 GB GPU; --preset qwen: Qwen3-VL-2B
+im2json train --preset cord               PaliGemma-3B on CORD v2, one 16 GB GPU; also qwen, gemma3, smolvlm and more
 im2json check --dataset FOLDER            look at the data first
 im2json plan --preset cord                forecast the steps, memory and time of a run
 im2json evaluate runs/NAME                the base and the best adapter, field by field
@@ -114,7 +114,7 @@ def train(
     only_plan: bool,
     price_per_hour: float | None,
 ) -> None:
-    """Fine-tune PaliGemma or Qwen3-VL with QLoRA to turn pictures of documents into JSON."""
+    """Fine-tune a vision-language model with QLoRA to turn pictures of documents into JSON."""
     if only_check and only_plan:
         raise click.UsageError("--check and --plan: give one of the two")
     if (only_check or only_plan) and (resume is not None or stop_after is not None):

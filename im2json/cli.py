@@ -139,7 +139,8 @@ preset_flag = click.option(
     "--preset",
     type=click.Choice(list(PRESETS)),
     help="Named recipe, which other flags override. tiny: the default of every option, with the embedded base model. "
-    "cord: PaliGemma-3B on CORD v2. qwen: Qwen3-VL-2B on CORD v2.",
+    "cord: PaliGemma-3B on CORD v2. qwen: Qwen3-VL-2B; qwen2.5: Qwen2.5-VL-3B; gemma3: Gemma 3 4B; smolvlm: "
+    "SmolVLM2-2.2B; paddleocr: PaddleOCR-VL; docling: Granite-Docling; all on CORD v2.",
 )
 
 

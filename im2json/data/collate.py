@@ -92,6 +92,7 @@ class Collator(ABC):
     """
 
     stop: int  # the token that ends an answer
+    lead = ""  # what precedes the JSON of an answer
     longest_prefix: int  # tokens that precede an answer, at most
     last: int  # the token that every prefix ends with
     image_token: int  # stands in a prefix for each of a picture's features
@@ -140,7 +141,8 @@ class Collator(ABC):
     def target_ids(self, target: dict) -> list[int]:
         """Return the T tokens to learn: canonical JSON, then the one that ends an answer."""
         tokenizer = self.processor.tokenizer
-        ids = tokenizer(canonical(target), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        text = self.lead + canonical(target)
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [*ids, self.stop]
 
     def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:

@@ -61,7 +61,7 @@ class TargetMeter:
             return Measured(len(ids), f"{taken}, and --max-target-tokens is {self.limit}; targets are never cut")
         if len(ids) > self.answer_positions:
             return Measured(len(ids), f"{taken}, and the model holds {self.answer_positions} after picture and prompt")
-        difference = _difference(canonical(target), *self.collator.texts([ids]))
+        difference = _difference(self.collator.lead + canonical(target), *self.collator.texts([ids]))
         return Measured(len(ids), None, difference, image_tokens, scale)
 
 

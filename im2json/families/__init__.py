@@ -8,13 +8,16 @@ from typing import Any
 from im2json.data.collate import Collator
 from im2json.errors import UserError
 from im2json.families.base import Family, Reader
-from im2json.families.chat import Chat
+from im2json.families.gemma3 import Gemma3
+from im2json.families.paddleocr import PaddleOCR
 from im2json.families.paligemma import PaliGemma
+from im2json.families.qwen import Qwen, Qwen25
+from im2json.families.tiles import Tiles
 from im2json.model.base import load_config
 from im2json.options import DataOptions, ModelOptions
 from im2json.runs import adapter_folder, adapter_usage
 
-_ALL: tuple[Family, ...] = (PaliGemma(), Chat())
+_ALL: tuple[Family, ...] = (PaliGemma(), Qwen(), Qwen25(), Gemma3(), Tiles(), PaddleOCR())
 FAMILIES = {name: family for family in _ALL for name in family.model_types}
 """By the model_type of a config."""
 

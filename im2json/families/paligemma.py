@@ -87,11 +87,8 @@ class PaliGemma:
         text, vision = config.get_text_config(), config.vision_config
         tokens = (vision.image_size // vision.patch_size) ** 2
         gemma = Tower.of_decoder(text, norms=4 if text.model_type == "gemma2" else 2)
-        d, f, heads = vision.hidden_size, vision.intermediate_size, vision.num_attention_heads
-        siglip = Tower(
-            vision.num_hidden_layers, d, f, heads, heads, d // heads, norms=2,
-            linears=dict(q_proj=(d, d), k_proj=(d, d), v_proj=(d, d), out_proj=(d, d), fc1=(d, f), fc2=(f, d)),
-        )  # fmt: skip
+        d = vision.hidden_size
+        siglip = Tower.of_siglip(vision)
         patches = d * (3 * vision.patch_size**2 + tokens)
         return Sizes(gemma, siglip, text.vocab_size, tokens, d * text.hidden_size, patches)
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 
 from im2json.data.collate import Collator
 from im2json.families.base import Cache
 from im2json.model.attention import causal_attention, grouped_attention, tiled
+from im2json.model.memory import head_size
 
 # B rows, S positions read of each, D hidden, H query heads, G key/value heads, E head size, V vocabulary.
 FEW = 1024  # positions whose joint product is quicker than two; with more, its halves lie too far apart in memory
@@ -21,7 +23,7 @@ class TextReader:
     """Computes hidden states of embedded prefixes and of the tokens after them, and logits from those.
 
     The layers are transformers', computed in fewer and larger products: a pass over few tokens takes as long as its
-    weights take to be read and its kernels to be launched. Those of Gemma, Gemma 2 and Qwen 3 are known.
+    weights take to be read and its kernels to be launched. Those of Gemma 1 to 3, Qwen 2 and 3, and Llama are known.
 
     Args:
         model: plain weights, in eval mode. Those of q, k and v, and of gate and up, become views of one tensor each.
@@ -38,10 +40,9 @@ class TextReader:
         self.last = collator.last
         self.stops = [collator.stop]
         self.layers, self.hidden = len(text.layers), model.lm_head.in_features
-        self.kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * self.layers
-        window = getattr(config, "sliding_window", None)
-        self.windows = [window if kind == "sliding_attention" else None for kind in kinds]
+        self.kv_heads, self.head_dim = config.num_key_value_heads, head_size(config)
+        self.kinds = getattr(config, "layer_types", None) or ["full_attention"] * self.layers
+        self.windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
         attentions = [layer.self_attn for layer in text.layers]
         self.qkv = [_joined(each.q_proj, each.k_proj, each.v_proj) for each in attentions]
         self.gate_up = [_joined(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in text.layers]
@@ -58,6 +59,10 @@ class TextReader:
         logits, cap = self.model.lm_head(hidden), getattr(self.config, "final_logit_softcapping", None)
         return logits, logits if cap is None else cap * torch.tanh(logits.float() / cap)
 
+    def rotary(self, hidden: torch.Tensor, rotations: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines of rotary positions for layers of a kind, B x S x E each."""
+        return self.text.rotary_emb(hidden, rotations)
+
     def _read_prefixes(
         self, hidden: torch.Tensor, rotations: torch.Tensor, cache: Cache, more: Sequence[torch.Tensor] = ()
     ) -> None:
@@ -73,13 +78,14 @@ class TextReader:
         prefix: bool = False,
     ) -> torch.Tensor:
         """Return what the last layer makes of B x S x D."""
-        cos, sin = (part[:, :, None] for part in self.text.rotary_emb(hidden, rotations))  # B x S x 1 x E
-        half = sin.shape[-1] // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-        heads = self.config.num_attention_heads
-        masks = {window: tiled(cache.mask(window), heads // self.kv_heads) for window in set(self.windows)}
-        for number, layer in enumerate(self.text.layers):
-            attention = layer.self_attn
+        half, heads = self.head_dim // 2, self.config.num_attention_heads
+        turns, masks = {}, {}
+        for kind in sorted(set(self.kinds)):
+            cos, sin = (part[:, :, None] for part in self.rotary(hidden, rotations, kind))  # B x S x 1 x E
+            turns[kind] = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
+            masks[kind] = tiled(cache.mask(self.windows[kind]), heads // self.kv_heads)
+        for number, (kind, layer) in enumerate(zip(self.kinds, self.text.layers)):
+            attention, (cos, sin), mask = layer.self_attn, turns[kind], masks[kind]
             joint = F.linear(layer.input_layernorm(hidden), *self.qkv[number]).unflatten(-1, (-1, attention.head_dim))
             query_key, value = joint.tensor_split([-self.kv_heads], 2)
             if hasattr(attention, "q_norm"):
@@ -91,7 +97,6 @@ class TextReader:
             if prefix and number == self.layers - 1:
                 break  # of a prefix only keys and values are wanted
             cap = getattr(attention, "attn_logit_softcapping", None)
-            mask = masks[self.windows[number]]
             if mask is None and cache.causal:
                 attended = causal_attention(query, *seen, attention.scaling)
             else:
@@ -104,7 +109,7 @@ class TextReader:
 
 def _after_attention(layer: Any, hidden: torch.Tensor, attended: torch.Tensor, gate_up: Any) -> torch.Tensor:
     """Return what the rest of a layer makes of its input and of what it attended to, B x S x D both."""
-    if isinstance(layer, Gemma2DecoderLayer):
+    if isinstance(layer, Gemma2DecoderLayer | Gemma3DecoderLayer):
         hidden = hidden + layer.post_attention_layernorm(attended)
         return hidden + layer.post_feedforward_layernorm(
             _feed_forward(layer.mlp, layer.pre_feedforward_layernorm(hidden), gate_up)

@@ -32,13 +32,20 @@ class Grammar:
         size: V, of the model's logits; it may be larger or smaller than the tokenizer's vocabulary.
         name: what the schema is called in an error.
         stop: the token that ends a text. Default: the tokenizer's EOS.
+        lead: what precedes the JSON of a text.
 
     Raises:
         UserError: if llguidance is not installed, or does not support what the schema asks for.
     """
 
     def __init__(
-        self, schema: Schema, tokenizer: PreTrainedTokenizerFast, size: int, name: str, stop: int | None = None
+        self,
+        schema: Schema,
+        tokenizer: PreTrainedTokenizerFast,
+        size: int,
+        name: str,
+        stop: int | None = None,
+        lead: str = "",
     ) -> None:
         try:
             import llguidance
@@ -49,7 +56,7 @@ class Grammar:
         self.executor = llguidance.LLExecutor(num_threads=torch.get_num_threads())
         limits = llguidance.LLParserLimits(step_max_items=NO_LIMIT, step_lexer_fuel=NO_LIMIT)
         try:
-            grammar = lark(schema)
+            grammar = lark(schema, lead)
         except UserError as error:
             raise UserError(f"{name} cannot be decoded by: {error}") from error
         self._first = llguidance.LLMatcher(self.engine, grammar, log_level=0, limits=limits)

@@ -28,15 +28,16 @@ SCALARS = {
 }
 
 
-def lark(schema: Schema) -> str:
-    """The grammar of a schema that `scoring.schema` has checked.
+def lark(schema: Schema, lead: str = "") -> str:
+    """The grammar of a schema that `scoring.schema` has checked, of texts that begin with `lead`.
 
     Raises:
         UserError: if an object has more required keys than can be kept track of.
     """
     rules = _Rules()
     # Any token that the grammar allows may be written, not only the tokenizer's own way of spelling what must follow.
-    return "\n".join(['%llguidance {"no_forcing": true}', TERMINALS, f"start: {rules.value(schema)}", *rules.lines])
+    start = f"start: {json.dumps(lead) if lead else ''} {rules.value(schema)}"
+    return "\n".join(['%llguidance {"no_forcing": true}', TERMINALS, start, *rules.lines])
 
 
 class _Rules:

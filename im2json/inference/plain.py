@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, BatchFeature
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    Idefics3Processor,
+)
 
 Inputs = dict[str, torch.Tensor]
 
@@ -39,15 +46,22 @@ def answers(model: str, text: str, pictures: list[str], batch_size: int) -> list
 def load_processor(model: str) -> tuple[Callable[[Image.Image, str], Inputs], Any]:
     """Return what makes inputs of a picture and a text, and the tokenizer."""
     try:
-        processor = AutoProcessor.from_pretrained(model)
-    except ImportError:  # Qwen's asks for torchvision, for videos
-        return without_videos(model)
+        processor: Any = AutoProcessor.from_pretrained(model)
+    except (ImportError, ValueError) as error:
+        if not any(package in str(error) for package in ("torchvision", "num2words")):  # which some need for videos
+            raise
+        kind = AutoConfig.from_pretrained(model).model_type
+        if kind.startswith("qwen"):
+            return qwen_without_videos(model)
+        if kind != "smolvlm":
+            raise
+        processor = Idefics3Processor.from_pretrained(model)  # which does the same with pictures
     return lambda picture, text: dict(
         processor(images=[picture], text=[text], return_tensors="pt")
     ), processor.tokenizer
 
 
-def without_videos(model: str) -> tuple[Callable[[Image.Image, str], Inputs], Any]:
+def qwen_without_videos(model: str) -> tuple[Callable[[Image.Image, str], Inputs], Any]:
     """Return what Qwen's processor does with a picture and a text."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

@@ -51,6 +51,8 @@ class DecodeSettings:
         grammar = None
         if schema is not None:
             vocabulary = model.get_output_embeddings().out_features  # type: ignore[operator]
-            grammar = Grammar(schema[0], collator.processor.tokenizer, vocabulary, schema[1], collator.stop)
+            grammar = Grammar(
+                schema[0], collator.processor.tokenizer, vocabulary, schema[1], collator.stop, collator.lead
+            )
         limit = min(max_new_tokens, positions(model) - collator.longest_prefix)
         return cls(limit, config.decode.eval_batch_size, DTYPES[precision], grammar, checks)

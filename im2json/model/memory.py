@@ -15,7 +15,7 @@ import torch
 
 from im2json.model.base import DTYPES
 from im2json.model.loss import CHUNK
-from im2json.options import TrainConfig
+from im2json.options import DECODERS, TrainConfig
 
 # B examples, S positions of the text, I image tokens; widths: D hidden, F intermediate, A heads x head dimension.
 # e is the bytes of a number in the precision of the computation.
@@ -32,6 +32,11 @@ DRAFTED = 32
 """Tokens of an answer read at a time, at most."""
 CHOICES = 256
 """Tokens whose logits are held at a time in an evaluation."""
+
+
+def head_size(text: Any) -> int:
+    """Return the numbers of an attention head of a text config, which may leave them out."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 @dataclass(frozen=True)
@@ -51,15 +56,22 @@ class Tower:
 
     @classmethod
     def of_decoder(cls, text: Any, norms: int = 2, *, head_norms: bool = False, causal: bool = False) -> Tower:
-        """Return the decoder of a text config, with the seven linear layers that Gemma and Qwen 3 have."""
+        """Return the decoder of a text config, with the seven linear layers that Gemma, Qwen and Llama have."""
         d, f = text.hidden_size, text.intermediate_size
-        heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
-        wide, narrow = heads * text.head_dim, kv_heads * text.head_dim
+        heads, kv_heads, size = text.num_attention_heads, text.num_key_value_heads, head_size(text)
+        wide, narrow = heads * size, kv_heads * size
         linears = dict(
             q_proj=(d, wide), k_proj=(d, narrow), v_proj=(d, narrow), o_proj=(wide, d),
             gate_proj=(d, f), up_proj=(d, f), down_proj=(f, d),
         )  # fmt: skip
-        return cls(text.num_hidden_layers, d, f, heads, kv_heads, text.head_dim, norms, linears, head_norms, causal)
+        return cls(text.num_hidden_layers, d, f, heads, kv_heads, size, norms, linears, head_norms, causal)
+
+    @classmethod
+    def of_siglip(cls, vision: Any) -> Tower:
+        """Return the encoder of a config of SigLIP, or of one with its layers."""
+        d, f, heads = vision.hidden_size, vision.intermediate_size, vision.num_attention_heads
+        linears = dict(q_proj=(d, d), k_proj=(d, d), v_proj=(d, d), out_proj=(d, d), fc1=(d, f), fc2=(f, d))
+        return cls(vision.num_hidden_layers, d, f, heads, heads, d // heads, norms=2, linears=linears)
 
     @property
     def linear_weights(self) -> int:
@@ -104,8 +116,8 @@ class Setting:
         """
         adapted = [name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name]
         text, vision = (
-            tuple(sorted({name.rsplit(".", 1)[-1] for name in adapted if part in name}))
-            for part in ("language_model", tower)
+            tuple(sorted({name.rsplit(".", 1)[-1] for name in adapted if any(part in name for part in parts)}))
+            for parts in (DECODERS, [tower])
         )
         packed = any(parameter.dtype == torch.uint8 for parameter in model.parameters())
         return cls(

@@ -47,8 +47,20 @@ def model_card(run: RunFolder, scorecard: Scorecard, title: str, adapter_alone: 
     return escape_surrogates("\n\n".join(parts) + "\n")
 
 
-LICENCES = {"google/paligemma": "gemma", "Qwen/Qwen3-VL": "apache-2.0", EMBEDDED["model"]: "apache-2.0"}
+LICENCES = {
+    "google/paligemma": "gemma",
+    "google/gemma-3": "gemma",
+    "Qwen/Qwen3-VL": "apache-2.0",
+    "Qwen/Qwen2.5-VL-3B": "other",
+    "Qwen/Qwen2.5-VL-7B": "apache-2.0",
+    "HuggingFaceTB/SmolVLM": "apache-2.0",
+    "ibm-granite/granite-docling": "apache-2.0",
+    "PaddlePaddle/PaddleOCR-VL": "apache-2.0",
+    EMBEDDED["model"]: "apache-2.0",
+}
 """Of bases, by the beginning of their names."""
+NEEDED = {"qwen2_5_vl": "torchvision", "qwen3_vl": "torchvision", "smolvlm": "torchvision and num2words"}
+"""Packages that transformers' own processor asks for, for videos, by the type of the base."""
 
 
 def _head(config: TrainConfig, scorecard: Scorecard, title: str, adapter_alone: bool) -> str:
@@ -85,8 +97,8 @@ def _usage(run: RunFolder, config: TrainConfig, adapter_alone: bool) -> str:
     if config.data.letterbox:
         steps.append("pad it to a square with white")
     padded = f"\nAs in training, first {' and '.join(steps)}." if steps else ""
-    if config.model.model.startswith("Qwen/") or "<|image_pad|>" in prompt:
-        padded += "\nThis processor needs torchvision."
+    if needed := NEEDED.get(usage.get("model_type", "")):
+        padded += f"\nThis processor needs {needed}."
     if adapter_alone:
         form = "in NF4 with double quantisation" if config.model.quant == "nf4" else "as it is"
         return (

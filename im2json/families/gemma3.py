@@ -1,0 +1,151 @@
+"""Gemma 3, which sees every picture as one square of 256 tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+from im2json.data.collate import Collator, Pictures
+from im2json.data.pictures import on_square
+from im2json.families.base import PictureFeatures
+from im2json.families.chat import ChatCollator, ChatFamily, ChatProcessor, ChatReader, Grid, Seen, normalised, refuse
+from im2json.model.memory import Sizes, Tower
+from im2json.options import DataOptions, Trim
+
+# B examples, S positions, P prefix positions, I image tokens, D hidden.
+
+
+class Gemma3Processor(ChatProcessor):
+    """Squashes a picture to the square that the tower sees. Pan and scan, its crops of long pictures, is left out."""
+
+    image_processor_class = Gemma3ImageProcessorPil
+    sizes = frozenset({"height", "width"})
+
+
+class Gemma3(ChatFamily):
+    """Gemma 3 of 4B and more. A picture's tokens see each other, and all else looks back; most layers do so for a
+    window alone."""
+
+    model_types: Sequence[str] = ("gemma3",)
+    tower = "vision_tower"
+    processor_class = Gemma3Processor
+    token = "<image_soft_token>"
+    hub_names: ClassVar[Mapping[str, str]] = {
+        "model.language_model.": "language_model.model.",
+        "model.vision_tower.": "vision_tower.vision_model.",  # as for PaliGemma
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    }
+
+    def features_of_a_picture(self, config: Any) -> int:
+        """Return how many features every picture has."""
+        return config.mm_tokens_per_image
+
+    def needed(self, config: Any, processor: Any) -> dict[str, tuple[Any, Any]]:
+        """Return settings of the processor and what they must be; see ChatFamily."""
+        size, side = processor.image_processor.size, config.vision_config.image_size
+        return {"size": ((size["height"], size["width"]), (side, side))}
+
+    def collator(self, processor: Any, options: DataOptions) -> Collator:
+        """Return the collator.
+
+        Raises:
+            UserError: if prompt or template cannot be used, or a number of image tokens is asked for.
+        """
+        tokens = f"every picture takes {processor.features} image tokens with this model"
+        refuse(options, image_tokens=tokens)
+        return Gemma3Collator(processor, options.prompt, options.trim, options.letterbox)
+
+    def look(self, model: Any, pictures: Pictures) -> Seen:
+        """Return what the decoder gets of B pictures."""
+        pixels = normalised(pictures["levels"], pictures["pixels"]).to(model.model.vision_tower.dtype)
+        return Seen(model.model.get_image_features(pixels).pooler_output)
+
+    def arguments(
+        self, model: Any, inputs: Mapping[str, torch.Tensor], of_picture: torch.Tensor, seen: Seen
+    ) -> dict[str, Any]:
+        """Return the decoder's masks, see ChatFamily."""
+        steps = torch.arange(of_picture.shape[1], device=of_picture.device)
+        back = steps[:, None] - steps  # S x S
+        full = (back >= 0) | (of_picture[:, None, :, None] & of_picture[:, None, None, :])  # B x 1 x S x S
+        window = model.config.get_text_config().sliding_window
+        return {"attention_mask": {"full_attention": full, "sliding_attention": full & (back < window)}}
+
+    def features(self, model: Any) -> PictureFeatures:
+        """Return how the features of pictures are computed."""
+        shape = model.config.mm_tokens_per_image, model.config.get_text_config().hidden_size
+        return PictureFeatures(shape, lambda pictures: self.look(model, pictures).features)
+
+    def reader(self, model: Any, collator: Collator) -> Gemma3Reader:
+        """Return what reads prefixes and tokens with a model of plain weights."""
+        assert isinstance(collator, Gemma3Collator)
+        return Gemma3Reader(model, collator, self.look)
+
+    def sizes(self, config: Any, image_tokens: int | None = None) -> Sizes:
+        """Return the sizes of a config."""
+        text, vision = config.get_text_config(), config.vision_config
+        d = vision.hidden_size
+        encoder = Tower.of_siglip(vision)
+        patches = (vision.image_size // vision.patch_size) ** 2
+        other = d * (3 * vision.patch_size**2 + patches + text.hidden_size)  # the projector is no linear layer
+        if not config.tie_word_embeddings:
+            other += text.vocab_size * text.hidden_size
+        return Sizes(Tower.of_decoder(text, norms=4, head_norms=True), encoder, text.vocab_size, patches, 0, other)
+
+
+class Gemma3Collator(ChatCollator):
+    """Hands pictures over as squares of bytes."""
+
+    placeholder, token = "<start_of_image>", Gemma3.token
+    largest = ()
+
+    def __init__(self, processor: Gemma3Processor, prompt: str, trim: Trim = "off", letterbox: bool = False) -> None:
+        self.letterbox = letterbox
+        self.size = processor.image_processor.size["width"], processor.image_processor.size["height"]
+        super().__init__(processor, prompt, trim)
+        form = "padded" if letterbox else "squashed"
+        self.described = f"a picture of {self.size[0]} x {self.size[1]} pixels, {form} to that square"
+
+    def shown(self, image: Image.Image) -> Image.Image:
+        """Return what of a picture goes to the image processor, which squashes it."""
+        return on_square(super().shown(image)) if self.letterbox else super().shown(image)
+
+    def expansion(self, grid: Grid) -> str:
+        """Return the picture's tokens between two that say where it begins and ends."""
+        return f"\n\n{self.placeholder}{self.token * self.processor.features}<end_of_image>\n\n"
+
+    def grids(self, pictures: Mapping[str, torch.Tensor]) -> list[Grid]:
+        """Return nothing for each of B pictures, as all take equally many tokens."""
+        return [()] * len(next(iter(pictures.values())))
+
+    def image_tokens(self, width: int, height: int) -> tuple[int, float]:
+        """Return the tokens that every picture takes, and the scale that this one is seen in."""
+        return self.processor.features, min(self.size[0] / width, self.size[1] / height)
+
+    def pictures(self, images: Sequence[Image.Image]) -> Pictures:
+        """Return {"pixels": B x 3 x H x W in bytes, "levels": B x 2 x 3}."""
+        shown = self.processor.image_processor
+        found = shown(
+            [*map(self.shown, images)], do_resize=True, do_pan_and_scan=False, do_rescale=False, do_normalize=False,
+            return_tensors="pt",
+        )  # fmt: skip
+        return {"pixels": found["pixel_values"].to(torch.uint8), "levels": self.levels(len(images))}
+
+    def seen(self, pictures: Pictures) -> Image.Image:
+        """Return the picture in the square that the tower sees."""
+        return Image.fromarray(pictures["pixels"][0].permute(1, 2, 0).numpy())
+
+
+class Gemma3Reader(ChatReader):
+    """Reads prefixes whose pictures see all of themselves."""
+
+    def look_back(self, cache: Any, lengths: torch.Tensor, of_picture: torch.Tensor) -> None:
+        """Say who attends to whom; see ChatReader."""
+        cache.look_back(lengths, of_picture.shape[1], together=of_picture)
+
+    def rotary(self, hidden: torch.Tensor, rotations: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines, which differ between layers with and without a window; B x S x E each."""
+        return self.text.rotary_emb(hidden, rotations, kind)
