@@ -1,5 +1,4 @@
-"""Evaluation at a real size, of PaliGemma-3B or of Qwen3-VL, on one GPU: through evaluate_split, and as transformers
-generates.
+"""Evaluation at a real size, of PaliGemma-3B or of a chat model, on one GPU: through evaluate_split, and by generate.
 
 The same random weights in NF4 with LoRA of rank 8. Random weights never write EOS, so each answer is as long as its
 row's target. First one token is written in each pass, as if no draft were ever right. What a good model gains is
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from full_size import QWEN, SIZES, as_transformers, picture_size, save_random
+from random_models import SIZES, as_transformers, image_tokens, picture_size, save_random
 
 
 @click.command()
@@ -59,7 +58,7 @@ def main(work: Path, resolution: int, size: str, count: int, slots: int, right: 
     lora = add_lora(load_base(str(model), precision, "nf4", accelerator.device), config.model, 0).eval()
     for parameter in trained(lora):
         torch.nn.init.normal_(parameter, std=0.01)
-    collator = open_collator(str(model), config.data.prompt, image_tokens=1080 if size in QWEN else None)
+    collator = open_collator(str(model), config.data.prompt, image_tokens=image_tokens(size))
 
     class Draft(list):
         """A draft, and the text that it is a draft of."""

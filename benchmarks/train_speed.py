@@ -1,4 +1,4 @@
-"""Training steps at a real size, of PaliGemma-3B or of Qwen3-VL: im2json's and TRL's SFTTrainer's, on one GPU.
+"""Training steps at a real size, of PaliGemma-3B or of a chat model: im2json's and TRL's SFTTrainer's, on one GPU.
 
 Both train the same random weights (speed and memory do not depend on their values) in NF4 on the same rows of CORD's
 lengths, with LoRA of rank 8 on the seven names of both towers, dropout .05, 16 examples a step. Each variant has a
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from full_size import QWEN, SIZES, as_transformers, picture_size, save_random
+from random_models import CHAT, SIZES, as_transformers, image_tokens, picture_size, save_random
 
 EXAMPLES = 16  # a step
 EPOCHS = 2  # so that a frozen tower's features are used again
@@ -47,9 +47,9 @@ TRL: dict[str, dict[str, Any]] = {
 }
 
 
-# For Qwen3-VL LoRA of rank 16 is on the language model alone.
+# For chat models LoRA of rank 16 is on the language model alone.
 LANGUAGE = dict(target_modules="language", r=16)
-OURS_QWEN: dict[str, dict[str, Any]] = {
+OURS_CHAT: dict[str, dict[str, Any]] = {
     "automatic": LANGUAGE,
     "compiled": LANGUAGE | dict(launch="compiled"),
     "compiled, 4 at a time": LANGUAGE | dict(launch="compiled", microbatch=4),
@@ -58,7 +58,7 @@ OURS_QWEN: dict[str, dict[str, Any]] = {
     "checkpointing, NF4": LANGUAGE | dict(gradient_checkpointing="on", dequantize="off"),
     "checkpointing, NF4, 4 at a time": LANGUAGE | dict(gradient_checkpointing="on", dequantize="off", microbatch=4),
 }
-TRL_QWEN: dict[str, dict[str, Any]] = {
+TRL_CHAT: dict[str, dict[str, Any]] = {
     "TRL 16 x 1, checkpointing": dict(microbatch=16, checkpointing=True),
     "TRL 8 x 2": dict(microbatch=8, checkpointing=False),
     "TRL 4 x 4": dict(microbatch=4, checkpointing=False),
@@ -67,7 +67,7 @@ TRL_QWEN: dict[str, dict[str, Any]] = {
 
 def variants(size: str) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Return ours and TRL's for a size."""
-    return (OURS_QWEN, TRL_QWEN) if size in QWEN else (OURS, TRL)
+    return (OURS_CHAT, TRL_CHAT) if size in CHAT else (OURS, TRL)
 
 
 @click.command()
@@ -88,9 +88,8 @@ def main(
     if one is not None:
         ours_, trl_ = variants(size)
         measure = ours if one in ours_ else trl
-        print(
-            "RESULT" + json.dumps(measure(model, picture_size(size, resolution), steps, cap_gib, **(ours_ | trl_)[one]))
-        )
+        shape, limit = picture_size(size, resolution), image_tokens(size)
+        print("RESULT" + json.dumps(measure(model, shape, limit, steps, cap_gib, **(ours_ | trl_)[one])))
         return
     if not model.exists():  # by a process that then leaves the GPU alone
         subprocess.run([sys.executable, __file__, "--one", "save", *sys.argv[1:]], check=True, capture_output=True)
@@ -144,7 +143,9 @@ def cap(gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
 
 
-def ours(model: Path, size: tuple[int, int], steps: int, cap_gib: float | None, **changes: Any) -> dict[str, Any]:
+def ours(
+    model: Path, size: tuple[int, int], limit: int | None, steps: int, cap_gib: float | None, **changes: Any
+) -> dict[str, Any]:
     """Steps through im2json's own parts, as fit() takes them."""
     from im2json.cli import quiet_libraries
 
@@ -159,15 +160,15 @@ def ours(model: Path, size: tuple[int, int], steps: int, cap_gib: float | None, 
     from im2json.inference.settings import DecodeSettings
     from im2json.model.base import load_positions
     from im2json.model.loading import load_adapted
-    from im2json.options import TrainConfig
+    from im2json.options import SEVEN, TrainConfig
     from im2json.training.strategy import choose_strategy, strategy_note
     from im2json.training.update import Update, seed_dropout
     from im2json.workspace import Workspace, start_accelerator
 
     cap(cap_gib)
-    defaults = dict(r=8, alpha=32.0, dropout=0.05, steps=steps)
-    if "target_modules" in changes and "r" in changes:  # Qwen3-VL: the receipt's 1,080 tokens
-        defaults["image_tokens"] = 1080
+    defaults: dict[str, Any] = dict(
+        r=8, alpha=32.0, dropout=0.05, steps=steps, target_modules=SEVEN, image_tokens=limit
+    )
     config = TrainConfig.resolve({"model": str(model), **defaults, **changes})
     accelerator, precision = start_accelerator(config)
     rows: Any = Rows(EXAMPLES * steps // EPOCHS, size)
@@ -191,8 +192,9 @@ def ours(model: Path, size: tuple[int, int], steps: int, cap_gib: float | None, 
 
 
 def trl(
-    model: Path, size: tuple[int, int], steps: int, cap_gib: float | None, microbatch: int, checkpointing: bool
-) -> dict[str, Any]:
+    model: Path, size: tuple[int, int], limit: int | None, steps: int, cap_gib: float | None, microbatch: int,
+    checkpointing: bool,
+) -> dict[str, Any]:  # fmt: skip
     """The study's recipe: SFTTrainer, bitsandbytes and PEFT as their documentation has it."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -202,6 +204,8 @@ def trl(
 
     from im2json.data.order import Order
     from im2json.families import open_collator
+    from im2json.model.lora import decoder_name
+    from im2json.options import SEVEN, language_modules
 
     cap(cap_gib)
     bits = BitsAndBytesConfig(
@@ -211,16 +215,14 @@ def trl(
     base: Any = AutoModelForImageTextToText.from_pretrained(
         model, quantization_config=bits, device_map={"": 0}, dtype=torch.bfloat16
     )
-    names: Any = ["q_proj", "o_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
     chat = base.config.model_type != "paligemma"
-    if chat:
-        names = rf".*language_model.*\.({'|'.join(names)})"
+    names: Any = language_modules(decoder_name(base)) if chat else SEVEN.split(",")
     lora = get_peft_model(
         base,
         LoraConfig(r=16 if chat else 8, lora_alpha=32, lora_dropout=0.05, target_modules=names, task_type="CAUSAL_LM"),
     )
     rows = Rows(EXAMPLES * steps // EPOCHS, size)
-    collator = open_collator(str(model), "extract JSON.", image_tokens=1080 if chat else None)
+    collator = open_collator(str(model), "extract JSON.", image_tokens=limit)
     order = Order(len(rows), EXAMPLES, 0)
     placed = [rows[i] for step in range(steps) for i in order.step(step)]  # the same examples in the same steps
     times: list[float] = []
