@@ -20,15 +20,18 @@ from im2json.options import DataOptions, Trim
 
 
 class Gemma3Processor(ChatProcessor):
-    """Squashes a picture to the square that the tower sees. Pan and scan, its crops of long pictures, is left out."""
+    """Squashes a picture to the square that the tower sees. Crops of long pictures (pan and scan) are not made."""
 
     image_processor_class = Gemma3ImageProcessorPil
     sizes = frozenset({"height", "width"})
 
 
 class Gemma3(ChatFamily):
-    """Gemma 3 of 4B and more. A picture's tokens see each other, and all else looks back; most layers do so for a
-    window alone."""
+    """Gemma 3 of 4B and more.
+
+    The tokens of a picture attend to each other. All other tokens attend to those before them, in most layers only
+    within a window.
+    """
 
     model_types: Sequence[str] = ("gemma3",)
     tower = "vision_tower"
@@ -140,7 +143,7 @@ class Gemma3Collator(ChatCollator):
 
 
 class Gemma3Reader(ChatReader):
-    """Reads prefixes whose pictures see all of themselves."""
+    """Reads prefixes in which the tokens of a picture attend to each other."""
 
     def look_back(self, cache: Any, lengths: torch.Tensor, of_picture: torch.Tensor) -> None:
         """Say who attends to whom; see ChatReader."""

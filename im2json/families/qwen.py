@@ -116,7 +116,7 @@ class Qwen(ChatFamily):
 
 
 class Qwen25(Qwen):
-    """Qwen2.5-VL, whose tower looks at windows, which its own modules lay out."""
+    """Qwen2.5-VL. Its tower attends within windows, which its own modules lay out."""
 
     model_types: Sequence[str] = ("qwen2_5_vl",)
     hub_names: ClassVar[Mapping[str, str]] = {"model.language_model.": "model.", "model.visual.": "visual."}

@@ -27,4 +27,4 @@ def _gemma_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon).type_as(x)  # autocast would return fp32
