@@ -22,7 +22,7 @@ from helpers import clear_error, write_dataset
 from PIL import Image
 from run_files import different, figures, lively, one_field, read_rows, result
 
-from im2json.options import OPTIONS, flag_name
+from im2json.options import OPTIONS, SEVEN, flag_name
 
 pytest_plugins = ["wiring_runs"]
 
@@ -40,7 +40,7 @@ class Effect:
 
 BASE = (
     "--model {model} --dataset {dataset} --precision fp32 --quant none --r 4 --optimizer adamw --threads 1 "
-    "--batch-size 4 --microbatch 4 --max-new-tokens 6"
+    f"--batch-size 4 --microbatch 4 --max-new-tokens 6 --target-modules {SEVEN}"
 )
 TRAINING = "--lr 1e-6 --epochs 1 --eval-every 0 --no-test"
 READING = "--lr 0.1 --steps 2 --eval-every 1 --max-new-tokens 6"

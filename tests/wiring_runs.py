@@ -18,10 +18,11 @@ from run_files import lively, one_field, texts
 from safetensors.numpy import load_file, save_file
 
 import im2json
+from im2json.options import SEVEN
 
 BEST_FIRST = (
     *("--lr", 0.1, "--steps", 3, "--eval-every", 1, "--keep", 9, "--metric", "json_validity", "--constrain"),
-    *("--max-new-tokens", 16, "--letterbox", "--prompt", "read."),
+    *("--max-new-tokens", 16, "--letterbox", "--prompt", "read.", "--target-modules", SEVEN),
 )
 READ_ALIKE: dict[str, Any] = {"prompt": "read.", "letterbox": True, "max_new_tokens": 16, "constrain": True}
 

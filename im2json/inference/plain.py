@@ -48,7 +48,9 @@ def load_processor(model: str) -> tuple[Callable[[Image.Image, str], Inputs], An
     try:
         processor: Any = AutoProcessor.from_pretrained(model)
     except (ImportError, ValueError) as error:
-        if not any(package in str(error) for package in ("torchvision", "num2words")):  # which some need for videos
+        if not any(
+            package in str(error).lower() for package in ("torchvision", "num2words")
+        ):  # which some need for videos
             raise
         kind = AutoConfig.from_pretrained(model).model_type
         if kind.startswith("qwen"):
