@@ -58,8 +58,9 @@ def collator_of(model: str, options: DataOptions) -> Collator:
         UserError: if there is no such model, it is of no family here, or prompt, options and model do not fit each
             other.
     """
-    family = family_of(load_config(model), f"--model {model}")
-    return family.collator(family.load_processor(model), options)
+    config = load_config(model)
+    family = family_of(config, f"--model {model}")
+    return family.collator(family.load_processor(model, config), options)
 
 
 def open_collator(model: str, prompt: str, **options: Any) -> Collator:

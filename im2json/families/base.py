@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from PIL import Image
 
 from im2json.data.collate import Collator, Pictures
+from im2json.data.pictures import on_square
+from im2json.errors import UserError
 from im2json.model.memory import Sizes
 from im2json.options import DataOptions
 
@@ -67,8 +70,8 @@ class Family(Protocol):
     tower: str  # found in the name of every module that sees pictures
     records_steps: bool  # whether a training pass can be recorded as a CUDA graph
 
-    def load_processor(self, model: str) -> Any:
-        """Load the processor of a model: a folder, or a name on the hub.
+    def load_processor(self, model: str, config: Any) -> Any:
+        """Load the processor of a model with this config: a folder, or a name on the hub.
 
         Raises:
             UserError: if it cannot be loaded.
@@ -95,3 +98,60 @@ class Family(Protocol):
 
     def hub_layout(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return a model's weights under the names that they have on the hub."""
+
+
+def refuse(options: DataOptions, **reasons: str) -> None:
+    """Refuse options that mean nothing to a family.
+
+    Raises:
+        UserError: with the reason.
+    """
+    for name, reason in reasons.items():
+        if value := getattr(options, name):
+            given = "" if value is True else f" {value}"
+            raise UserError(f"--{name.replace('_', '-')}{given}: leave it out, {reason}")
+
+
+def as_on_hub(weights: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Return a model's weights under their names on the hub; lm_head only if it is another than the embedding.
+
+    Args:
+        names: beginnings of names here, and what they are on the hub.
+    """
+    (embedding,) = (weight for name, weight in weights.items() if name.endswith("embed_tokens.weight"))
+    tied = weights["lm_head.weight"].data_ptr() == embedding.data_ptr()
+    named = {}
+    for name, weight in weights.items():
+        start = next((start for start in names if name.startswith(start)), "")
+        if not (tied and name == "lm_head.weight"):
+            named[names.get(start, start) + name.removeprefix(start)] = weight
+    return named
+
+
+def own_head(config: Any) -> int:
+    """Return the weights of an output layer that is not tied to the embedding, or 0 if it is."""
+    text = config.get_text_config()
+    return 0 if config.tie_word_embeddings else text.vocab_size * text.hidden_size
+
+
+class Squares:
+    """Shows a model pictures as squares: for collators of a model that sees no other shape."""
+
+    letterbox: bool
+    size: tuple[int, int]  # width and height in pixels
+
+    def to_squares(self, processor: Any, letterbox: bool) -> str:
+        """Squash pictures to the size of a processor, or pad them before, and return that in words."""
+        self.letterbox = letterbox
+        self.size = processor.image_processor.size["width"], processor.image_processor.size["height"]
+        form = "padded" if letterbox else "squashed"
+        return f"a picture of {self.size[0]} x {self.size[1]} pixels, {form} to that square"
+
+    def shown(self, image: Image.Image) -> Image.Image:
+        """Return what of a picture goes to the image processor, which squashes it."""
+        image = super().shown(image)  # type: ignore[misc]
+        return on_square(image) if self.letterbox else image
+
+    def scale(self, width: int, height: int) -> float:
+        """Return the scale that a picture of so many pixels is seen in."""
+        return min(self.size[0] / width, self.size[1] / height)

@@ -19,15 +19,15 @@ from transformers import AutoTokenizer
 
 from im2json.data.collate import Collator, Pictures
 from im2json.errors import UserError, first_line
-from im2json.families.base import PictureFeatures
+from im2json.families.base import PictureFeatures, as_on_hub
 from im2json.families.reader import TextReader
 from im2json.files import write_json
-from im2json.model.base import from_pretrained, load_config
-from im2json.options import DataOptions, Trim
+from im2json.model.base import from_pretrained
+from im2json.options import Trim
 
 # B examples, S positions, P prefix positions, I image tokens, D hidden.
 Grid = tuple[int, ...]
-"""What of a picture's size decides how many tokens it takes."""
+"""Rows and columns of patches or tiles, from which the tokens of a picture are counted."""
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 """Files that describe the image processor: alone, or as a part of the whole processor."""
 FILES = (
@@ -87,27 +87,27 @@ class ChatProcessor:
 
 
 class Seen(NamedTuple):
-    """What a decoder gets of pictures."""
+    """Holds what a decoder gets of pictures."""
 
     features: torch.Tensor  # one picture after the other: sum of I x D, or B x I x D
     more: Sequence[torch.Tensor] = ()  # added after each of its first layers; sum of I x D
 
 
 class ChatFamily(ABC):
-    """What the families of chat models share, see families.base.Family."""
+    """Answers what all chat models answer alike, see families.base.Family."""
 
     processor_class: ClassVar[Any]  # a ChatProcessor
     token: ClassVar[str]  # stands for each feature of a picture
     records_steps = False
     hub_names: ClassVar[Mapping[str, str]] = {}  # beginnings of weights' names here, and what they are on the hub
 
-    def load_processor(self, model: str) -> ChatProcessor:
+    def load_processor(self, model: str, config: Any) -> ChatProcessor:
         """Load what of a processor is needed, without torchvision, and compare it with the model's config.
 
         Raises:
             UserError: if it cannot be loaded, or would make other inputs than the model takes.
         """
-        processor, config = from_pretrained(self.processor_class, model), load_config(model)
+        processor = from_pretrained(self.processor_class, model)
         processor.features = self.features_of_a_picture(config)
         needed = self.needed(config, processor)
         needed[f"the id of {self.token}"] = processor.tokenizer.convert_tokens_to_ids(self.token), config.image_token_id
@@ -164,28 +164,8 @@ class ChatFamily(ABC):
         return ChatReader(model, collator, self.look)
 
     def hub_layout(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return a model's weights under the names that they have on the hub; lm_head only if it is another than the
-        embedding."""
-        (embedding,) = (weight for name, weight in weights.items() if name.endswith("embed_tokens.weight"))
-        tied = weights["lm_head.weight"].data_ptr() == embedding.data_ptr()
-        named = {}
-        for name, weight in weights.items():
-            start = next((start for start in self.hub_names if name.startswith(start)), "")
-            if not (tied and name == "lm_head.weight"):
-                named[self.hub_names.get(start, start) + name.removeprefix(start)] = weight
-        return named
-
-
-def refuse(options: DataOptions, **reasons: str) -> None:
-    """Refuse options that mean nothing to a family.
-
-    Raises:
-        UserError: with the reason.
-    """
-    for name, reason in reasons.items():
-        if value := getattr(options, name):
-            given = "" if value is True else f" {value}"
-            raise UserError(f"--{name.replace('_', '-')}{given}: leave it out, {reason}")
+        """Return a model's weights under the names that they have on the hub."""
+        return as_on_hub(weights, self.hub_names)
 
 
 def normalised(levels: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

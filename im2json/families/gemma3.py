@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL import Image
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from im2json.data.collate import Collator, Pictures
-from im2json.data.pictures import on_square
-from im2json.families.base import PictureFeatures
-from im2json.families.chat import ChatCollator, ChatFamily, ChatProcessor, ChatReader, Grid, Seen, normalised, refuse
+from im2json.families.base import PictureFeatures, Squares, own_head, refuse
+from im2json.families.chat import ChatCollator, ChatFamily, ChatProcessor, ChatReader, Grid, Seen, normalised
+from im2json.families.paligemma import PaliGemma
 from im2json.model.memory import Sizes, Tower
 from im2json.options import DataOptions, Trim
 
@@ -37,11 +37,7 @@ class Gemma3(ChatFamily):
     tower = "vision_tower"
     processor_class = Gemma3Processor
     token = "<image_soft_token>"
-    hub_names: ClassVar[Mapping[str, str]] = {
-        "model.language_model.": "language_model.model.",
-        "model.vision_tower.": "vision_tower.vision_model.",  # as for PaliGemma
-        "model.multi_modal_projector.": "multi_modal_projector.",
-    }
+    hub_names = PaliGemma.hub_names
 
     def features_of_a_picture(self, config: Any) -> int:
         """Return how many features every picture has."""
@@ -94,27 +90,19 @@ class Gemma3(ChatFamily):
         encoder = Tower.of_siglip(vision)
         patches = (vision.image_size // vision.patch_size) ** 2
         other = d * (3 * vision.patch_size**2 + patches + text.hidden_size)  # the projector is no linear layer
-        if not config.tie_word_embeddings:
-            other += text.vocab_size * text.hidden_size
+        other += own_head(config)
         return Sizes(Tower.of_decoder(text, norms=4, head_norms=True), encoder, text.vocab_size, patches, 0, other)
 
 
-class Gemma3Collator(ChatCollator):
+class Gemma3Collator(Squares, ChatCollator):
     """Hands pictures over as squares of bytes."""
 
     placeholder, token = "<start_of_image>", Gemma3.token
     largest = ()
 
     def __init__(self, processor: Gemma3Processor, prompt: str, trim: Trim = "off", letterbox: bool = False) -> None:
-        self.letterbox = letterbox
-        self.size = processor.image_processor.size["width"], processor.image_processor.size["height"]
         super().__init__(processor, prompt, trim)
-        form = "padded" if letterbox else "squashed"
-        self.described = f"a picture of {self.size[0]} x {self.size[1]} pixels, {form} to that square"
-
-    def shown(self, image: Image.Image) -> Image.Image:
-        """Return what of a picture goes to the image processor, which squashes it."""
-        return on_square(super().shown(image)) if self.letterbox else super().shown(image)
+        self.described = self.to_squares(processor, letterbox)
 
     def expansion(self, grid: Grid) -> str:
         """Return the picture's tokens between two that say where it begins and ends."""
@@ -126,7 +114,7 @@ class Gemma3Collator(ChatCollator):
 
     def image_tokens(self, width: int, height: int) -> tuple[int, float]:
         """Return the tokens that every picture takes, and the scale that this one is seen in."""
-        return self.processor.features, min(self.size[0] / width, self.size[1] / height)
+        return self.processor.features, self.scale(width, height)
 
     def pictures(self, images: Sequence[Image.Image]) -> Pictures:
         """Return {"pixels": B x 3 x H x W in bytes, "levels": B x 2 x 3}."""

@@ -12,6 +12,7 @@ from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import (
 )
 
 from im2json.data.collate import Pictures
+from im2json.families.base import own_head
 from im2json.families.chat import Seen
 from im2json.families.qwen import IMAGE_TOKENS, Qwen, QwenCollator, QwenProcessor, pixel_values
 from im2json.model.memory import Sizes, Tower
@@ -53,9 +54,7 @@ class PaddleOCR(Qwen):
         d = vision.hidden_size
         encoder = Tower.of_siglip(vision)
         merged = vision.spatial_merge_size**2
-        other = d * (3 * vision.patch_size**2 + (vision.image_size // vision.patch_size) ** 2)
-        if not config.tie_word_embeddings:
-            other += text.vocab_size * text.hidden_size
+        other = d * (3 * vision.patch_size**2 + (vision.image_size // vision.patch_size) ** 2) + own_head(config)
         projector = d * merged * (d * merged + text.hidden_size)
         seen = (image_tokens or IMAGE_TOKENS) * merged
         return Sizes(Tower.of_decoder(text, causal=True), encoder, text.vocab_size, seen, projector, other)

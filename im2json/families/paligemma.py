@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from transformers import PaliGemmaProcessor
 
 from im2json.data.collate import Collator, Pictures
-from im2json.data.pictures import on_square
-from im2json.errors import UserError
-from im2json.families.base import PictureFeatures
+from im2json.families.base import PictureFeatures, Squares, as_on_hub, refuse
 from im2json.families.reader import TextReader
 from im2json.model.base import from_pretrained
 from im2json.model.memory import Sizes, Tower
@@ -28,8 +26,13 @@ class PaliGemma:
     model_types: Sequence[str] = ("paligemma",)
     tower = "vision_tower"
     records_steps = True
+    hub_names: ClassVar[Mapping[str, str]] = {
+        "model.language_model.": "language_model.model.",
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    }
 
-    def load_processor(self, model: str) -> PaliGemmaProcessor:
+    def load_processor(self, model: str, config: Any) -> PaliGemmaProcessor:
         """Load the processor of a model or of an adapter folder."""
         return from_pretrained(PaliGemmaProcessor, model)
 
@@ -39,11 +42,7 @@ class PaliGemma:
         Raises:
             UserError: if the prompt cannot be used, or a number of image tokens is asked for.
         """
-        if options.image_tokens is not None:
-            raise UserError(
-                f"--image-tokens {options.image_tokens}: leave it out, every picture takes "
-                f"{processor.image_seq_length} image tokens with this model"
-            )
+        refuse(options, image_tokens=f"every picture takes {processor.image_seq_length} image tokens with this model")
         return PaliGemmaCollator(processor, options.prompt, options.letterbox, options.trim)
 
     def hidden_states(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -97,22 +96,12 @@ class PaliGemma:
 
         transformers (5.x) reads these and others; vLLM names its own modules after them, SigLIP's `vision_model`
         included (vllm/model_executor/models/paligemma.py and siglip.py), which transformers leaves out for a model that
-        it did not load. lm_head is the embedding, and not there twice.
+        it did not load.
         """
-        prefixes = {
-            "model.language_model.": "language_model.model.",
-            "model.vision_tower.": "vision_tower.vision_model.",
-            "model.multi_modal_projector.": "multi_modal_projector.",
-        }
-        return {
-            new + name.removeprefix(old): weight
-            for name, weight in weights.items()
-            for old, new in prefixes.items()
-            if name.startswith(old)
-        }
+        return as_on_hub(weights, self.hub_names)
 
 
-class PaliGemmaCollator(Collator):
+class PaliGemmaCollator(Squares, Collator):
     """Lays out examples as PaliGemma was trained, with the tokens that PaliGemmaProcessor makes of text and suffix:
 
     <image> x 256, BOS, prompt, newline | target JSON, EOS
@@ -120,7 +109,6 @@ class PaliGemmaCollator(Collator):
 
     def __init__(self, processor: PaliGemmaProcessor, prompt: str, letterbox: bool = False, trim: Trim = "off") -> None:
         super().__init__(processor, prompt, trim)
-        self.letterbox = letterbox
         tokenizer: Any = processor.tokenizer
         image_tokens = processor.image_token * processor.image_seq_length
         prefix = tokenizer(f"{image_tokens}{tokenizer.bos_token}{prompt}\n", add_special_tokens=False)
@@ -128,13 +116,7 @@ class PaliGemmaCollator(Collator):
         self.stop, self.last, self.longest_prefix = tokenizer.eos_token_id, self.prefix_ids[-1], len(self.prefix_ids)
         self.image_token = processor.image_token_id
         self.text = f"{processor.image_token}{prompt}"
-        self.size = processor.image_processor.size["width"], processor.image_processor.size["height"]
-        form = "padded" if letterbox else "squashed"
-        self.described = f"a picture of {self.size[0]} x {self.size[1]} pixels, {form} to that square"
-
-    def shown(self, image: Image.Image) -> Image.Image:
-        """Return what of a picture goes to the image processor, which squashes it."""
-        return on_square(super().shown(image)) if self.letterbox else super().shown(image)
+        self.described = self.to_squares(processor, letterbox)
 
     def pictures(self, images: Sequence[Image.Image]) -> Pictures:
         """Return {"pixel_values": B x 3 x H x W}: squashed to the square that the tower sees, or letterboxed."""
@@ -147,7 +129,7 @@ class PaliGemmaCollator(Collator):
 
     def image_tokens(self, width: int, height: int) -> tuple[int, float]:
         """Return the tokens that every picture takes, and the scale that this one is seen in."""
-        return self.processor.image_seq_length, min(self.size[0] / width, self.size[1] / height)
+        return self.processor.image_seq_length, self.scale(width, height)
 
     def seen(self, pictures: Pictures) -> Image.Image:
         """Return the picture in the square that the tower sees."""

@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from im2json.data.collate import Collator, Pictures
-from im2json.families.base import Cache
-from im2json.families.chat import ChatCollator, ChatFamily, ChatProcessor, ChatReader, Grid, Seen, refuse
+from im2json.families.base import Cache, own_head, refuse
+from im2json.families.chat import ChatCollator, ChatFamily, ChatProcessor, ChatReader, Grid, Seen, normalised
 from im2json.model.memory import Sizes, Tower
 from im2json.options import DataOptions, Trim
 
@@ -108,9 +108,7 @@ class Qwen(ChatFamily):
         mergers = (1 + deep) * (joined * joined + joined * vision.out_hidden_size)
         patches = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         patches_seen = (image_tokens or IMAGE_TOKENS) * vision.spatial_merge_size**2
-        other = d * (patches + (vision.num_position_embeddings if third else 0))
-        if not config.tie_word_embeddings:
-            other += text.vocab_size * text.hidden_size
+        other = d * (patches + (vision.num_position_embeddings if third else 0)) + own_head(config)
         decoder = Tower.of_decoder(text, head_norms=third, causal=True)
         return Sizes(decoder, encoder, text.vocab_size, patches_seen, mergers, other)
 
@@ -251,7 +249,8 @@ def pixel_values(pictures: Mapping[str, torch.Tensor], frames: int, dtype: torch
     """
     seen = []
     counts = pictures["image_grid_thw"].prod(1).tolist()
-    for patches, count, (black, white) in zip(pictures["patches"], counts, pictures["levels"][..., None]):
-        pixels = black + (white - black) / 255 * patches[:count].unflatten(1, (3, -1))  # N x 3 x (height x width)
-        seen.append(pixels.to(dtype)[:, :, None].expand(-1, -1, frames, -1).flatten(1))
+    for patches, count, levels in zip(pictures["patches"], counts, pictures["levels"]):
+        pixels = normalised(levels[None], patches[None, :count].unflatten(2, (3, -1, 1)))[0]
+        pixels = pixels.to(dtype).movedim(3, 2)  # N x 3 x 1 x (height x width)
+        seen.append(pixels.expand(-1, -1, frames, -1).flatten(1))
     return torch.cat(seen)

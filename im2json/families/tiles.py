@@ -12,7 +12,8 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 
 from im2json.data.collate import Collator, Pictures
 from im2json.errors import UserError
-from im2json.families.chat import ChatCollator, ChatFamily, ChatProcessor, Grid, Seen, normalised, refuse
+from im2json.families.base import own_head, refuse
+from im2json.families.chat import ChatCollator, ChatFamily, ChatProcessor, Grid, Seen, normalised
 from im2json.model.memory import Sizes, Tower
 from im2json.options import DataOptions, Trim
 
@@ -80,9 +81,7 @@ class Tiles(ChatFamily):
         encoder = Tower.of_siglip(vision)
         shuffled = config.scale_factor**2
         patches = (vision.image_size // vision.patch_size) ** 2
-        other = d * (3 * vision.patch_size**2 + patches)
-        if not config.tie_word_embeddings:
-            other += text.vocab_size * text.hidden_size
+        other = d * (3 * vision.patch_size**2 + patches) + own_head(config)
         decoder = Tower.of_decoder(text, causal=True)
         seen = MOST_TILES * patches if image_tokens is None else image_tokens * shuffled
         return Sizes(decoder, encoder, text.vocab_size, seen, d * shuffled * text.hidden_size, other)
