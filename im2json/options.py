@@ -26,7 +26,7 @@ EMBEDDED_MODEL = "tiny"
 SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 """The linear layers of a decoder's layer."""
 DECODERS = ("language_model", "text_model")
-"""How models call their stack of decoder layers."""
+"""Names that models give to their stack of decoder layers."""
 
 
 @dataclass(frozen=True)

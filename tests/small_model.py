@@ -189,9 +189,7 @@ def save_small_gemma3(folder: Path) -> Path:
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
     model.generation_config = GenerationConfig(eos_token_id=[ids["<eos>"], ids["<end_of_turn>"]], pad_token_id=0)
     shown = Gemma3ImageProcessorPil(size={"height": 28, "width": 28}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    _saved(folder, model, tokenizer, shown)
-    (folder / "processor_config.json").write_text(json.dumps({"image_seq_length": 4}))
-    return folder
+    return _saved(folder, model, tokenizer, shown, image_seq_length=4)
 
 
 SMOL_TEMPLATE = (
@@ -243,9 +241,7 @@ def _save_small_tiles(folder: Path, config_class: Any, model_class: Any, templat
     shown = Idefics3ImageProcessorPil(
         size={"longest_edge": 48}, max_image_size={"longest_edge": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    _saved(folder, model, tokenizer, shown)
-    (folder / "processor_config.json").write_text(json.dumps({"image_seq_len": 4}))
-    return folder
+    return _saved(folder, model, tokenizer, shown, image_seq_len=4)
 
 
 PADDLE_TEMPLATE = (
@@ -301,7 +297,9 @@ def _chat_tokenizer(
     return tokenizer, {name: tokenizer.convert_tokens_to_ids(name) for name in special}
 
 
-def _saved(folder: Path, model: Any, tokenizer: Any, image_processor: Any) -> Path:
+def _saved(folder: Path, model: Any, tokenizer: Any, image_processor: Any, **described: int) -> Path:
     for each in (model, tokenizer, image_processor):
         each.save_pretrained(folder)
+    if described:
+        (folder / "processor_config.json").write_text(json.dumps(described))
     return folder

@@ -82,7 +82,7 @@ class PrefixCache:
         return keys, values
 
     def mask(self, window: int | None) -> torch.Tensor | None:
-        """Return what is added to scores, 1 or B x S x S, or None where nothing is or `causal` says it all.
+        """Return what is added to scores, 1 or B x S x S, or None if nothing is hidden but what `causal` says.
 
         Args:
             window: how many positions a layer sees if it looks back, the token's own included. None: all.
