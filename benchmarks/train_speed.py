@@ -57,6 +57,7 @@ OURS_CHAT: dict[str, dict[str, Any]] = {
     "compiled, 1 at a time, NF4": LANGUAGE | dict(launch="compiled", microbatch=1, dequantize="off"),
     "checkpointing, NF4": LANGUAGE | dict(gradient_checkpointing="on", dequantize="off"),
     "checkpointing, NF4, 4 at a time": LANGUAGE | dict(gradient_checkpointing="on", dequantize="off", microbatch=4),
+    "checkpointing, NF4, compiled": LANGUAGE | dict(gradient_checkpointing="on", dequantize="off", launch="compiled"),
 }
 TRL_CHAT: dict[str, dict[str, Any]] = {
     "TRL 16 x 1, checkpointing": dict(microbatch=16, checkpointing=True),

@@ -6,7 +6,7 @@ import json
 import math
 import random
 import threading
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from im2json.inference.evaluate import _windows, evaluate_split
 from im2json.inference.settings import DecodeSettings
 from im2json.inference.slots import Slots
 from im2json.jsontext import canonical
-from im2json.model.attention import grouped_attention, tiled
+from im2json.model.attention import attention_by_segments, grouped_attention, tiled
 from im2json.records import EvaluationKey, Prediction
 from im2json.scoring.confidence import leaf_confidence
 from im2json.scoring.schema import induce
@@ -402,6 +402,22 @@ def test_grouped_attention_is_attention_with_repeated_keys(softcap):
     wanted = (weights @ values.repeat_interleave(3, 2).transpose(1, 2)).transpose(1, 2)
     found = grouped_attention(query, keys, values, tiled(mask, 3), 0.3, softcap)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [1, 5, 2, 5]])
+def test_attention_by_segments_is_that_of_each_segment_alone(lengths):
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(3, sum(lengths), 2, 8, generator=generator).requires_grad_()
+    alone = [
+        torch.einsum("shl,lhe->she", (torch.einsum("she,lhe->shl", query, keys) * 0.3).softmax(-1), values)
+        for query, keys, values in (segment.unbind() for segment in parts.split(lengths, 1))
+    ]
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    found = attention_by_segments(*parts, bounds, max(lengths), 0.3)
+    torch.testing.assert_close(found, torch.cat(alone))
+    weights = torch.randn(found.shape, generator=generator)
+    wanted, got = (torch.autograd.grad((each * weights).sum(), parts)[0] for each in (torch.cat(alone), found))
+    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed rows"])

@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from transformers import AttentionInterface
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from im2json.data.collate import Collator, Pictures
 from im2json.families.base import Cache, own_head, refuse
 from im2json.families.chat import ChatCollator, ChatFamily, ChatProcessor, ChatReader, Grid, Seen, normalised
+from im2json.model.attention import attention_by_segments
 from im2json.model.memory import Sizes, Tower
 from im2json.options import DataOptions, Trim
 
@@ -113,11 +115,31 @@ class Qwen(ChatFamily):
         return Sizes(decoder, encoder, text.vocab_size, patches_seen, mergers, other)
 
 
+def _attend(
+    module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float,
+    cu_seq_lens_q: torch.Tensor, max_length_q: int, **more: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Compute a tower's attention as one of transformers' attention functions; query and others are 1 x H x N x E."""
+    query, keys, values = (part[0].transpose(0, 1) for part in (query, keys, values))
+    return attention_by_segments(query, keys, values, cu_seq_lens_q, max_length_q, scaling)[None], None
+
+
+# Only to functions whose names contain "flash" does transformers hand all windows at once. To others it gives them one
+# by one, which takes longer than all else that a picture needs: there are about 80 in a receipt, in each of 28 layers.
+BY_SEGMENTS = "im2json_instead_of_flash"
+AttentionInterface.register(BY_SEGMENTS, _attend)
+
+
 class Qwen25(Qwen):
     """Qwen2.5-VL. Its tower attends within windows, which its own modules lay out."""
 
     model_types: Sequence[str] = ("qwen2_5_vl",)
     hub_names: ClassVar[Mapping[str, str]] = {"model.language_model.": "model.", "model.visual.": "visual."}
+
+    def look(self, model: Any, pictures: Pictures) -> Seen:
+        """Return what the decoder gets of B pictures."""
+        model.model.visual.config._attn_implementation = BY_SEGMENTS
+        return super().look(model, pictures)
 
 
 class QwenCollator(ChatCollator):

@@ -60,6 +60,35 @@ def causal_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tens
     return out.transpose(1, 2)
 
 
+def attention_by_segments(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bounds: torch.Tensor, longest: int, scale: float
+) -> torch.Tensor:
+    """Compute attention within each of W segments, all in one call.
+
+    Args:
+        query, keys, values: N x H x E, one segment after the other.
+        bounds: where segments begin, and N; W + 1.
+        longest: positions of the longest segment.
+
+    Returns:
+        N x H x E.
+    """
+    places = torch.arange(len(query), device=query.device)
+    segment = torch.bucketize(places, bounds[1:], right=True)
+    slots = segment * longest + places - bounds[segment]  # N, where each position lies when segments are padded
+    count = len(bounds) - 1
+    padded = [
+        part.new_zeros(count * longest, *part.shape[1:]).index_copy(0, slots, part).unflatten(0, (count, longest))
+        for part in (query, keys, values)
+    ]
+    lengths = bounds.diff()[:, None]
+    mask = None if count * longest == len(query) else places[:longest] < lengths  # W x longest
+    added = None if mask is None else mask[:, None, None]
+    query, keys, values = (part.transpose(1, 2) for part in padded)
+    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=added, scale=scale)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, slots)
+
+
 def tiled(mask: torch.Tensor | None, heads: int) -> torch.Tensor | None:
     """Return a mask, B x S x L, for the queries of `heads` heads, B x (heads * S) x L."""
     if mask is None:
