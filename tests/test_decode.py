@@ -6,7 +6,7 @@ import json
 import math
 import random
 import threading
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +283,40 @@ def test_answers_come_as_they_are_finished_and_slots_are_given_on(model, collato
         assert len(asked) <= len(seen) + 4
     assert sorted(seen) == list(range(len(pixels)))
     assert seen != sorted(seen)
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["", "held to a grammar"])
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed rows"])
+def test_requests_that_come_later_join_those_being_written(model, collator, pixels, grammar, monkeypatch, fixed, held):
+    """What has ended is asked again, as long as an answer is being written."""
+    monkeypatch.setattr("im2json.inference.slots.FEWEST", 1)
+    grammar = grammar if held else None
+    expected = [answer.tokens for answer in make_decoder(model, collator, grammar)(shown(pixels), NEW)]
+    decoder = make_decoder(model, collator, grammar, slots=4, fixed=fixed)
+    arrivals = {0: [0], 2: [1, 2, 3, 4, 5], 3: [6], NEW: [7, 8]}  # by the pass after which they come
+    waiting: list[int] = []
+    begun: list[int] = []
+    rows: list[int] = []
+
+    class Queue:
+        def __iter__(self) -> Queue:
+            return self
+
+        def __next__(self) -> Request:
+            for after in [after for after in arrivals if after <= decoder.passes]:
+                waiting.extend(arrivals.pop(after))
+            if not waiting:
+                raise StopIteration
+            i = waiting.pop(0)
+            begun.append(i)
+            return Request(lambda: shown(pixels[i : i + 1]), NEW)
+
+    advance = Slots.advance
+    monkeypatch.setattr(Slots, "advance", lambda self, *given: (rows.append(self.used), advance(self, *given))[1])
+    found = {begun[number]: answer.tokens for number, answer in decoder.answers(Queue(), NEW)}
+    assert sorted(found) == list(range(9))
+    assert [found[i] for i in range(9)] == expected
+    assert any(one < other for one, other in pairwise(rows)), rows
 
 
 def test_a_call_within_another_and_one_that_was_left(model, collator, pixels, expected):

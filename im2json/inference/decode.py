@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -91,15 +92,16 @@ class Decoder:
         ended.
 
         Args:
-            requests: taken one by one when there is a free slot, and not asked for the picture before.
+            requests: taken one by one when there is a free slot, and not asked for the picture before. An iterator that
+                has ended is asked again after each pass while answers are being written, so that one may serve a queue.
             longest: the highest limit among them.
             source: the length of their longest source.
             count: how many there are, if that is known.
         """
-        waiting = enumerate(requests)
-        if (first := next(waiting, None)) is None:
+        waiting = _Waiting(requests)
+        if not (first := waiting.take(1)):
             return
-        waiting = itertools.chain([first], waiting)  # type: ignore[assignment]
+        waiting.give_back(first)
         while True:
             room, begun = self._room(longest, source, count), {}  # type: ignore[var-annotated]
             try:
@@ -115,7 +117,7 @@ class Decoder:
             torch.cuda.empty_cache()
             self.slots = room.slots // 2
             tqdm.write(f"out of GPU memory with {room.slots} answers at once: going on with {self.slots}")
-            waiting = itertools.chain(begun.values(), waiting)  # type: ignore[assignment]
+            waiting.give_back(begun.values())
 
     def __call__(self, pictures: Pictures, limits: int | Sequence[int]) -> list[Answer]:
         """Return the answers to B pictures.
@@ -180,19 +182,34 @@ class Decoder:
         return Slots(self.reader, room, min(self.group, room.slots), self.grammar, fixed=self.fixed)
 
 
+class _Waiting:
+    """Requests and their numbers, in order. Those that were given back come first."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._rest = enumerate(requests)
+        self._back: deque[tuple[int, Request]] = deque()
+
+    def take(self, most: int) -> list[tuple[int, Request]]:
+        """Return as many as there are now, up to `most`."""
+        back = [self._back.popleft() for _ in range(min(most, len(self._back)))]
+        return back + list(itertools.islice(self._rest, most - len(back)))
+
+    def give_back(self, requests: Iterable[tuple[int, Request]]) -> None:
+        self._back.extendleft(reversed(list(requests)))
+
+
 class _Work:
     """Requests on their way through the slots.
 
     Args:
-        waiting: the requests and their numbers.
-        begun: those whose answers are being written, by slot.
+        begun: the requests whose answers are being written, by slot.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         slots: Slots,
-        waiting: Iterator[tuple[int, Request]],
+        waiting: _Waiting,
         begun: dict[int, tuple[int, Request]],
     ) -> None:
         self.decoder = decoder
@@ -200,7 +217,7 @@ class _Work:
         self.waiting = waiting
         self.begun = begun
         self.length = DraftLength(OVERHEAD[slots.device.type], slots.most)
-        self.all_begun = False  # so no slot is needed again
+        self.all_begun = False  # so no slot is needed for now
 
     def __iter__(self) -> Iterator[tuple[int, Answer]]:
         slots = self.slots
@@ -243,10 +260,13 @@ class _Work:
         slots = self.slots
         free = [slot for slot in range(slots.room.slots) if slot not in self.begun]
         while len(free) >= least:
-            chosen = dict(zip(free, itertools.islice(self.waiting, slots.group)))
+            chosen = dict(zip(free, self.waiting.take(min(slots.group, len(free)))))
             if not chosen:
                 self.all_begun = True
                 return
+            if self.all_begun and slots.fixed:
+                slots.used = slots.room.slots  # there were fewer rows meanwhile
+            self.all_begun = False
             self.begun.update(chosen)
             pictures = join_pictures([request.picture() for _, request in chosen.values()])
             limits = [request.limit for _, request in chosen.values()]

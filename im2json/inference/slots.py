@@ -224,6 +224,7 @@ class Slots:
         )  # fmt: skip
         for kept in of_a_row:
             kept.index_copy_(0, targets, kept.index_select(0, sources))
+        self.finished.index_fill_(0, sources, True)
         if self.allowed is not None:
             self.allowed.move(moves)
 
