@@ -9,6 +9,7 @@ im2json compare runs/A runs/B             which differences between two runs exc
 im2json score FILE.jsonl                  score answers of any system
 im2json sweep grid.json                   an ablation grid
 im2json extract runs/NAME PICTURES...     JSON of new pictures
+im2json serve runs/NAME                   an HTTP server that reads pictures
 im2json export runs/NAME --out DIR        weights for transformers and vLLM, or the adapter alone
 
 `python -m im2json` and `accelerate launch -m im2json` take the same commands. train.py, evaluate.py and sweep.py are
@@ -38,6 +39,7 @@ from im2json.cli import (
     resume_advice,
     user_errors,
 )
+from im2json.commands.serve import LOOPBACK
 from im2json.commands.sweep import SweepOptions, list_points
 from im2json.commands.sweep import sweep as run_sweep
 from im2json.options import TrainConfig, flag_name
@@ -338,7 +340,7 @@ def sweep(dry_run: bool, as_list: bool, **flags: Any) -> None:
             sys.exit(1)
 
 
-# --- extract, export
+# --- extract, serve, export
 
 
 @main.command(short_help="Read new pictures with a trained run.")
@@ -368,6 +370,66 @@ def extract(context: click.Context, run: str, pictures: tuple[str, ...], out: Pa
     if failed:
         click.echo(f"{failed} of {total} pictures could not be read; their rows say why", err=True)
         sys.exit(1)
+
+
+@main.command(short_help="Read pictures over HTTP with a trained run.")
+@click.argument("run", type=UserPath(readable=False))
+@click.option(
+    "--host",
+    metavar="HOST",
+    default=LOOPBACK[0],
+    show_default=True,
+    help="Address to listen at. Only this machine reaches the default; other addresses need --token.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    metavar="N",
+    default=8000,
+    show_default=True,
+    help="Port to listen at. 0 takes a free one.",
+)
+@click.option(
+    "--token",
+    metavar="TEXT",
+    envvar="IM2JSON_TOKEN",
+    show_envvar=True,
+    help="Secret that clients must send, as Authorization: Bearer TEXT.",
+)
+@click.option(
+    "--max-megabytes",
+    type=FloatRange(0, min_open=True),
+    metavar="FLOAT",
+    default=20.0,
+    show_default=True,
+    help="Size limit of a picture file.",
+)
+@click.option(
+    "--max-requests",
+    type=click.IntRange(1),
+    metavar="N",
+    default=64,
+    show_default=True,
+    help="Requests that the server works on at the same time. It refuses more with status 429.",
+)
+@option_flags(*EXTRACTION_OPTIONS)
+@click.pass_context
+def serve(
+    context: click.Context, run: str, host: str, port: int, token: str | None, max_megabytes: float, max_requests: int
+) -> None:
+    """Answer HTTP requests with the best adapter of RUN: a picture file in, its JSON out.
+
+    POST the file to /extract, or open the page at / and drop it there. RUN and the options are those of `im2json
+    extract`. Before it stops, the server answers the requests that it has accepted.
+    """
+    if host not in LOOPBACK and not token:
+        raise click.UsageError(f"--host {host} lets other machines in: set --token, or IM2JSON_TOKEN")
+    if token is not None and (not token.isascii() or token.split() != [token]):
+        raise click.UsageError("--token: expected ASCII characters without spaces")
+    with user_errors("the server did not start"):
+        from im2json.commands.serve import serve as answer_requests
+
+        answer_requests(run, host, port, token, max_megabytes, max_requests, context.obj or {})
 
 
 @main.command(short_help="Write the model of a run for transformers, vLLM or the hub.")

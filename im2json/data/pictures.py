@@ -20,6 +20,15 @@ from im2json.errors import UserError
 MAX_PIXELS = 90_000_000
 TOO_MANY = f"at most {MAX_PIXELS // 10**6} million are read; scale it down"
 
+
+class NotReadable(UserError):
+    """A file is no picture, or one of a kind that is not read."""
+
+
+class TooManyPixels(UserError):
+    """A picture has more than MAX_PIXELS pixels."""
+
+
 # How the common formats begin: what starts so and yet is not known to Pillow was a picture once.
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")
 
@@ -29,8 +38,11 @@ def decode_picture(data: bytes, where: str) -> Image.Image:
 
     Transparent parts come out white, values of more than 8 bits are scaled (see `load_upright_rgb`), of several pages
     the first is taken (see `count_pages`).
-    Raises UserError starting with `where` (a file, or a row) if `data` is no picture, is damaged, cut short,
-    or has more than MAX_PIXELS pixels.
+
+    Raises:
+        NotReadable: if `data` is no picture, or one of a kind that is not read.
+        TooManyPixels: if it has more than MAX_PIXELS.
+        UserError: if it is damaged or cut short. All messages start with `where`, which is a file or a row.
     """
     return upright_rgb(_open(data, where), where)
 
@@ -50,20 +62,20 @@ def _open(data: bytes, where: str) -> Image.Image:
         raise UserError(f"{where}: the picture is empty (0 bytes)")
     formats = _formats(data)
     if (kind := unreadable_kind(data, formats)) is not None:
-        raise UserError(f"{where}: is {kind}")
+        raise NotReadable(f"{where}: is {kind}")
     try:
         picture = Image.open(BytesIO(data), formats=formats)
         kind = raw_kind(picture)
     except Image.UnidentifiedImageError:
         if data.startswith(_SIGNATURES):
             raise UserError(f"{where}: the picture is damaged or cut short (its header)") from None
-        raise UserError(f"{where}: is not a picture that can be read ({', '.join(FORMATS)}); {CONVERT}") from None
+        raise NotReadable(f"{where}: is not a picture that can be read ({', '.join(FORMATS)}); {CONVERT}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{where}: the picture has too many pixels ({TOO_MANY})") from None
+        raise TooManyPixels(f"{where}: the picture has too many pixels ({TOO_MANY})") from None
     except DAMAGE as error:
         raise _damaged(error, where) from None
     if kind is not None:
-        raise UserError(f"{where}: is {kind}")
+        raise NotReadable(f"{where}: is {kind}")
     return picture
 
 
@@ -169,7 +181,7 @@ def upright_rgb(picture: Image.Image, where: str) -> Image.Image:
     """
     width, height = picture.size
     if width * height > MAX_PIXELS:
-        raise UserError(f"{where}: {width} x {height} are too many pixels ({TOO_MANY})")
+        raise TooManyPixels(f"{where}: {width} x {height} are too many pixels ({TOO_MANY})")
     try:
         return load_upright_rgb(picture)
     except DAMAGE as error:

@@ -39,7 +39,7 @@ Row = dict[str, Any]
 WAITING = 512  # rows that may wait for one before them
 
 
-class _Loaded(NamedTuple):
+class Loaded(NamedTuple):
     """A picture by name, with what the model gets of it, or with what is wrong."""
 
     id: str
@@ -128,7 +128,7 @@ class Extractor:
         limit = self.settings.max_new_tokens
         assert isinstance(limit, int)
         rows: dict[int, Row] = {}  # by the picture's number; those that wait for one before them
-        reading: dict[int, tuple[int, _Loaded]] = {}  # pictures and their numbers, by the request's
+        reading: dict[int, tuple[int, Loaded]] = {}  # pictures and their numbers, by the request's
         shown, more = 0, True
 
         def requests() -> Iterator[Request]:
@@ -159,11 +159,12 @@ class Extractor:
             while more:
                 for request, answer in self.decoder.answers(requests(), limit, len(self.draft), count):
                     number, loaded = reading.pop(request)
-                    rows[number] = self._row(loaded, answer)
+                    rows[number] = self.row(loaded, answer)
                     yield from ready()
                 yield from ready()
 
-    def _row(self, loaded: _Loaded, answer: Answer) -> Row:
+    def row(self, loaded: Loaded, answer: Answer) -> Row:
+        """Return the row of a picture and the answer to it."""
         reading = read(answer.text)
         confidence = leaf_confidence(answer.text, answer.starts, answer.logprobs, reading)
         row: Row = {
@@ -183,16 +184,24 @@ class Extractor:
             row["note"] = loaded.note
         return row
 
-    def _load(self, numbered: tuple[int, str | os.PathLike[str] | Image.Image]) -> _Loaded:
+    def load(self, name: str, data: bytes) -> Loaded:
+        """Decode a picture file, and return what the model gets of it.
+
+        Raises:
+            UserError: as decode_picture.
+        """
+        shown = decode_picture(data, name)
+        return self._shown(name, shown, count_pages(data))
+
+    def _load(self, numbered: tuple[int, str | os.PathLike[str] | Image.Image]) -> Loaded:
         number, picture = numbered
         name = str(number) if isinstance(picture, Image.Image) else os.fspath(picture)
-        pages = 1
         try:
             if isinstance(picture, Image.Image):
-                shown = upright_rgb(picture, name)
-            else:
-                data = read_file(Path(name), name)
-                shown, pages = decode_picture(data, name), count_pages(data)
+                return self._shown(name, upright_rgb(picture, name))
+            return self.load(name, read_file(Path(name), name))
         except UserError as error:
-            return _Loaded(name, error=str(error))
-        return _Loaded(name, self.decoder.collator.pictures([shown]), pages=pages, note=reading_note(shown))
+            return Loaded(name, error=str(error))
+
+    def _shown(self, name: str, picture: Image.Image, pages: int = 1) -> Loaded:
+        return Loaded(name, self.decoder.collator.pictures([picture]), pages=pages, note=reading_note(picture))
