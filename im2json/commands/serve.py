@@ -49,12 +49,11 @@ def serve(
 
             if config.train.threads is not None:
                 torch.set_num_threads(config.train.threads)
-            extractor = Extractor.from_config(config)
 
-        def stop() -> None:
-            server.should_exit = True
+            def stop() -> None:
+                server.should_exit = True
 
-        reader = SlotReader(extractor, stop)
+            reader = SlotReader(lambda: Extractor.from_config(config), stop)
         hosts = LOOPBACK if host in LOOPBACK else ["*"]
         service = Service(reader, megabytes, most, token, hosts)
         server = uvicorn.Server(uvicorn.Config(service.application(), log_level="warning", access_log=False))

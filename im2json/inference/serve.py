@@ -7,7 +7,6 @@ import contextlib
 import hmac
 import itertools
 import queue
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.resources import files
@@ -48,16 +47,21 @@ class SlotReader:
     """Read pictures for many callers on one thread. A new picture takes a free slot while other answers are written.
 
     Args:
-        on_failure: called on that thread if an exception has ended it.
+        load: returns the extractor. It is called on that thread, because PyTorch starts a pool of CPU threads for each
+            thread that computes, and two pools on the same cores cost a third of the speed.
+        on_failure: called on that thread if an exception has ended its work.
+
+    Raises:
+        UserError: what `load` raises.
     """
 
-    def __init__(self, extractor: Extractor, on_failure: Callable[[], None]) -> None:
-        self.extractor = extractor
+    def __init__(self, load: Callable[[], Extractor], on_failure: Callable[[], None]) -> None:
+        self._thread = ThreadPoolExecutor(1, "im2json-slots")
+        self.extractor = self._thread.submit(load).result()
         self.failure: BaseException | None = None
         self._on_failure = on_failure
         self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # None ends it
-        self._thread = threading.Thread(target=self._run, name="im2json-slots", daemon=True)
-        self._thread.start()
+        self._thread.submit(self._run)
 
     def submit(self, loaded: Loaded) -> Future[Row]:
         """Queue a picture and return its future row. The future gets the exception if one has ended this reader."""
@@ -70,7 +74,7 @@ class SlotReader:
     def close(self) -> None:
         """Wait until all submitted pictures are read, and end the thread."""
         self._waiting.put(None)
-        self._thread.join()
+        self._thread.shutdown()
 
     def _run(self) -> None:
         extractor = self.extractor
