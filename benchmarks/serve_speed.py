@@ -2,7 +2,7 @@
 
 Both read the same pictures with the same run, extract first. Each client sends one request after the other on a
 connection of its own. With --overload the server accepts only a quarter of the clients at a time, and a refused client
-tries again after .1 s. For the server it also prints the median and the 99th percentile of the time that an answer took,
+tries again after .1 s. For the server it also prints the median and the 99th percentile of the time of an answer,
 the number of answers by status, and the memory of its process after a tenth of the time and at the end.
 
 python benchmarks/serve_speed.py runs/NAME PICTURES...
