@@ -133,7 +133,7 @@ def write_merged(run: RunFolder, folder: Path) -> Collator:
     tokenizer = collator.processor.tokenizer
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=collator.stop,
+        eos_token_id=extractor.decoder.reader.stops,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
         max_new_tokens=extractor.settings.max_new_tokens,
