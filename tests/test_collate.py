@@ -155,7 +155,7 @@ def test_a_target_fits_to_the_token_or_its_row_is_refused(collator):
     assert problem == f"the target takes {tokens} tokens, and the model holds {tokens - 1} after picture and prompt"
     problem = TargetMeter(collator, 2048, tokens - 1)(target).problem
     assert f"the target takes {tokens} tokens, and --max-target-tokens is {tokens - 1}" in problem
-    with pytest.raises(ValueError, match=rf"prompt take {prefix} tokens, and the model holds {prefix + 1};"):
+    with pytest.raises(ValueError, match=rf"prompt take up to {prefix} tokens, but the model holds {prefix + 1}."):
         TargetMeter(collator, prefix + 1)
 
 

@@ -27,7 +27,7 @@ from small_model import (
     save_small_qwen25,
     save_small_smolvlm,
 )
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from im2json.app import main
 from im2json.data.collate import IGNORE, Batch, Collator, Pictures, join_pictures
@@ -36,7 +36,7 @@ from im2json.errors import UserError
 from im2json.families import FAMILIES, family_of, open_collator
 from im2json.inference.decode import Decoder, Request
 from im2json.jsontext import canonical
-from im2json.model.base import load_base
+from im2json.model.base import load_base, load_config
 from im2json.model.lora import add_lora, merged_copy, trained
 from im2json.options import DECODERS, TrainConfig
 from im2json.runs import RunFolder
@@ -365,6 +365,10 @@ def test_a_type_that_is_not_supported_is_named_with_those_that_are(cli, tmp_path
     assert error.endswith(f"is of type llava, which is not supported: {', '.join(FAMILIES)} are")
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert "is of type llama" in clear_error(cli("train", "--model", folder, "--output", tmp_path / "run"))
+    change(folder / "config.json", model_type="idefics3", text_config={"model_type": "granite"})
+    assert "has a language model of type granite, which is not supported in a model of type idefics3: llama is" in (
+        clear_error(cli("train", "--model", folder, "--output", tmp_path / "run"))
+    )
 
 
 def test_templates_that_cannot_be_learned_from_are_refused(tmp_path):
@@ -477,6 +481,25 @@ def test_tiles_are_counted_as_the_image_processor_cuts_them(tmp_path):
         ("gemma3", "preprocessor_config.json", {"size": {"height": 56, "width": 56}}, r"size is \(56, 56\)"),
         ("smolvlm", "preprocessor_config.json", {"max_image_size": {"longest_edge": 32}}, "longest_edge is 32"),
         ("smolvlm", "preprocessor_config.json", {"max_image_size": {"height": 16, "width": 16}}, "is None, and"),
+        (
+            "qwen2_5_vl",
+            "preprocessor_config.json",
+            {"temporal_patch_size": 1},
+            "temporal_patch_size is 1, and .* needs 2",
+        ),
+        (
+            "qwen3_vl",
+            "preprocessor_config.json",
+            {"image_mean": 0.5},
+            "image_mean .* must be three numbers, and is 0.5",
+        ),
+        ("smolvlm", "preprocessor_config.json", {"image_std": [1, 1]}, "image_std .* must be three numbers"),
+        (
+            "paligemma",
+            "processor_config.json",
+            {"image_processor": {"image_seq_length": 9, "size": {"height": 28, "width": 28}}},
+            "image_seq_length is 9, and .* 4:",
+        ),
         ("gemma3", "config.json", {"image_token_index": 9, "image_token_id": 9}, "the id of <image_soft_token> is"),
     ],
 )
@@ -503,6 +526,15 @@ def test_pan_and_scan_is_not_done_whatever_the_file_says(tmp_path):
     change(folder / "preprocessor_config.json", do_pan_and_scan=True, pan_and_scan_min_crop_size=8,
            pan_and_scan_max_num_crops=4, pan_and_scan_min_ratio_to_activate=1.2)  # fmt: skip
     assert len(open_collator(str(folder), PROMPT).pictures([noise(0, (30, 90))])["pixels"]) == 1
+
+
+@pytest.mark.parametrize("of", ["qwen3_vl", "smolvlm"])
+def test_more_image_tokens_than_the_model_holds_are_refused(tmp_path, of):
+    folder = SAVED[of](tmp_path / "model")
+    held = load_config(str(folder)).get_text_config().max_position_embeddings
+    for many in (held, 10**9):
+        with pytest.raises(UserError, match=f"--image-tokens {many}: the model holds {held} tokens"):
+            open_collator(str(folder), PROMPT, image_tokens=many)
 
 
 def test_a_limit_below_a_tile_is_refused(tmp_path):
@@ -584,6 +616,8 @@ def test_other_families_go_through_all_commands(cli, train, resume, dataset, tmp
     done = CliRunner().invoke(main, ["export", str(whole.path), "--out", str(tmp_path / "out"), "--parity", "0"])
     assert done.exit_code == 0, done.output
     assert re.search(r"[34] of 4 answers are the run's to the letter", done.output), done.output
+    wanted, stops = (GenerationConfig.from_pretrained(folder).eos_token_id for folder in (model, tmp_path / "out"))
+    assert {*stops} >= ({*wanted} if isinstance(wanted, list) else {wanted}), (stops, wanted)
     held = train(tmp_path / "held", "--steps", 2, "--constrain", "--max-new-tokens", 60, base=base)
     assert json.loads(held.result.read_text())["test"]["after"]["json_validity"] == 1
 

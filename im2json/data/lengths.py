@@ -44,8 +44,9 @@ class TargetMeter:
         self.answer_positions = positions - collator.longest_prefix
         if self.answer_positions < 2:
             raise UserError(
-                f"--prompt {shortened(collator.prompt)!r}: picture and prompt take {collator.longest_prefix} tokens, "
-                f"and the model holds {positions}; shorten the prompt"
+                f"--prompt {shortened(collator.prompt)!r}: picture and prompt take up to {collator.longest_prefix} "
+                f"tokens, but the model holds {positions}. Shorten the prompt, or show smaller pictures "
+                "(--image-tokens, or the size in the processor's files)"
             )
 
     def __call__(self, target: dict, size: tuple[int, int] | None = None) -> Measured:

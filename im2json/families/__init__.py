@@ -29,11 +29,17 @@ def family_of(config: Any, name: str = "the model") -> Family:
         name: what the model is called in an error.
 
     Raises:
-        UserError: if it is of no family here, naming those that are.
+        UserError: if its type or that of its language model is not supported, naming those that are.
     """
     if config.model_type not in FAMILIES:
         raise UserError(f"{name} is of type {config.model_type}, which is not supported: {', '.join(FAMILIES)} are")
-    return FAMILIES[config.model_type]
+    family, text = FAMILIES[config.model_type], config.get_text_config().model_type
+    if text not in family.text_types:
+        raise UserError(
+            f"{name} has a language model of type {text}, which is not supported in a model of type "
+            f"{config.model_type}: {', '.join(family.text_types)} is"
+        )
+    return family
 
 
 def check_adapter(options: ModelOptions) -> None:
@@ -59,7 +65,12 @@ def collator_of(model: str, options: DataOptions) -> Collator:
             other.
     """
     config = load_config(model)
-    family = family_of(config, f"--model {model}")
+    family, held = family_of(config, f"--model {model}"), config.get_text_config().max_position_embeddings
+    if options.image_tokens is not None and options.image_tokens >= held:
+        raise UserError(
+            f"--image-tokens {options.image_tokens}: the model holds {held} tokens, prompt and answer included. Give a "
+            "smaller number"
+        )
     return family.collator(family.load_processor(model, config), options)
 
 

@@ -67,6 +67,7 @@ class Family(Protocol):
     """A kind of vision-language model, whatever the size."""
 
     model_types: Sequence[str]  # of the configs of transformers
+    text_types: Sequence[str]  # of the configs of their language models
     tower: str  # found in the name of every module that sees pictures
     records_steps: bool  # whether a training pass can be recorded as a CUDA graph
 
@@ -110,6 +111,24 @@ def refuse(options: DataOptions, **reasons: str) -> None:
         if value := getattr(options, name):
             given = "" if value is True else f" {value}"
             raise UserError(f"--{name.replace('_', '-')}{given}: leave it out, {reason}")
+
+
+def check_processor(files: object, model: str, needed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Check that a processor makes the inputs that a model takes.
+
+    Args:
+        files: where the processor was loaded from.
+        needed: settings that they must share, by name: the processor's value and the model's.
+
+    Raises:
+        UserError: for the first that differs.
+    """
+    for name, (found, wanted) in needed.items():
+        if found != wanted:
+            raise UserError(
+                f"{files}: {name} is {found}, and the model of --model {model} needs {wanted}: take the "
+                "processor's files from where the model comes from"
+            )
 
 
 def as_on_hub(weights: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:

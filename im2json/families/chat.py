@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from im2json.data.collate import Collator, Pictures
 from im2json.errors import UserError, first_line
-from im2json.families.base import PictureFeatures, as_on_hub
+from im2json.families.base import PictureFeatures, as_on_hub, check_processor
 from im2json.families.reader import TextReader
 from im2json.files import write_json
 from im2json.model.base import from_pretrained
@@ -46,7 +46,7 @@ class ChatProcessor:
         files: the folder that holds the model's processor.
 
     Raises:
-        ValueError: if a picture's size is not said as the family says it.
+        ValueError: if the image processor's size, mean or standard deviation is not of the family's form.
     """
 
     image_processor_class: ClassVar[Any]
@@ -60,6 +60,10 @@ class ChatProcessor:
         if not self.sizes <= dict(self.image_processor.size).keys():
             wanted, found = " and ".join(sorted(self.sizes)), dict(self.image_processor.size)
             raise ValueError(f"{files}: the size of its image processor must have {wanted}, and is {found}")
+        for name in ("image_mean", "image_std"):
+            value = getattr(self.image_processor, name)
+            if not isinstance(value, Sequence) or len(value) != 3:
+                raise ValueError(f"{files}: {name} of its image processor must be three numbers, and is {value}")
         apart = files / "chat_template.json"  # which transformers reads for its own processors alone
         if not self.tokenizer.chat_template and apart.is_file():
             self.tokenizer.chat_template = json.loads(apart.read_text("utf-8")).get("chat_template")
@@ -111,12 +115,7 @@ class ChatFamily(ABC):
         processor.features = self.features_of_a_picture(config)
         needed = self.needed(config, processor)
         needed[f"the id of {self.token}"] = processor.tokenizer.convert_tokens_to_ids(self.token), config.image_token_id
-        for name, (found, wanted) in needed.items():
-            if found != wanted:
-                raise UserError(
-                    f"{processor.files}: {name} is {found}, and the model of --model {model} needs {wanted}: take the "
-                    "processor's files from where the model comes from"
-                )
+        check_processor(processor.files, model, needed)
         return processor
 
     def features_of_a_picture(self, config: Any) -> int:

@@ -34,6 +34,7 @@ class Gemma3(ChatFamily):
     """
 
     model_types: Sequence[str] = ("gemma3",)
+    text_types: Sequence[str] = ("gemma3_text",)
     tower = "vision_tower"
     processor_class = Gemma3Processor
     token = "<image_soft_token>"

@@ -31,6 +31,7 @@ class PaddleOCR(Qwen):
     """PaddleOCR-VL."""
 
     model_types: Sequence[str] = ("paddleocr_vl",)
+    text_types: Sequence[str] = ("paddleocr_vl_text",)
     processor_class = PaddleOCRProcessor
     token = "<|IMAGE_PLACEHOLDER|>"
     hub_names: ClassVar[Mapping[str, str]] = {

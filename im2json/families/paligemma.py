@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import PaliGemmaProcessor
 
 from im2json.data.collate import Collator, Pictures
-from im2json.families.base import PictureFeatures, Squares, as_on_hub, refuse
+from im2json.families.base import PictureFeatures, Squares, as_on_hub, check_processor, refuse
 from im2json.families.reader import TextReader
 from im2json.model.base import from_pretrained
 from im2json.model.memory import Sizes, Tower
@@ -24,6 +24,7 @@ class PaliGemma:
     """The family of PaliGemma, see families.base.Family."""
 
     model_types: Sequence[str] = ("paligemma",)
+    text_types: Sequence[str] = ("gemma", "gemma2")
     tower = "vision_tower"
     records_steps = True
     hub_names: ClassVar[Mapping[str, str]] = {
@@ -33,8 +34,18 @@ class PaliGemma:
     }
 
     def load_processor(self, model: str, config: Any) -> PaliGemmaProcessor:
-        """Load the processor of a model or of an adapter folder."""
-        return from_pretrained(PaliGemmaProcessor, model)
+        """Load the processor of a model, and compare it with the model's config.
+
+        Raises:
+            UserError: if it cannot be loaded, or would make other inputs than the model takes.
+        """
+        processor, vision = from_pretrained(PaliGemmaProcessor, model), config.vision_config
+        side, shown = vision.image_size, processor.image_processor.size
+        check_processor(model, model, {
+            "size": ((shown.get("height"), shown.get("width")), (side, side)),
+            "image_seq_length": (processor.image_seq_length, (side // vision.patch_size) ** 2),
+        })  # fmt: skip
+        return processor
 
     def collator(self, processor: Any, options: DataOptions) -> Collator:
         """Return the collator.

@@ -45,6 +45,7 @@ class Qwen(ChatFamily):
     """Qwen3-VL, whose decoder gets features in several layers (DeepStack)."""
 
     model_types: Sequence[str] = ("qwen3_vl",)
+    text_types: Sequence[str] = ("qwen3_vl_text",)
     tower = "visual"  # which waits for the GPU to know how large pictures are
     processor_class: ClassVar[Any] = QwenProcessor
     token = "<|image_pad|>"
@@ -60,6 +61,7 @@ class Qwen(ChatFamily):
         return {
             "patch_size": (shown.patch_size, vision.patch_size),
             "merge_size": (shown.merge_size, vision.spatial_merge_size),
+            "temporal_patch_size": (shown.temporal_patch_size, getattr(vision, "temporal_patch_size", 1)),
         }
 
     def collator(self, processor: Any, options: DataOptions) -> Collator:
@@ -134,6 +136,7 @@ class Qwen25(Qwen):
     """Qwen2.5-VL. Its tower attends within windows, which its own modules lay out."""
 
     model_types: Sequence[str] = ("qwen2_5_vl",)
+    text_types: Sequence[str] = ("qwen2_5_vl_text",)
     hub_names: ClassVar[Mapping[str, str]] = {"model.language_model.": "model.", "model.visual.": "visual."}
 
     def look(self, model: Any, pictures: Pictures) -> Seen:

@@ -45,6 +45,7 @@ class Tiles(ChatFamily):
     """SmolVLM2 and Idefics 3, whose classes differ in their names alone."""
 
     model_types: Sequence[str] = ("smolvlm", "idefics3")
+    text_types: Sequence[str] = ("llama",)
     tower = "vision_model"
     processor_class = TilesProcessor
     token = "<image>"
