@@ -42,6 +42,8 @@ from im2json.cli import (
 from im2json.commands.serve import LOOPBACK
 from im2json.commands.sweep import SweepOptions, list_points
 from im2json.commands.sweep import sweep as run_sweep
+from im2json.data.names import Shard
+from im2json.errors import UserError
 from im2json.options import TrainConfig, flag_name
 from im2json.records import SPLITS
 from im2json.resume import EVALUATION_OPTIONS, EXTRACTION_OPTIONS, evaluated_config, fresh_options, training_config
@@ -343,18 +345,44 @@ def sweep(dry_run: bool, as_list: bool, **flags: Any) -> None:
 # --- extract, serve, export
 
 
+def _read_shard(context: click.Context, parameter: click.Parameter, text: str) -> Shard:
+    try:
+        return Shard.parse(text)
+    except UserError as error:
+        raise click.UsageError(str(error), context) from None
+
+
 @main.command(short_help="Read new pictures with a trained run.")
 @click.argument("run", type=UserPath(readable=False))
-@click.argument("pictures", nargs=-1, required=True, type=UserPath(readable=False))
+@click.argument("pictures", nargs=-1, type=UserPath(readable=False))
+@click.option(
+    "--files-from",
+    type=UserPath(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+    metavar="PATH",
+    help="Text file with the name of a picture on each line, or - for the standard input. Names are taken literally.",
+)
+@click.option(
+    "--null", is_flag=True, help="Names in --files-from end with a NUL character, as `find -print0` writes them."
+)
 @click.option(
     "--out",
     type=UserPath(dir_okay=False, path_type=Path),
     metavar="PATH",
     help="JSON-lines file for the rows. Rows that it already has are kept.",
 )
+@click.option(
+    "--shard",
+    default="1/1",
+    metavar="I/N",
+    callback=_read_shard,
+    help="Read only the I-th of N equal parts of the pictures. Their outputs, joined, are that of one job.",
+)
 @option_flags(*EXTRACTION_OPTIONS)
 @click.pass_context
-def extract(context: click.Context, run: str, pictures: tuple[str, ...], out: Path | None) -> None:
+def extract(
+    context: click.Context, run: str, pictures: tuple[str, ...], files_from: Path | None, null: bool,
+    out: Path | None, shard: Shard,
+) -> None:  # fmt: skip
     """Read PICTURES (files, folders, patterns) with the best adapter of RUN: a row of JSON each, in their order.
 
     RUN may also be a folder with a LoRA adapter in PEFT's format, or one on the hub. Options not given are the run's.
@@ -363,10 +391,16 @@ def extract(context: click.Context, run: str, pictures: tuple[str, ...], out: Pa
     With --out, rows are added as they come, and pictures that have one are passed over: the same command goes on where
     a job was stopped. A picture is known by its name; to have it read again, remove its row.
     """
+    if not pictures and files_from is None:
+        raise click.UsageError("give PICTURES, --files-from, or both")
+    if null and files_from is None:
+        raise click.UsageError("--null goes with --files-from")
     with user_errors("the rows so far are kept; the same command goes on" if out else "nothing was kept without --out"):
+        from im2json.commands.extract import Selection
         from im2json.commands.extract import extract as extract_rows
 
-        failed, total = extract_rows(run, pictures, out, context.obj or {})
+        selection = Selection(pictures, files_from, null, shard)
+        failed, total = extract_rows(run, selection, out, context.obj or {})
     if failed:
         click.echo(f"{failed} of {total} pictures could not be read; their rows say why", err=True)
         sys.exit(1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -239,6 +241,79 @@ def test_a_stopped_job_goes_on(extract, pictures, tmp_path):
     result = extract(*asked, "--out", stopped)  # nothing is left to do, but the failure is not forgotten
     assert "1 of 7 pictures could not be read" in result.stderr
     assert stopped.read_bytes() == whole.read_bytes()
+
+
+def test_shards_joined_are_the_whole(extract, pictures, tmp_path):
+    """Each goes on by itself, and one without pictures is an empty file."""
+    assert extract(*pictures, "--out", tmp_path / "whole").exit_code == 0
+    whole = (tmp_path / "whole").read_bytes()
+    for count in (1, 4, 8):
+        shards = [tmp_path / f"{number} of {count}" for number in range(1, count + 1)]
+        for number, shard in enumerate(shards, start=1):
+            for _ in range(2):
+                result = extract(*pictures, pictures[0], "--shard", f"{number}/{count}", "--out", shard)
+                assert result.exit_code == 0, result.output
+                stopped = shard.read_bytes()
+                shard.write_bytes(stopped[:-20])
+            shard.write_bytes(stopped)
+        assert b"".join(shard.read_bytes() for shard in shards) == whole
+        assert [len(shard.read_bytes().splitlines()) for shard in shards] == {
+            1: [6], 4: [1, 2, 1, 2], 8: [0, 1, 1, 1, 0, 1, 1, 1],
+        }[count]  # fmt: skip
+
+
+def test_a_list_of_files_is_as_good_as_arguments(extract, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    odd = Path(shutil.copy(pictures[5], "a[12]* .png"))
+    broken = Path(os.fsdecode(b"a\xe9\n.png"))
+    broken.write_bytes(b"")
+    Path("list").write_text("\n".join([*pictures[1:4], "", str(odd), *pictures[:3], "folder"]))
+    Path("folder").mkdir()
+    wanted = [*pictures[1:4], str(odd), pictures[0], "folder"]
+    listed = extract("--files-from", "list")
+    assert listed.exit_code == 1 and "1 of 6 pictures could not be read" in listed.stderr
+    rows = rows_of(listed)
+    assert [row["id"] for row in rows] == wanted and rows[-1]["error"] == "folder: is not a file"
+    assert rows[:-1] == rows_of(extract(*wanted[:-1]))
+    both = rows_of(extract(pictures[5], pictures[2], "--files-from", "list"))
+    assert [row["id"] for row in both] == [pictures[5], pictures[2], *(id for id in wanted if id != pictures[2])]
+    Path("null").write_bytes(b"".join(os.fsencode(name) + b"\0" for name in (odd, broken)))
+    rows = rows_of(extract("--files-from", "null", "--null"))
+    assert [row["id"] for row in rows] == [str(odd), str(broken)] and "error" in rows[1]
+
+
+def test_a_list_on_the_standard_input(finished, pictures):
+    from click.testing import CliRunner
+
+    from im2json.app import main
+
+    given = ["extract", str(finished.path), "--files-from", "-"]
+    result = CliRunner().invoke(main, given, input="\n".join(pictures[:2]))
+    assert [row["id"] for row in rows_of(result)] == pictures[:2]
+
+
+def test_a_million_rows_are_not_held(extract, pictures, tmp_path, monkeypatch):
+    """Of names, those on their way to the model alone are in memory: neither all that are listed nor all rows."""
+    seen = []
+
+    class Stub:
+        def __call__(self, given: Any) -> Iterator[dict[str, Any]]:
+            seen.append((type(given).__name__, len(given)))
+            return ({"id": name, "json": None} for name in given)
+
+    monkeypatch.setattr(im2json.Extractor, "from_config", lambda config: Stub())
+    names, out = [f"{i} of the scans of many years.png" for i in range(20_000)], tmp_path / "rows"
+    (tmp_path / "list").write_text("\n".join(names))
+    tracemalloc.start()
+    try:
+        for half in ("1/2", "1/1"):
+            assert extract("--files-from", tmp_path / "list", "--shard", half, "--out", out).exit_code == 0
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [row["id"] for row in read_lines(out)] == names
+    assert seen == [("Missing", 10_000), ("Missing", 10_000)]
+    assert most < 20_000 * 40  # bytes; the names alone take more than twice as many
 
 
 def test_a_file_that_is_not_this_jobs(extract, pictures, tmp_path):

@@ -87,6 +87,13 @@ MISTAKES = {
     "evaluate a folder in place of a file": Mistake(
         "evaluate {run} --against {run}", "predictions.jsonl", "{run}/predictions.jsonl/x"
     ),
+    "extract a list that is not text": Mistake(
+        "extract {run} --files-from {tmp}/list", "--files-from {tmp}/list:2: is not UTF-8 text (byte 3)", "{tmp}/list",
+        b"a.png\ncaf\xe9.png\n",
+    ),
+    "extract a list of nothing": Mistake(
+        "extract {run} --files-from {tmp}/list", "--files-from {tmp}/list: names no picture", "{tmp}/list", b"\n\n"
+    ),
     "extract into a folder that is not there": Mistake(
         "extract {run} {data}/test/0.png --out {tmp}/none/rows", "--out {tmp}/none/rows cannot be opened"
     ),
@@ -164,6 +171,20 @@ def test_a_mistake_is_one_line(cli, finished, small_model, dataset, tmp_path, mi
         script, arguments = "im2json.__main__", [script, *arguments]
     error = clear_error(cli(script, *arguments))
     assert mistake.says.format(**names) in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("", "give PICTURES, --files-from, or both"),
+        ("a.png --null", "--null goes with --files-from"),
+        ("a.png --shard 0/4", "--shard 0/4: expected I/N with 1 <= I <= N"),
+        ("--files-from none", "File 'none' does not exist"),
+    ],
+)
+def test_flags_of_extract_that_do_not_fit_together(cli, finished, flags, problem):
+    result = cli("im2json.__main__", "extract", finished.path, *flags.split())
+    assert result.exit_code == 2 and problem in result.stderr
 
 
 # --- bugs

@@ -3,23 +3,66 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
 from im2json.cli import quick_start, quiet_libraries
+from im2json.data.names import NameSet, Shard, read_names
 from im2json.data.pictures import list_pictures
+from im2json.errors import UserError
 from im2json.report.table import counted
 from im2json.runs import RunFolder
 
 
-def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict[str, Any]) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Selection:
+    """The pictures that a job reads."""
+
+    given: Sequence[str] = ()  # files, folders and patterns
+    files_from: Path | None = None  # a list of files, which come after the given ones; "-" is the standard input
+    null: bool = False  # whether the names in the list end with a NUL character
+    shard: Shard = Shard()  # noqa: RUF009 (it is a named tuple)
+
+    def find(self, notes: list[str]) -> NameSet:
+        """Return the pictures of all shards, each once. A line on what was passed over is appended to `notes`.
+
+        Raises:
+            UserError: if a folder, a pattern or the list has no picture, or the list is not text.
+        """
+        listed = NameSet(list_pictures(self.given, notes))
+        if self.files_from is not None:
+            where = f"--files-from {self.files_from}"
+            with click.open_file(str(self.files_from), "rb") as file:
+                listed.update(read_names(file, where, self.null))
+            if not listed:
+                raise UserError(f"{where}: names no picture")
+        return listed
+
+
+@dataclass(frozen=True)
+class Missing:
+    """The pictures that have no row yet, in order."""
+
+    listed: NameSet
+    numbers: range  # those of the job's shard
+    read: NameSet
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.listed.among(self.numbers) if name not in self.read)
+
+
+def extract(run: str, selection: Selection, out: Path | None, options: dict[str, Any]) -> tuple[int, int]:
     """Write the rows that are not in the file yet, and say on the standard error what was passed over.
 
     Args:
         run: a run folder, an adapter folder, or an adapter on the hub.
-        pictures: files, folders and patterns.
         out: the file, or None for the standard output.
         options: in place of the run's.
 
@@ -35,17 +78,18 @@ def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict
     from im2json.resume import reading_config, reading_digest
 
     notes: list[str] = []
-    listed = list_pictures(pictures, notes)
+    listed = selection.find(notes)
     for note in notes:
         click.echo(note, err=True)
     config = reading_config(adapter_path(run), options)
     with row_file(out, reading_digest(config)) as rows:
-        missing = [picture for picture in listed if picture not in rows.ids]
-        known = f", {len(listed) - len(missing)} of them read before" if len(missing) < len(listed) else ""
-        click.echo(f"reading {counted(len(listed), 'picture')} with {run}{known}", err=True)
+        missing = Missing(listed, selection.shard.of(len(listed)), rows.ids)
+        total, left = len(missing.numbers), len(missing)
+        known = f", {total - left} of them read before" if left < total else ""
+        click.echo(f"reading {counted(total, 'picture')} with {run}{known}", err=True)
         if RunFolder(Path(run)).config.is_file() and not RunFolder(Path(run)).done:
             click.echo(f"{run} has not finished: its best adapter so far is used, without calibration", err=True)
-        if missing:
+        if left:
             with quick_start():
                 import torch
                 from tqdm import tqdm
@@ -56,8 +100,7 @@ def extract(run: str, pictures: tuple[str, ...], out: Path | None, options: dict
                 if config.train.threads is not None:
                     torch.set_num_threads(config.train.threads)
                 extractor = Extractor.from_config(config)
-            done = len(listed) - len(missing)
-            with progress_bar(len(listed), "extract", "pic", done=done) as bar:
+            with progress_bar(total, "extract", "pic", done=total - left) as bar:
                 for row in extractor(missing):
                     rows.write(row)
                     if "pages" in row:

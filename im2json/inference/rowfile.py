@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from im2json.data.names import NameSet
 from im2json.errors import UserError
 from im2json.files import json_line, lock
 
@@ -22,7 +23,7 @@ class RowFile:
     def __init__(self, file: BinaryIO, by: str) -> None:
         self.file = file
         self.by = by
-        self.ids: set[str] = set()
+        self.ids = NameSet()
         self.errors = 0
 
     def write(self, row: dict[str, Any]) -> None:
@@ -35,31 +36,41 @@ class RowFile:
     def take_up(self, name: str) -> None:
         """Count the rows of the file, and drop a last one that was cut short when the job was stopped."""
         end = 0
-        for number, line in enumerate(self.file, start=1):
-            cut = not line.endswith(b"\n")
-            if cut and _torn(line):
-                break
-            try:
-                row = json.loads(line)
-                by = row["by"]
-                if not isinstance(row["id"], str):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise UserError(f"--out {name}:{number}: is not a row of an extraction; name another file") from None
-            if by != self.by:
-                raise UserError(
-                    f"--out {name}:{number}: was read with another adapter, base or option (by {by}, now {self.by}); "
-                    "name another file"
-                )
-            if cut:
-                break
+        for line, row in _whole_rows(self.file, f"--out {name}", self.by):
             self._count(row)
             end += len(line)
         self.file.truncate(end)
 
     def _count(self, row: dict[str, Any]) -> None:
-        self.ids.add(row["id"])
+        self.ids.update([row["id"]])
         self.errors += "error" in row
+
+
+def _whole_rows(file: BinaryIO, where: str, by: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the rows of a file and their lines, without a last one that has no line break.
+
+    Raises:
+        UserError: naming the line that is no row with the same `by`.
+    """
+    for number, line in enumerate(file, start=1):
+        cut = not line.endswith(b"\n")
+        if cut and _torn(line):
+            return
+        try:
+            row = json.loads(line)
+            read_by = row["by"]
+            if not isinstance(row["id"], str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{where}:{number}: is not a row of an extraction; name another file") from None
+        if read_by != by:
+            raise UserError(
+                f"{where}:{number}: was read with another adapter, base or option (by {read_by}, now {by}); "
+                "name another file"
+            )
+        if cut:
+            return
+        yield line, row
 
 
 def _torn(line: bytes) -> bool:
