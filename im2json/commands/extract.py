@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class Selection:
     given: Sequence[str] = ()  # files, folders and patterns
     files_from: Path | None = None  # a list of files, which come after the given ones; "-" is the standard input
     null: bool = False  # whether the names in the list end with a NUL character
-    shard: Shard = Shard()  # noqa: RUF009 (it is a named tuple)
+    shard: Shard = field(default_factory=Shard)
 
     def find(self, notes: list[str]) -> NameSet:
         """Return the pictures of all shards, each once. A line on what was passed over is appended to `notes`.

@@ -6,7 +6,8 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, NamedTuple
+from dataclasses import dataclass
+from typing import IO
 
 from im2json.errors import UserError
 from im2json.text import decode
@@ -62,7 +63,8 @@ def _key(name: str) -> tuple[bytes]:
     return (name.encode("utf-8", "surrogatepass"),)  # SQLite's own text holds no lone surrogates
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """One of several equal parts of a job, counted from 1."""
 
     number: int = 1
@@ -89,7 +91,7 @@ class Shard(NamedTuple):
         return f"{self.number}/{self.count}"
 
 
-def read_names(file: BinaryIO, where: str, null: bool = False) -> Iterator[str]:
+def read_names(file: IO[bytes], where: str, null: bool = False) -> Iterator[str]:
     """Yield the names of a list, which has one on each line. Blank lines are skipped.
 
     Args:
@@ -111,7 +113,7 @@ def read_names(file: BinaryIO, where: str, null: bool = False) -> Iterator[str]:
             yield name
 
 
-def _split(file: BinaryIO, end: bytes) -> Iterator[bytes]:
+def _split(file: IO[bytes], end: bytes) -> Iterator[bytes]:
     rest = b""
     while block := file.read(BLOCK):
         *whole, rest = (rest + block).split(end)
