@@ -301,7 +301,20 @@ def test_the_command_lists_its_commands_in_the_order_of_their_use():
 def test_every_help_text_is_a_sentence_and_every_metavar_a_type():
     from im2json.app import main
 
-    types = {"PATH", "TEXT", "N", "FLOAT", "NAME", "NAME=VALUE", "HOST", "HOST:PORT", "OWNER/NAME", "auto", "NAMES"}
+    types = {
+        "PATH",
+        "TEXT",
+        "N",
+        "FLOAT",
+        "NAME",
+        "NAME=VALUE",
+        "HOST",
+        "HOST:PORT",
+        "I/N",
+        "OWNER/NAME",
+        "auto",
+        "NAMES",
+    }
     for name, command in main.commands.items():
         for parameter in command.params:
             if not isinstance(parameter, click.Option):
