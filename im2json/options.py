@@ -136,6 +136,7 @@ def option(
 
 
 Trim = Literal["off", "crop", "squeeze"]
+PrefixMask = Literal["full", "picture"]
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,12 @@ class DataOptions:
         "scaled down to it. Default: 1,024, or for models that cut pictures into tiles what their own files say.",
         unit="tokens",
         at_least=64,
+        added_later=True,
+    )
+    prefix_mask: Literal["full", "picture"] = option(
+        "full",
+        "Tokens that attend in both directions, for PaliGemma. full: picture and prompt, as PaliGemma was trained. "
+        "picture: the picture alone, as vLLM computes it since November 2025.",
         added_later=True,
     )
     prompt: str = option("extract JSON.", "Prompt that the model gets with every picture. It is kept with the adapter.")

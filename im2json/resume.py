@@ -28,13 +28,13 @@ from im2json.text import command_line
 
 PATHS = {"model": "tiny", "dataset": "receipts", "adapter": None, "schema": None}
 """The options that may be paths, each with the one value that is none."""
-WARM_START_OPTIONS = ("prompt", "letterbox", "trim", "image_tokens")
+WARM_START_OPTIONS = ("prompt", "letterbox", "trim", "image_tokens", "prefix_mask")
 """What --adapter takes from the adapter unless it is given."""
 SHOWN = 5
 """Examples that an error names."""
 READING_OPTIONS = (
-    "model", "quant", "precision", "prompt", "letterbox", "trim", "image_tokens", "max_new_tokens", "constrain",
-    "check_sum",
+    "model", "quant", "precision", "prompt", "letterbox", "trim", "image_tokens", "prefix_mask", "max_new_tokens",
+    "constrain", "check_sum",
 )  # fmt: skip
 """The options that decide what is read in a picture, besides the adapter."""
 
@@ -48,6 +48,7 @@ EXTRACTION_OPTIONS = (
     "letterbox",
     "trim",
     "image_tokens",
+    "prefix_mask",
     "max_new_tokens",
     *EVALUATION_OPTIONS,
 )

@@ -81,6 +81,7 @@ class Workspace:
             "letterbox": self.config.data.letterbox,
             "trim": self.config.data.trim,
             "image_tokens": self.config.data.image_tokens,
+            "prefix_mask": self.config.data.prefix_mask,
             "quant": self.config.model.quant,
             "max_new_tokens": self.settings.max_new_tokens,
             "text": self.collator.text,

@@ -171,8 +171,10 @@ def summed_loss_of(model: Any, batch: Batch) -> torch.Tensor:
 def prefix_inputs(collator: Any, pictures: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return what transformers' PaliGemma generates from for these pictures."""
     ids = torch.tensor(collator.prefixes(pictures))  # B x P: all prefixes are equally long
-    types = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    return {"input_ids": ids, **types, **pictures}
+    types = torch.zeros_like(ids)
+    if collator.both_ways is not None:
+        types[:, collator.both_ways :] = 1
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": types, **pictures}
 
 
 # --- work, which no other process on the machine changes

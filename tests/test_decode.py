@@ -16,11 +16,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers import prefix_inputs, reset_accelerate, slow, write_dataset
+from PIL import Image
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 import im2json.inference.evaluate as room
 from im2json.data.example import FirstExamples
 from im2json.data.sources import load_splits
+from im2json.families import open_collator
+from im2json.inference import plain
 from im2json.inference.constrain import Grammar
 from im2json.inference.decode import Answer, Decoder, Request
 from im2json.inference.evaluate import _windows, evaluate_split
@@ -159,6 +162,30 @@ def test_texts_are_those_of_transformers(model, collator, pixels, expected, slot
     assert [answer.tokens for answer in answers] == expected
     assert decoder.tokens == sum(map(len, expected))
     assert [answer.tokens for answer in decoder(shown(pixels[3:5]), NEW)] == expected[3:5], "slots are used again"
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed rows"])
+def test_texts_with_a_causal_prompt_are_those_of_transformers(model, small_model, pixels, expected, fixed):
+    """Where the prompt has type 1, as vLLM computes PaliGemma."""
+    collator = open_collator(small_model, "extract JSON.", prefix_mask="picture")
+    wanted = oracle(model, collator, pixels)
+    assert wanted != expected
+    assert [answer.tokens for answer in make_decoder(model, collator, fixed=fixed)(shown(pixels), NEW)] == wanted
+
+
+def test_plain_transformers_reads_an_export_with_either_mask(small_model, dataset, tmp_path):
+    model, folder = make_model(small_model, "gemma"), str(tmp_path)
+    model.generation_config.max_new_tokens = NEW
+    model.save_pretrained(folder)
+    pictures = [f"{dataset}/test/{i}.png" for i in range(3)]
+    images = [Image.open(picture).convert("RGB") for picture in pictures]
+    texts = []
+    for mask in ("full", "picture"):
+        collator = open_collator(small_model, "extract JSON.", prefix_mask=mask)
+        collator.processor.save_pretrained(folder)
+        texts.append(texts_of(Decoder(model, collator)(collator.pictures(images), NEW)))
+        assert plain.answers(folder, collator.text, pictures, 4, collator.both_ways is not None) == texts[-1]
+    assert texts[0] != texts[1]
 
 
 def sources(expected: list[list[int]]) -> dict[str, list[list[int]]]:

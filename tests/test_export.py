@@ -93,6 +93,26 @@ def test_merged_weights(export, in_process, finished, tmp_path):
     assert all(path.stat().st_mode & 0o044 for path in folder.iterdir())
 
 
+def test_a_run_with_a_causal_prompt(export, in_process, train, finished, tmp_path):
+    """Its adapter records the mask, and plain transformers gives its answers if it is told the prompt's type."""
+    run = train(tmp_path / "run", "--prefix-mask", "picture")
+    usage = json.loads((run.adapter / "im2json.json").read_text())
+    assert usage["prefix_mask"] == "picture"
+    result = export(tmp_path / "out", source=run.path)
+    assert result.exit_code == 0, result.output
+    assert "4 of 4 answers are the run's to the letter" in result.stdout
+    assert json.loads((tmp_path / "out" / "im2json.json").read_text())["prefix_mask"] == "picture"
+    assert 'inputs["token_type_ids"] = ' in (tmp_path / "out" / "README.md").read_text()
+    again = im2json.Extractor.from_run(run.adapter)
+    assert again.decoder.collator.both_ways == 4
+    assert im2json.Extractor.from_run(finished.adapter).decoder.collator.both_ways is None
+    assert weights_of(run) != weights_of(finished)
+
+
+def weights_of(run: RunFolder) -> bytes:
+    return (run.adapter / "adapter_model.safetensors").read_bytes()
+
+
 def test_refused_where_the_answers_differ(export, in_process, finished, tmp_path):
     run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
     lines = [json.loads(line) for line in run.predictions_file.read_text().splitlines()]

@@ -421,6 +421,8 @@ def test_options_that_mean_nothing_to_a_family_are_refused(cli, small_model, tmp
     assert error == "--image-tokens 100: leave it out, every picture takes 4 image tokens with this model"
     flags = ("--model", save_small_chat(tmp_path / "chat"), "--output", tmp_path / "page.html", "--letterbox")
     assert "--letterbox: leave it out" in clear_error(cli("train", "--check", *flags))
+    error = clear_error(cli("train", "--check", *flags[:-1], "--prefix-mask", "picture"))
+    assert error.startswith("--prefix-mask picture: leave it out, it is PaliGemma's")
 
 
 def test_an_adapter_of_another_family_is_refused(cli, finished, tmp_path):

@@ -12,6 +12,7 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from im2json.data.collate import IGNORE, Batch
 from im2json.data.sources import load_splits
+from im2json.families import open_collator
 from im2json.model.base import load_base
 from im2json.model.lora import add_lora, trained
 from im2json.options import ModelOptions
@@ -119,7 +120,14 @@ def with_lora(base: PaliGemmaForConditionalGeneration):
     return model
 
 
-def test_value_and_gradients_are_those_of_transformers(small_model, batch):
+@pytest.mark.parametrize("prefix_mask", ["full", "picture"])
+def test_value_and_gradients_are_those_of_transformers(small_model, dataset, prefix_mask):
+    """With `picture` the prompt has type 1, so that it attends as the suffix does."""
+    collator = open_collator(small_model, "extract JSON.", prefix_mask=prefix_mask)
+    split = load_splits(dataset)["train"]
+    batch = collator([split[i] for i in (0, 3, 7)])
+    prompt = batch.inputs["token_type_ids"][0, collator.processor.image_seq_length : len(collator.prefix_ids)]
+    assert prompt.unique().tolist() == [int(prefix_mask == "picture")]
     model = with_lora(load_base(small_model, "fp32", "none", CPU))
     parameters = trained(model)
     count = int((batch.labels[:, 1:] != IGNORE).sum())

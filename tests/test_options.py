@@ -19,7 +19,7 @@ from im2json.options import OPTIONS, PRESETS, TrainConfig, check, flag_name
 OTHER_VALUES = {
     "dataset": "a-folder", "dataset_config": "en", "revision": "v2", "train_split": "training",
     "image_column": "scan", "target_column": "label", "skip_bad": 2, "letterbox": True,
-    "image_tokens": 300, "trim": "crop",
+    "image_tokens": 300, "trim": "crop", "prefix_mask": "picture",
     "prompt": "read it", "max_target_tokens": 90, "workers": 3,
     "model": "somewhere", "adapter": "there", "r": 8, "alpha": 5.0, "dropout": 0.25, "target_modules": "q_proj",
     "rslora": True, "dora": True, "quant": "none", "precision": "fp32", "gradient_checkpointing": "off",

@@ -126,7 +126,7 @@ def test_what_else_lies_in_a_run_folder(finished):
     asked = json.loads((finished.adapter / "im2json.json").read_text())
     assert asked == {
         "model_type": "paligemma", "prompt": "extract JSON.",
-        "letterbox": False, "trim": "off", "image_tokens": None, "quant": "none",
+        "letterbox": False, "trim": "off", "image_tokens": None, "prefix_mask": "full", "quant": "none",
         "max_new_tokens": 6, "text": "<image>extract JSON.",
         "seen": "a picture of 28 x 28 pixels, squashed to that square",
     }  # fmt: skip

@@ -218,6 +218,7 @@ def test_all_other_options_are_refused_on_resume(train, paths, cli, tmp_path):
     flags |= {"skip_bad": "--skip-bad 1", "max_target_tokens": "--max-target-tokens 99", "adapter": "--adapter {model}"}
     flags |= {
         "trim": "--trim crop",
+        "prefix_mask": "--prefix-mask picture",
         "image_tokens": "--image-tokens 64",
         "dataset_config": "--dataset-config small",
         "revision": "--revision v2",

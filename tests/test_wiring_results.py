@@ -275,7 +275,7 @@ def test_the_exported_model_is_the_best_one(make_run, cli, tmp_path):
     assert done.exit_code == 0, done.output
     assert "4 of 4 answers are the run's to the letter" in done.stdout
     assert read_json(tmp_path / "model" / "im2json.json") == {
-        "prompt": "read.", "letterbox": True, "trim": "off", "image_tokens": None,
+        "prompt": "read.", "letterbox": True, "trim": "off", "image_tokens": None, "prefix_mask": "full",
     }  # fmt: skip
     assert read_json(tmp_path / "model" / "generation_config.json")["max_new_tokens"] == 16
 

@@ -77,7 +77,7 @@ class Collator(ABC):
     """Turns examples into what a model is trained on:
 
         picture and prompt | target JSON, stop token | padding
-        token_type_ids 0   | 1                       | 1
+        token_type_ids 0   | 1                       | 1    (see `both_ways`)
         labels -100        | the tokens              | -100
 
     A family of models says what precedes an answer and what ends it, and how pictures become inputs. A target is never
@@ -95,6 +95,7 @@ class Collator(ABC):
     lead = ""  # what precedes the JSON of an answer
     longest_prefix: int  # tokens that precede an answer, at most
     last: int  # the token that every prefix ends with
+    both_ways: int | None = None  # tokens at its beginning that attend in both directions, or None for all of them
     image_token: int  # stands in a prefix for each of a picture's features
     text: str  # picture and prompt, as the processor of transformers takes them
     described: str  # how the model sees a picture, in words
@@ -167,7 +168,7 @@ class Collator(ABC):
         for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes)):
             start, end = len(prefix), len(prefix) + len(suffix)
             input_ids[row, :start] = torch.tensor(prefix)
-            token_type_ids[row, :start] = 0
+            token_type_ids[row, :start][: self.both_ways] = 0
             input_ids[row, start:end] = labels[row, start:end] = torch.tensor(suffix)
             attention_mask[row, :end] = 1
         text = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}

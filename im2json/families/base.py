@@ -108,7 +108,7 @@ def refuse(options: DataOptions, **reasons: str) -> None:
         UserError: with the reason.
     """
     for name, reason in reasons.items():
-        if value := getattr(options, name):
+        if (value := getattr(options, name)) != getattr(DataOptions(), name):
             given = "" if value is True else f" {value}"
             raise UserError(f"--{name.replace('_', '-')}{given}: leave it out, {reason}")
 

@@ -37,6 +37,10 @@ FILES = (
 """Files that transformers makes a processor from."""
 
 
+PREFIX_MASK = "it is PaliGemma's, whose prompt attends in both directions"
+"""Why chat models refuse --prefix-mask."""
+
+
 class ChatProcessor:
     """Tokenizer, image processor and chat template of a model.
 

@@ -15,7 +15,7 @@ from im2json.families.base import PictureFeatures, Squares, as_on_hub, check_pro
 from im2json.families.reader import TextReader
 from im2json.model.base import from_pretrained
 from im2json.model.memory import Sizes, Tower
-from im2json.options import DataOptions, Trim
+from im2json.options import DataOptions, PrefixMask, Trim
 
 # B examples, S positions, I image tokens, D hidden.
 
@@ -54,7 +54,7 @@ class PaliGemma:
             UserError: if the prompt cannot be used, or a number of image tokens is asked for.
         """
         refuse(options, image_tokens=f"every picture takes {processor.image_seq_length} image tokens with this model")
-        return PaliGemmaCollator(processor, options.prompt, options.letterbox, options.trim)
+        return PaliGemmaCollator(processor, options.prompt, options.letterbox, options.trim, options.prefix_mask)
 
     def hidden_states(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the last hidden states of pictures, prompts and targets; B x S x D.
@@ -118,8 +118,17 @@ class PaliGemmaCollator(Squares, Collator):
     <image> x 256, BOS, prompt, newline | target JSON, EOS
     """
 
-    def __init__(self, processor: PaliGemmaProcessor, prompt: str, letterbox: bool = False, trim: Trim = "off") -> None:
+    def __init__(
+        self,
+        processor: PaliGemmaProcessor,
+        prompt: str,
+        letterbox: bool = False,
+        trim: Trim = "off",
+        prefix_mask: PrefixMask = "full",
+    ) -> None:
         super().__init__(processor, prompt, trim)
+        if prefix_mask == "picture":
+            self.both_ways = processor.image_seq_length
         tokenizer: Any = processor.tokenizer
         image_tokens = processor.image_token * processor.image_seq_length
         prefix = tokenizer(f"{image_tokens}{tokenizer.bos_token}{prompt}\n", add_special_tokens=False)
@@ -158,14 +167,18 @@ class PaliGemmaReader(TextReader):
     def __init__(self, model: Any, collator: PaliGemmaCollator) -> None:
         super().__init__(model, model.model.language_model, collator)
         self.prefix = torch.tensor(collator.prefix_ids, device=self.like.device)  # P
+        self.both_ways = collator.both_ways
 
     def read_prefixes(self, pictures: Pictures, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Read what precedes the answers to B pictures, B x 3 x H x W; see Reader."""
         seen = _features(self.model, {"pixel_values": pictures["pixel_values"].to(self.model.dtype)})  # B x I x D
         words = self.text.embed_tokens(self.prefix[seen.shape[1] :]).expand(len(seen), -1, -1)
         hidden = torch.cat([seen.to(words.dtype), words], 1)
-        self._read_prefixes(hidden, 1 + torch.arange(hidden.shape[1], device=hidden.device)[None], cache)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]  # 1 x P
         length = torch.full((len(seen),), hidden.shape[1], device=seen.device)
+        if self.both_ways is not None:
+            cache.look_back(length, hidden.shape[1], together=positions < self.both_ways)
+        self._read_prefixes(hidden, 1 + positions, cache)
         return length, torch.ones_like(length)  # PaliGemma counts from 1
 
 
@@ -177,8 +190,8 @@ def _features(model: Any, pictures: Pictures) -> torch.Tensor:
 def prefix_mask(
     attention_mask: torch.Tensor, token_type_ids: torch.Tensor, window: int | None
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Return who attends to whom, B x 1 x S x S: all to the prefix, in both directions within it, the suffix causally,
-    nobody to padding. For a model with sliding windows, a mask for each kind of layer.
+    """Return who attends to whom, B x 1 x S x S: in both directions where the type is 0, otherwise causally, nobody to
+    padding. For a model with sliding windows, a mask for each kind of layer.
     """
     steps = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     back = (steps[:, None] - steps[None, :])[None, None]  # 1 x 1 x S x S

@@ -14,7 +14,16 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from im2json.data.collate import Collator, Pictures
 from im2json.families.base import Cache, own_head, refuse
-from im2json.families.chat import ChatCollator, ChatFamily, ChatProcessor, ChatReader, Grid, Seen, normalised
+from im2json.families.chat import (
+    PREFIX_MASK,
+    ChatCollator,
+    ChatFamily,
+    ChatProcessor,
+    ChatReader,
+    Grid,
+    Seen,
+    normalised,
+)
 from im2json.model.attention import attention_by_segments
 from im2json.model.memory import Sizes, Tower
 from im2json.options import DataOptions, Trim
@@ -70,7 +79,7 @@ class Qwen(ChatFamily):
         Raises:
             UserError: if prompt or template cannot be used, or `letterbox` is asked for.
         """
-        refuse(options, letterbox="this model sees pictures in their own shape")
+        refuse(options, letterbox="this model sees pictures in their own shape", prefix_mask=PREFIX_MASK)
         processor.limit(options.image_tokens or IMAGE_TOKENS)
         return self.collator_class(processor, options.prompt, options.trim)
 

@@ -144,7 +144,7 @@ def write_merged(run: RunFolder, folder: Path) -> Collator:
     model.save_pretrained(folder, state_dict=weights, save_original_format=False)
     collator.processor.save_pretrained(folder)
     write_json(folder / USAGE, {
-        name: getattr(config.data, name) for name in ("prompt", "letterbox", "trim", "image_tokens")
+        name: getattr(config.data, name) for name in ("prompt", "letterbox", "trim", "image_tokens", "prefix_mask")
     })  # fmt: skip
     check_layout(folder, model, names)
     return collator
@@ -211,7 +211,10 @@ def _plain_answers(folder: Path, collator: Collator, images: Iterable[Image.Imag
         for i, image in enumerate(images):
             paths.append(f"{pictures}/{i}.png")
             collator.shown(image).save(paths[-1])
-        wanted = {"model": str(folder), "text": collator.text, "pictures": paths, "batch_size": BATCH}
+        wanted = {
+            "model": str(folder), "text": collator.text, "pictures": paths, "batch_size": BATCH,
+            "causal_prompt": collator.both_ways is not None,
+        }  # fmt: skip
         # -P: or Python would find modules of ours beside the program
         command = [sys.executable, "-P", str(Path(__file__).with_name("plain.py"))]
         done = subprocess.run(command, input=json.dumps(wanted), capture_output=True, text=True)

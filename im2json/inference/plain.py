@@ -1,6 +1,7 @@
 """Answers of an exported model by transformers alone, as anyone would load it; a program that imports none of ours.
 
-python -P plain.py < {"model": FOLDER, "text": TEXT, "pictures": [FILE, ...], "batch_size": N}  > ["text", ...]
+python -P plain.py < {"model": FOLDER, "text": TEXT, "pictures": [FILE, ...], "batch_size": N, "causal_prompt": BOOL}
+  > ["text", ...]
 """
 
 from __future__ import annotations
@@ -25,13 +26,20 @@ Inputs = dict[str, torch.Tensor]
 
 
 @torch.no_grad()
-def answers(model: str, text: str, pictures: list[str], batch_size: int) -> list[str]:
-    """Return the greedy answer to each picture, as long as the model's generation_config.json allows."""
+def answers(model: str, text: str, pictures: list[str], batch_size: int, causal_prompt: bool) -> list[str]:
+    """Return the greedy answer to each picture, as long as the model's generation_config.json allows.
+
+    Args:
+        causal_prompt: whether PaliGemma's prompt attends only to what precedes it.
+    """
     encode, tokenizer = load_processor(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
     loaded.to(device).eval()
     encoded = [encode(Image.open(path).convert("RGB"), text) for path in pictures]
+    if causal_prompt:
+        for one in encoded:
+            one["token_type_ids"] = (one["input_ids"] != loaded.config.image_token_id).long()
     texts: dict[int, str] = {}
     for length in {one["input_ids"].shape[1] for one in encoded}:  # of the same length, so that nothing is padded
         alike = [i for i, one in enumerate(encoded) if one["input_ids"].shape[1] == length]

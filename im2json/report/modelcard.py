@@ -107,12 +107,16 @@ def _usage(run: RunFolder, config: TrainConfig, adapter_alone: bool) -> str:
             f"With PEFT alone: load the base {form}, then `PeftModel.from_pretrained(base, folder)`, and ask {prompt}. "
             f"The base is {_base(config)}.{padded}"
         )
+    mask = ""
+    if config.data.prefix_mask == "picture":
+        mask = 'inputs["token_type_ids"] = (inputs["input_ids"] != model.config.image_token_id).long()\n'
+        padded += "\nThe prompt attends causally, as vLLM computes it; without `token_type_ids` transformers differs."
     return (
         "```python\nfrom PIL import Image\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
         'name = "this folder, or its name"\n'
         "processor = AutoProcessor.from_pretrained(name)\nmodel = AutoModelForImageTextToText.from_pretrained(name, "
         'dtype="auto")\npicture = Image.open("receipt.jpg").convert("RGB")\n'
-        f'inputs = processor(images=picture, text={prompt}, return_tensors="pt").to(model.dtype)\n'
+        f'inputs = processor(images=picture, text={prompt}, return_tensors="pt").to(model.dtype)\n{mask}'
         'answer = model.generate(**inputs)[0, inputs["input_ids"].shape[1]:]\n'
         f"print(processor.decode(answer, skip_special_tokens=True))\n```{padded}"
     )

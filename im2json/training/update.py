@@ -151,11 +151,11 @@ def check_labels(batches: list[Batch], collator: Collator) -> None:
         UserError: naming the first example where they are not.
     """
     for batch in batches:
-        causal = batch.inputs["token_type_ids"] * batch.inputs["attention_mask"]  # B x S: 1 on the suffix
-        for id, labels, suffix, prefix in zip(batch.ids, batch.labels, causal, collator.prefixes(batch.inputs)):
+        real = batch.inputs["attention_mask"].bool()  # B x S
+        for id, labels, tokens, prefix in zip(batch.ids, batch.labels, real, collator.prefixes(batch.inputs)):
             learned = labels != IGNORE  # S
-            inside = learned[: len(prefix)].any()
-            if inside or not torch.equal(learned.long(), suffix) or labels[learned][-1] != collator.stop:
+            inside, suffix = learned[: len(prefix)].any(), tokens[len(prefix) :]
+            if inside or not torch.equal(learned[len(prefix) :], suffix) or labels[learned][-1] != collator.stop:
                 raise UserError(
                     f"example {id}: its labels are not exactly the target's tokens with the stop token at their end"
                 )
