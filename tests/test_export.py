@@ -76,7 +76,7 @@ def test_merged_weights(export, in_process, finished, tmp_path):
     folder = tmp_path / "new" / "model"
     result = export(folder)
     assert result.exit_code == 0, result.output
-    assert "4 of 4 answers are the run's to the letter, field F1 between them" in result.stdout
+    assert "4 of 4 answers are the run's to the letter; field F1: the run 0.000, merged weights 0.000" in result.stdout
     weights = load_file(folder / "model.safetensors")
     assert {name.split("layers.")[0] + "layers" * ("layers." in name) for name in weights} == HUB_NAMES
     config = json.loads((folder / "config.json").read_text())
@@ -91,6 +91,17 @@ def test_merged_weights(export, in_process, finished, tmp_path):
     assert AutoProcessor.from_pretrained(folder).image_seq_length == 4
     assert not [path for path in folder.parent.iterdir() if path != folder]
     assert all(path.stat().st_mode & 0o044 for path in folder.iterdir())
+
+
+def test_merged_weights_in_fp32(export, in_process, finished, tmp_path):
+    result = export(tmp_path / "out", "--merge-dtype", "fp32", "--parity", 1)
+    assert result.exit_code == 0, result.output
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto")
+    merged = im2json.Extractor.from_run(finished.path).decoder.model.state_dict()
+    for name, weight in loaded.state_dict().items():
+        assert weight.dtype == torch.float32 and torch.equal(weight, merged[name]), name
+    refused = export(tmp_path / "other", "--adapter-only", "--merge-dtype", "fp32")
+    assert "--merge-dtype goes with merged weights: the adapter alone is a copy" in refused.output
 
 
 def test_a_run_with_a_causal_prompt(export, in_process, train, finished, tmp_path):
@@ -144,18 +155,21 @@ def test_fields_of_the_two_models_are_compared(export, finished, tmp_path, monke
     run = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "run")))
     lines = [json.loads(line) for line in run.predictions_file.read_text().splitlines()]
     for row in lines:
-        row["text"] = '{"a": "1", "b": "2"}'
+        row |= {"text": '{"a": "1", "b": "2"}', "target": {"a": "1", "b": "2"}}
     run.predictions_file.write_text("".join(json.dumps(row) + "\n" for row in lines))
     texts = ['{"a": "1", "b": "2"}', '{"b": "2", "a": "1"}', '{"a": "1", "b": "3"}', "nothing"]
     collator = open_collator(run.read_config().model.model, "extract JSON.")
-    monkeypatch.setattr("im2json.inference.export.write_merged", lambda run, folder: collator)
+    monkeypatch.setattr("im2json.inference.export.write_merged", lambda *_: (collator, texts[:2] * 2))
     monkeypatch.setattr(
         "im2json.inference.export.subprocess.run",
         lambda *_, **__: types.SimpleNamespace(returncode=0, stdout=json.dumps(texts)),
     )
     result = export(tmp_path / "out", "--parity", "0.25", source=run.path)
     assert result.exit_code == 0, result.output
-    said = "1 of 4 answers are the run's to the letter, field F1 between them 0.714"  # 2 * 5 / (8 + 6)
+    said = (
+        "1 of 4 answers are the run's to the letter; field F1: the run 1.000, merged weights 1.000 (+0.000, too few "
+        "for an interval), plain generate 0.714 (-0.286, too few for an interval)"  # 2 * 5 / (8 + 6)
+    )
     card = (tmp_path / "out" / "README.md").read_text()
     assert said in result.stdout and said in card
     assert "\nlibrary_name: transformers\n" in card and "\n# out\n" in card

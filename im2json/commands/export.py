@@ -24,8 +24,8 @@ def print_card(run: RunFolder, title: str, adapter_only: bool) -> None:
 
 
 def export(
-    run: RunFolder, out: Path, title: str, adapter_only: bool, parity: float | None, push_to_hub: str | None,
-    private: bool,
+    run: RunFolder, out: Path, title: str, adapter_only: bool, parity: float | None, merge_dtype: str,
+    push_to_hub: str | None, private: bool,
 ) -> None:  # fmt: skip
     """Write the model of a run to a new folder, and upload it with --push-to-hub.
 
@@ -33,6 +33,7 @@ def export(
         title: the model's name in its model card.
         adapter_only: copy the adapter instead of merging it.
         parity: share of the run's validation answers that the exported weights have to repeat.
+        merge_dtype: of the merged weights, bf16 or fp32.
         push_to_hub: the name of a new model on the hub.
 
     Raises:
@@ -45,8 +46,9 @@ def export(
         check_push(push_to_hub)
     with quick_start():
         from im2json.inference.export import LEAST, export_run
+        from im2json.model.base import DTYPES
     click.echo(f"copying the adapter of {run.path}" if adapter_only else f"merging {run.path} into its base model")
-    found = export_run(run, out, adapter_only, LEAST if parity is None else parity, title)
+    found = export_run(run, out, adapter_only, LEAST if parity is None else parity, title, DTYPES[merge_dtype])
     if found is not None:
         click.echo(f"plain transformers on the exported folder: {found}")
     click.echo(f"exported  {out}")

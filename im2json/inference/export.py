@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,12 @@ from im2json.report.modelcard import model_card
 from im2json.resume import reading_config
 from im2json.runs import ADAPTER_COMPANIONS, USAGE, RunFolder, adapter_folder, check_folder
 from im2json.scoring import StreamingEvaluator
+from im2json.scoring.evaluator import Difference, compare
 from im2json.scoring.examples import kept_predictions, score_predictions
 from im2json.text import command_line
 
+MERGE_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+"""What merged weights may be written in, and its name in the files."""
 EXAMPLES = 32
 """Validation examples whose answers are compared, at most."""
 BATCH = 8
@@ -47,9 +51,9 @@ LEAST = 0.9
 class Parity:
     """How the answers of an exported model compare with the run's own."""
 
-    same: int  # texts that are equal
+    same: int  # texts of plain transformers that are the run's
     examples: int
-    field_f1: float  # of the exported model's fields, with the run's as the target
+    field_f1: dict[str, Difference]  # of each form of the exported model and of the run, with the targets; by form
     lost: int = 0  # validation examples with answers of the run that are no longer what they were
 
     @property
@@ -59,16 +63,29 @@ class Parity:
     def __str__(self) -> str:
         same = f"{self.same} of {self.examples} answers are the run's to the letter"
         lost = f" ({self.lost} left out, because their examples changed since the run began)" if self.lost else ""
-        return f"{same}{lost}, field F1 between them {self.field_f1:.3f}"
+        forms = [
+            f"{form} {found.second:.3f} ({found.difference:+.3f}, {interval_text(found)})"
+            for form, found in self.field_f1.items()
+        ]
+        run = next(iter(self.field_f1.values())).first
+        return f"{same}{lost}; field F1: the run {run:.3f}, {', '.join(forms)}"
 
 
-def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, title: str) -> Parity | None:
+def interval_text(found: Difference) -> str:
+    """Return the 95 % interval of a difference in words."""
+    return "too few for an interval" if math.isnan(found.low) else f"{found.low:+.3f} to {found.high:+.3f}"
+
+
+def export_run(
+    run: RunFolder, out: Path, adapter_alone: bool, least: float, title: str, dtype: torch.dtype = torch.bfloat16
+) -> Parity | None:
     """Write a finished run's model to a folder with a model card; merged weights only if they answer as the run did.
 
     Args:
         adapter_alone: copy the adapter; there is nothing that could differ, and None is returned.
         least: share of the validation examples whose text has to be the run's.
         title: the model's name in its model card.
+        dtype: of the merged weights.
 
     Raises:
         UserError: if the run is not finished or has no answers to compare with, the folder is there already, or the
@@ -76,23 +93,53 @@ def export_run(run: RunFolder, out: Path, adapter_alone: bool, least: float, tit
     """
     run.read_config()  # is it a run at all
     check_folder(out, "--out")
-    answers = [] if adapter_alone else validation_answers(run)
+    asked = None if adapter_alone else Asked.of(run)
     scorecard = score_predictions(kept_predictions(run, "test"))
     found = None
     with fresh_folder(out) as aside:
-        if adapter_alone:
+        if asked is None:
             shutil.copytree(adapter_folder(run.path), aside, dirs_exist_ok=True)
             for name in ADAPTER_COMPANIONS:
                 if (run.path / name).exists():
                     shutil.copy(run.path / name, aside)
         else:
-            collator = write_merged(run, aside)
+            collator, texts = write_merged(run, aside, asked, dtype)
             torch.cuda.empty_cache()  # the model is gone; another process is about to load its own
-            found = parity(run, aside, collator, answers[:EXAMPLES])
+            found = parity(asked, {
+                "merged weights": texts, "plain generate": _plain_answers(aside, collator, asked.images)
+            })  # fmt: skip
             if found.share < least:
                 raise UserError(f"not exported: {found}, which is less than --parity {least:g} of them")
         (aside / "README.md").write_text(model_card(run, scorecard, title, adapter_alone, str(found or "")), "utf-8")
     return found
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Validation examples that the run answered and the exported model is asked about."""
+
+    answers: list[Prediction]
+    images: list[Image.Image]
+    lost: int  # examples that are no longer what they were when the run began
+
+    @classmethod
+    def of(cls, run: RunFolder) -> Asked:
+        """Load up to EXAMPLES examples.
+
+        Raises:
+            UserError: if the run is not finished, has no answers, or its data no longer hold any of the examples.
+        """
+        answers, config = validation_answers(run)[:EXAMPLES], run.read_config()
+        validation = _validation_examples(run, config, {answer.id for answer in answers})
+        indices = {id: i for i, id in enumerate(validation.ids)}
+        kept = [answer for answer in answers if answer.id in indices]
+        if not kept:
+            raise UserError(
+                f"{config.data.dataset}: of the {len(answers)} validation examples that the run has answers to, none "
+                f"is what it was when the run began ({answers[0].id} is the first); put it back as it was"
+            )
+        images = [validation[indices[answer.id]].image for answer in kept]
+        return cls(kept, images, len(answers) - len(kept))
 
 
 def validation_answers(run: RunFolder) -> list[Prediction]:
@@ -113,20 +160,20 @@ def validation_answers(run: RunFolder) -> list[Prediction]:
     return list(answers.values())
 
 
-def write_merged(run: RunFolder, folder: Path) -> Collator:
-    """Write the weights that the run's answers come from, in bf16 and laid out as the hub has those of the base,
-    with processor and generation config.
+def write_merged(run: RunFolder, folder: Path, asked: Asked, dtype: torch.dtype) -> tuple[Collator, list[str]]:
+    """Write the weights that the run's answers come from, laid out as the hub has those of the base, with processor and
+    generation config.
 
-    They are merged at the run's precision and rounded once, so on a GPU that computes in bf16 they are those that the
-    evaluation generates with, bit by bit.
+    They are merged at the run's precision and rounded once, so in bf16 on a GPU that computes in bf16 they are those
+    that the evaluation generates with, bit by bit.
 
     Returns:
-        The collator of the run.
+        The collator of the run, and the answers of the written weights.
 
     Raises:
         UserError: if base and adapter do not fit each other.
     """
-    config = reading_config(run.path, {})
+    config = reading_config(run.path, {"constrain": False})
     extractor = Extractor.from_config(config)
     model: Any = extractor.decoder.model
     collator = extractor.decoder.collator
@@ -138,7 +185,7 @@ def write_merged(run: RunFolder, folder: Path) -> Collator:
         do_sample=False,
         max_new_tokens=extractor.settings.max_new_tokens,
     )
-    model.to(torch.bfloat16)
+    model.to(dtype)
     weights = family_of(model.config).hub_layout(model.state_dict())
     names = set(weights)
     model.save_pretrained(folder, state_dict=weights, save_original_format=False)
@@ -146,11 +193,12 @@ def write_merged(run: RunFolder, folder: Path) -> Collator:
     write_json(folder / USAGE, {
         name: getattr(config.data, name) for name in ("prompt", "letterbox", "trim", "image_tokens", "prefix_mask")
     })  # fmt: skip
-    check_layout(folder, model, names)
-    return collator
+    check_layout(folder, model, names, dtype)
+    rows = Extractor(model, collator, extractor.settings)(asked.images)
+    return collator, [row["text"] for row in rows]
 
 
-def check_layout(folder: Path, model: Any, weights: Collection[str]) -> None:
+def check_layout(folder: Path, model: Any, weights: Collection[str], dtype: torch.dtype) -> None:
     """Look at what was written as other loaders will: names, one type of number, and what they read of the config."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     written: dict[str, str] = {}
@@ -159,37 +207,30 @@ def check_layout(folder: Path, model: Any, weights: Collection[str]) -> None:
             written |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     assert written.keys() == set(weights), "weights are missing"
     assert len(written) == len({id(weight) for weight in model.parameters()}), "some weights are not in the layout"
-    assert set(written.values()) == {"BF16"}
+    assert set(written.values()) == {MERGE_DTYPES[dtype]}
     assert config["architectures"] == [type(model).__name__]
     assert "quantization_config" not in config
 
 
-def parity(run: RunFolder, folder: Path, collator: Collator, answers: Sequence[Prediction]) -> Parity:
-    """Have plain transformers load the folder in a process of its own, and compare its answers with the run's.
+def parity(asked: Asked, texts: Mapping[str, Sequence[str]]) -> Parity:
+    """Compare answers with the run's, and all of them with the targets.
 
     Args:
-        collator: of the run.
-        answers: the run's predictions of validation examples.
-
-    Raises:
-        UserError: if the data no longer hold any of these examples, or the folder does not load.
+        texts: the answers of each form of the exported model. The last form is the one whose texts must be the run's.
     """
-    config = run.read_config()
-    validation = _validation_examples(run, config, {answer.id for answer in answers})
-    indices = {id: i for i, id in enumerate(validation.ids)}
-    lost = [answer.id for answer in answers if answer.id not in indices]
-    answers = [answer for answer in answers if answer.id in indices]
-    if not answers:
-        raise UserError(
-            f"{config.data.dataset}: of the {len(lost)} validation examples that the run has answers to, none is what "
-            f"it was when the run began ({lost[0]} is the first); put it back as it was"
-        )
-    texts = _plain_answers(folder, collator, (validation[indices[answer.id]].image for answer in answers))
+    of_run = evaluated(asked.answers, [answer.text for answer in asked.answers])
+    found = {form: compare(of_run, evaluated(asked.answers, given))["field_f1"] for form, given in texts.items()}
+    *_, last = texts.values()
+    same = sum(text == answer.text for answer, text in zip(asked.answers, last, strict=True))
+    return Parity(same, len(asked.answers), found, asked.lost)
+
+
+def evaluated(answers: Sequence[Prediction], texts: Sequence[str]) -> StreamingEvaluator:
+    """Return an evaluator that has counted these texts as answers to the same examples."""
     evaluator = StreamingEvaluator()
-    for answer, text in zip(answers, texts):
-        evaluator.update(text, answer.document, answer.id)
-    same = sum(text == answer.text for answer, text in zip(answers, texts))
-    return Parity(same, len(answers), evaluator.compute()["field_f1"], len(lost))
+    for answer, text in zip(answers, texts, strict=True):
+        evaluator.update(text, answer.target, answer.id)
+    return evaluator
 
 
 def _validation_examples(run: RunFolder, config: TrainConfig, ids: Collection[str]) -> RunSplit:
