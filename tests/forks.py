@@ -150,6 +150,56 @@ def use_streams() -> None:
     sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
+# Code before a command that starts jobs: their programs are forked. They do the same, without importing torch again.
+FORKING = """
+import os, signal, subprocess, sys, tempfile, traceback
+import im2json.sweeps.processes as processes
+from forks import use_streams
+from im2json.app import main
+
+class Forked:
+    def __init__(self, arguments, *, stdout, stderr, env, **_):
+        self.pid, self.ended = os.fork(), None
+        if self.pid:
+            return
+        status = 1
+        try:
+            os.setsid()
+            os.environ.update(env)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(1 if stderr == subprocess.STDOUT else stderr.fileno(), 2)
+            use_streams()
+            main(arguments[arguments.index("im2json") + 1 :])
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def poll(self):
+        if self.ended is None and (found := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.ended = os.waitstatus_to_exitcode(found[1])
+        return self.ended
+
+def run(arguments, *, stderr, **_):
+    with tempfile.TemporaryFile() as printed:
+        _, status = os.waitpid(Forked(arguments, stdout=printed, stderr=stderr, env={}).pid, 0)
+        printed.seek(0)
+        text = printed.read().decode()
+    return subprocess.CompletedProcess(arguments, os.waitstatus_to_exitcode(status), text)
+
+class forking:  # all of subprocess that jobs use
+    Popen, run = Forked, run
+    PIPE, DEVNULL, STDOUT = subprocess.PIPE, subprocess.DEVNULL, subprocess.STDOUT
+
+processes.subprocess = forking
+"""
+
 IMPORTED = (
     "torch.distributed.launcher.api", "torch.utils.tensorboard",
     "bitsandbytes.optim", "peft.tuners.lora", "transformers.models.paligemma.modeling_paligemma",

@@ -15,7 +15,7 @@ from im2json.errors import UserError
 from im2json.report.table import counted
 from im2json.runs import RunFolder, check_folder, make_folder
 from im2json.sweeps.grid import Plan, read_plan
-from im2json.sweeps.jobs import Job, make_jobs, train_command
+from im2json.sweeps.jobs import Job, PointJob, make_jobs
 from im2json.sweeps.local import Local, Shares, share_machine
 from im2json.sweeps.processes import Output
 from im2json.sweeps.scheduler import Backend, run_jobs
@@ -52,7 +52,7 @@ class SweepOptions:
 
     def make_command(self, shares: Shares) -> Callable[[Job], list[str]]:
         """Return the function that makes the command of a job on this machine."""
-        return lambda job: train_command(job, shares.processes, shares.threads)
+        return lambda job: job.command(shares.processes, shares.threads)
 
     def shares(self, elsewhere: bool = False) -> Shares:
         """Return how jobs share this machine. A job that runs elsewhere takes no share of it.
@@ -147,7 +147,7 @@ def _connect(options: SweepOptions, shares: Shares, points: int) -> Backend:
     return Cluster(options.ray, options.jobs or points, options.gpus_per_run)
 
 
-def _run(options: SweepOptions, plan: Plan, jobs: list[Job], backend: Backend, dropped: list) -> None:
+def _run(options: SweepOptions, plan: Plan, jobs: list[PointJob], backend: Backend, dropped: list) -> None:
     """Run the jobs to their end; with halving, add the settings that are dropped to `dropped`."""
     from im2json.sweeps.halving import halve
     from im2json.sweeps.progress import Progress

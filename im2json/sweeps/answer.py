@@ -18,7 +18,7 @@ from im2json.report.table import before_after_table, table
 from im2json.runs import RunFolder
 from im2json.sweeps.grid import Plan
 from im2json.sweeps.halving import Dropped
-from im2json.sweeps.jobs import Job
+from im2json.sweeps.jobs import PointJob
 from im2json.sweeps.leaderboard import Board, WinnerScores, absent, make_board, markdown, rows
 from im2json.sweeps.page import sweep_page
 from im2json.sweeps.processes import Output
@@ -29,7 +29,7 @@ Score = Callable[[RunFolder, Path], Output]
 
 
 def answer(
-    plan: Plan, jobs: Sequence[Job], sweep: Path, dropped: Sequence[Dropped], score: Score | None = None
+    plan: Plan, jobs: Sequence[PointJob], sweep: Path, dropped: Sequence[Dropped], score: Score | None = None
 ) -> None:
     """Write and print the leaderboard of the finished points.
 

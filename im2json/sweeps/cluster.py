@@ -15,7 +15,7 @@ from typing import Any
 
 from im2json.errors import UserError, first_line
 from im2json.files import is_locked, lock
-from im2json.sweeps.jobs import STOP_REQUESTED, Job, train_command
+from im2json.sweeps.jobs import STOP_REQUESTED, Job
 from im2json.sweeps.processes import Output, launch, run_python, signal_group
 from im2json.sweeps.scheduler import POLL_SECONDS
 
@@ -28,12 +28,12 @@ RETRIES = 3
 class Cluster:
     """The backend of a cluster. Ray runs as many jobs as the cluster can hold, and queues the others."""
 
-    def __init__(self, address: str, capacity: int, gpus_per_run: int | None) -> None:
+    def __init__(self, address: str, capacity: int | None, gpus_per_run: int | None) -> None:
         """Connect to a cluster.
 
         Args:
             address: HOST:PORT, or auto for the cluster on this machine.
-            capacity: jobs that are handed to Ray at a time.
+            capacity: jobs that are handed to Ray at a time; None means one per GPU, or 1 if the cluster has no GPU.
             gpus_per_run: None means 1, or 0 if the cluster has no GPU.
 
         Raises:
@@ -44,8 +44,8 @@ class Cluster:
             import ray
         except ImportError:
             raise UserError("--ray needs Ray: pip install 'im2json[ray]'") from None
-        self.ray, self.capacity = ray, capacity
-        self.tasks: dict[str, Any] = {}  # point id -> Ray's task
+        self.ray = ray
+        self.tasks: dict[str, Any] = {}  # job id -> Ray's task
         handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
@@ -53,6 +53,7 @@ class Cluster:
             raise UserError(f"--ray {address}: no Ray cluster answers there ({first_line(error)})") from None
         finally:
             signal.signal(signal.SIGTERM, handler)  # Ray has replaced it
+        self.capacity = capacity or max(1, int(ray.cluster_resources().get("GPU", 0)))
         most = max(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
         self.gpus = gpus_per_run or min(1, int(most))
         if self.gpus > most:
@@ -62,29 +63,29 @@ class Cluster:
         return len(running) < self.capacity
 
     def start(self, job: Job, running: Sequence[Job]) -> bool:
-        # Without GPUs a job takes one core, or as many as the grid says.
-        threads = None if self.gpus else job.point.config.train.threads or 1
-        run = self.ray.remote(num_gpus=self.gpus, num_cpus=threads or 1, max_retries=RETRIES)(run_point)
-        self.tasks[job.point.id] = run.remote(job, max(1, self.gpus), threads)
+        # Without GPUs a job takes one core, or as many as the user says.
+        threads = None if self.gpus else job.threads or 1
+        run = self.ray.remote(num_gpus=self.gpus, num_cpus=threads or 1, max_retries=RETRIES)(run_job)
+        self.tasks[job.id] = run.remote(job, max(1, self.gpus), threads)
         return True
 
     def is_running(self, job: Job) -> bool:
-        task = self.tasks.get(job.point.id)
+        task = self.tasks.get(job.id)
         if task is None or not self.ray.wait([task], timeout=0)[0]:
             return task is not None or is_locked(job.log)
-        del self.tasks[job.point.id]
+        del self.tasks[job.id]
         try:
             self.ray.get(task)
         except self.ray.exceptions.TaskCancelledError:
             pass
         except self.ray.exceptions.RayTaskError as error:  # its text begins with the location, so use the cause
-            job.log_error(f"Ray gave up on this point: {first_line(error.cause)}")
+            job.log_error(f"Ray gave up on this {job.kind}: {first_line(error.cause)}")
         except self.ray.exceptions.RayError as error:
-            job.log_error(f"Ray gave up on this point: {first_line(error)}")
+            job.log_error(f"Ray gave up on this {job.kind}: {first_line(error)}")
         return is_locked(job.log)
 
     def stop(self, job: Job, at_once: bool) -> None:
-        if task := self.tasks.get(job.point.id):
+        if task := self.tasks.get(job.id):
             self.ray.cancel(task, force=at_once)
         if at_once or task is None:  # another sweep started a job without a task
             signal_group(job, signal.SIGKILL if at_once else signal.SIGTERM)
@@ -111,7 +112,7 @@ def check_address(address: str) -> None:
             raise UserError(f"--ray {address}: no Ray cluster answers there ({error})") from None
 
 
-def run_point(job: Job, processes: int, threads: int | None) -> None:
+def run_job(job: Job, processes: int, threads: int | None) -> None:
     """Run a job to its end on the machine that Ray has chosen; this function is the task.
 
     If the worker that runs this function ends in any way, the guard asks the job to save and stop, and Ray's next try
@@ -126,7 +127,7 @@ def run_point(job: Job, processes: int, threads: int | None) -> None:
                 time.sleep(POLL_SECONDS)
             if job.state_at_rest() in ("done", "paused"):
                 return
-            process = launch(job, train_command(job, processes, threads), log, {})
+            process = launch(job, job.command(processes, threads), log, {})
         guard = start_guard(job, process.pid)
         while process.poll() is None:
             time.sleep(POLL_SECONDS)

@@ -176,7 +176,9 @@ def _point(base: Values, variant: Variant, seed: Values, preset: str | None) -> 
         id=point_id(config),
         config=config,
         flags=_flags(given, config, preset or "tiny"),
-        resume_flags=[flag for name in given if not OPTIONS[name].affects_result for flag in _flag(name, given[name])],
+        resume_flags=[
+            flag for name in given if not OPTIONS[name].affects_result for flag in as_flag(name, given[name])
+        ],
         axis_values=variant.axis_values,
         setting=_in_words(variant.changes),
         name=_in_words({**variant.changes, **seed}),
@@ -218,12 +220,12 @@ def _flags(given: Values, config: TrainConfig, preset: str) -> list[str]:
     flags = ["--preset", preset]
     for name, value in config.flat().items():
         if value != usual[name] or name in given or name == "alpha":
-            flags += _flag(name, value)
+            flags += as_flag(name, value)
     return flags
 
 
-def _flag(name: str, value: Any) -> list[str]:
-    """Return the flag that gives `im2json train` this value."""
+def as_flag(name: str, value: Any) -> list[str]:
+    """Return the flag that gives a command this value of an option."""
     flag = flag_name(name)
     if value is None:
         return []

@@ -14,7 +14,7 @@ from statistics import fmean
 from im2json.errors import UserError
 from im2json.scoring import METRICS
 from im2json.sweeps.grid import Point
-from im2json.sweeps.jobs import Job
+from im2json.sweeps.jobs import PointJob
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def check_rungs(points: Sequence[Point]) -> None:
         raise UserError(f"--halve compares validations at the same step, so eval_every may not differ: {found}")
 
 
-def halve(jobs: Sequence[Job], metric: str, run: Callable[[], None], dropped: list[Dropped]) -> None:
+def halve(jobs: Sequence[PointJob], metric: str, run: Callable[[], None], dropped: list[Dropped]) -> None:
     """Run all jobs to the first validation, the better half of the settings to twice that step, and so on.
 
     The last setting runs to its end. The run folders alone determine which settings are dropped, so the same sweep
@@ -48,7 +48,7 @@ def halve(jobs: Sequence[Job], metric: str, run: Callable[[], None], dropped: li
         run: runs every job that is "to do" or "stopped" to its `stop_after`, or to its end.
         dropped: the list to add the dropped settings to.
     """
-    alive: dict[str, list[Job]] = {}  # setting -> its jobs
+    alive: dict[str, list[PointJob]] = {}  # setting -> its jobs
     for job in jobs:
         alive.setdefault(job.point.setting, []).append(job)
     rung = jobs[0].point.config.train.eval_every  # the same for all, see `check_rungs`
@@ -70,7 +70,7 @@ def halve(jobs: Sequence[Job], metric: str, run: Callable[[], None], dropped: li
         rung *= 2
 
 
-def _set_target(alive: dict[str, list[Job]], stop_after: int | None) -> None:
+def _set_target(alive: dict[str, list[PointJob]], stop_after: int | None) -> None:
     """Set the step to stop after, and the state that follows from it."""
     for job in (job for group in alive.values() for job in group):
         job.stop_after = stop_after
@@ -78,12 +78,12 @@ def _set_target(alive: dict[str, list[Job]], stop_after: int | None) -> None:
             job.state = job.state_on_disk()
 
 
-def _without_failures(alive: dict[str, list[Job]]) -> dict[str, list[Job]]:
+def _without_failures(alive: dict[str, list[PointJob]]) -> dict[str, list[PointJob]]:
     """Return the settings without their failed jobs, and without settings of which no job is left."""
     left = {name: [job for job in group if job.state != "failed"] for name, group in alive.items()}
     return {name: group for name, group in left.items() if group}
 
 
-def value_at(job: Job, metric: str, step: int) -> float:
+def value_at(job: PointJob, metric: str, step: int) -> float:
     """Return a validation metric at this step, or at the last validation before it."""
     return [line.values[metric] for line in job.run.log("validation") if line.step <= step][-1]

@@ -1,13 +1,14 @@
-"""A sweep's jobs: the run of each point, how far it is, and the command that starts or resumes it."""
+"""Jobs that run as processes of their own: the files of any job, and the points of a sweep."""
 
 from __future__ import annotations
 
 import socket
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from im2json.files import is_locked
 from im2json.machine import named_gpus
@@ -32,31 +33,62 @@ class ProcessGroup(NamedTuple):
 
 
 @dataclass
-class Job:
-    """A point, its run folder, and how far it is.
+class Job(ABC):
+    """Work that a command does in processes of its own, and how far it is.
 
-    The job's log is locked as long as one of its processes lives, so any sweep can see whether the job is running.
+    The job's log is locked as long as one of its processes lives, so any command can see whether the job is running.
     """
 
-    point: Point
-    run: RunFolder
-    state: State = "to do"
-    stop_after: int | None = None  # step after which the run is paused
-    started: float = 0.0  # when this sweep started it, in seconds since the epoch; 0 if another sweep started it
+    kind: ClassVar[str] = "job"  # in messages
+    state: State = field(default="to do", kw_only=True)
+    started: float = field(default=0.0, kw_only=True)  # by this command, in seconds since the epoch; 0 if by another
+    folder: Path | None = field(default=None, kw_only=True)  # that its command runs in; None: the one of its parent
+
+    @property
+    @abstractmethod
+    def id(self) -> str:
+        """A name that no other job of the same command has."""
+
+    @property
+    @abstractmethod
+    def stem(self) -> Path:
+        """The path that the names of the job's files begin with."""
+
+    @property
+    @abstractmethod
+    def threads(self) -> int | None:
+        """The CPU threads per process that the user asks for, or None."""
+
+    @abstractmethod
+    def state_at_rest(self) -> State:
+        """Return the state that the job's files show while it is not running."""
+
+    @abstractmethod
+    def command(self, processes: int, threads: int | None) -> list[str]:
+        """Return the command that starts or resumes the job.
+
+        Args:
+            processes: of the job: one per GPU, or 1 on the CPU.
+            threads: CPU threads per process, unless the job has its own number; None leaves it to the command.
+        """
+
+    def retry(self) -> bool:
+        """Count one more failure, and return whether to start the job again."""
+        return False
 
     @property
     def log(self) -> Path:
         """The file that gets the output of the job's processes."""
-        return self.run.path.with_name(f"{self.run.path.name}.log")
+        return self.stem.with_name(f"{self.stem.name}.log")
 
     @property
     def process_file(self) -> Path:
-        """The file that tells a later sweep which processes run the job.
+        """The file that tells a later command which processes run the job.
 
         Its lines are the number of the process group, the machine, and the GPUs; STOP_REQUESTED follows once the
         processes were asked to stop.
         """
-        return self.run.path.with_name(f"{self.run.path.name}.pid")
+        return self.stem.with_name(f"{self.stem.name}.pid")
 
     def process_group(self) -> ProcessGroup | None:
         """Return the processes of the job, or None if it does not run on this machine."""
@@ -70,23 +102,11 @@ class Job:
             return None
 
     def state_on_disk(self) -> State:
-        """Return the state that the log's lock and the run folder show."""
+        """Return the state that the log's lock and the job's files show."""
         return "running" if is_locked(self.log) else self.state_at_rest()
 
-    def state_at_rest(self) -> State:
-        """Return the state that the run folder shows, of a job that is not running."""
-        if self.run.done:
-            return "done"
-        if self.stop_after is not None and self.validated() >= self.stop_after:
-            return "paused"
-        return "stopped" if self.run.config.exists() else "to do"
-
-    def validated(self) -> int:
-        """Return the step of the last validation, or 0 before the first."""
-        return max((line.step for line in self.run.log("validation")), default=0)
-
     def log_error(self, message: str) -> None:
-        """End the log with an error that the run could not write itself."""
+        """End the log with an error that the job could not write itself."""
         with self.log.open("a", encoding="utf-8", errors="backslashreplace") as log:
             log.write(f"Error: {message}\n")
 
@@ -100,32 +120,58 @@ class Job:
         return "\n".join(f"    {line}" for line in lines[errors[-1] if errors else -TAIL_LINES :])
 
 
-def make_jobs(points: Sequence[Point], sweep: Path) -> list[Job]:
+@dataclass
+class PointJob(Job):
+    """A point of a sweep and its run folder."""
+
+    kind: ClassVar[str] = "point"
+    point: Point
+    run: RunFolder
+    stop_after: int | None = None  # step after which the run is paused
+
+    @property
+    def id(self) -> str:
+        return self.point.id
+
+    @property
+    def stem(self) -> Path:
+        return self.run.path
+
+    @property
+    def threads(self) -> int | None:
+        return self.point.config.train.threads
+
+    def state_at_rest(self) -> State:
+        if self.run.done:
+            return "done"
+        if self.stop_after is not None and self.validated() >= self.stop_after:
+            return "paused"
+        return "stopped" if self.run.config.exists() else "to do"
+
+    def validated(self) -> int:
+        """Return the step of the last validation, or 0 before the first."""
+        return max((line.step for line in self.run.log("validation")), default=0)
+
+    def command(self, processes: int, threads: int | None) -> list[str]:
+        # Ray kills the children of a worker that it kills; the run is a child of the launcher, and saves.
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--num_processes", str(processes)]
+        if processes > 1:
+            launch += ["--main_process_port", "0"]  # any unused port, because other points run on this machine
+        run = str(self.run.path)
+        if self.run.config.exists():
+            flags = ["--resume", run, *self.point.resume_flags]
+        else:
+            flags = [*self.point.flags, "--output", run]
+        if self.stop_after is not None:
+            flags += ["--stop-after", str(self.stop_after)]
+        if threads is not None and self.threads is None:
+            flags += ["--threads", str(threads)]
+        return [*launch, "-m", "im2json", "train", *flags]
+
+
+def make_jobs(points: Sequence[Point], sweep: Path) -> list[PointJob]:
     """Return a job for each point, in the state that its folder under `sweep` shows."""
-    jobs = [Job(point, RunFolder(sweep / "points" / point.id)) for point in points]
+    jobs = [PointJob(point, RunFolder(sweep / "points" / point.id)) for point in points]
     for job in jobs:
         job.state = job.state_on_disk()
     return jobs
-
-
-def train_command(job: Job, processes: int, threads: int | None) -> list[str]:
-    """Return the command that starts or resumes the run of a job.
-
-    Args:
-        processes: of the run: one per GPU, or 1 on the CPU.
-        threads: CPU threads per process, unless the point has its own number; None leaves it to the run.
-    """
-    # Ray kills the children of a worker that it kills; the run is a child of the launcher, and saves.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--num_processes", str(processes)]
-    if processes > 1:
-        launch += ["--main_process_port", "0"]  # any unused port, because other points run on this machine
-    run = str(job.run.path)
-    if job.run.config.exists():
-        flags = ["--resume", run, *job.point.resume_flags]
-    else:
-        flags = [*job.point.flags, "--output", run]
-    if job.stop_after is not None:
-        flags += ["--stop-after", str(job.stop_after)]
-    if threads is not None and job.point.config.train.threads is None:
-        flags += ["--threads", str(threads)]
-    return [*launch, "-m", "im2json", "train", *flags]

@@ -16,7 +16,7 @@ from im2json.runs import RunFolder
 from im2json.scoring import METRICS, StreamingEvaluator, compare
 from im2json.sweeps.grid import Plan, Values, shown
 from im2json.sweeps.halving import Dropped
-from im2json.sweeps.jobs import Job
+from im2json.sweeps.jobs import PointJob
 
 OPTIONS = ("r", "alpha", "dropout", "lr")
 """Options with a column of their own, whether or not they are axes; `config` names the values of other axes."""
@@ -98,13 +98,13 @@ class Board:
     dropped: list[Dropped]
 
 
-def make_board(plan: Plan, jobs: Sequence[Job], dropped: Sequence[Dropped] = ()) -> Board | None:
+def make_board(plan: Plan, jobs: Sequence[PointJob], dropped: Sequence[Dropped] = ()) -> Board | None:
     """Return the leaderboard of the points that have a result, or None if none has.
 
     Raises:
         UserError: if the run folder of a finished point lacks validation answers.
     """
-    grouped: dict[str, list[Job]] = {}
+    grouped: dict[str, list[PointJob]] = {}
     for job in jobs:
         if job.state == "done":
             grouped.setdefault(job.point.setting, []).append(job)
@@ -119,7 +119,7 @@ def make_board(plan: Plan, jobs: Sequence[Job], dropped: Sequence[Dropped] = ())
     return Board(plan.metric, settings, axes, centre, plan.axes, len(jobs), missing, list(dropped))
 
 
-def read_setting(jobs: Sequence[Job]) -> Setting:
+def read_setting(jobs: Sequence[PointJob]) -> Setting:
     """Read the results of a setting's runs, and score their validation answers again for the bootstrap.
 
     Raises:

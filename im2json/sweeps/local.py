@@ -56,7 +56,7 @@ class Local:
     def __init__(self, environments: list[Environment], make_command: Callable[[Job], list[str]]) -> None:
         self.environments = environments
         self.make_command = make_command
-        self.processes: dict[str, subprocess.Popen] = {}  # point id -> the launcher
+        self.processes: dict[str, subprocess.Popen] = {}  # job id -> the launcher
 
     def unused(self, running: Sequence[Job]) -> list[Environment]:
         """Return the environments that no running job uses; a killed sweep may have started some of the jobs."""
@@ -78,15 +78,15 @@ class Local:
         with job.log.open("ab") as log:
             if not lock(log):
                 return False
-            self.processes[job.point.id] = launch(job, self.make_command(job), log, environment)
+            self.processes[job.id] = launch(job, self.make_command(job), log, environment)
         return True
 
     def is_running(self, job: Job) -> bool:
-        process = self.processes.get(job.point.id)
+        process = self.processes.get(job.id)
         # A run outlives a launcher that is stopped, and keeps the log locked.
         if (process is not None and process.poll() is None) or is_locked(job.log):
             return True
-        self.processes.pop(job.point.id, None)
+        self.processes.pop(job.id, None)
         return False
 
     def stop(self, job: Job, at_once: bool) -> None:

@@ -33,12 +33,12 @@ def launch(job: Job, command: Sequence[str], log: BinaryIO, environment: Mapping
     """
     job.process_file.unlink(missing_ok=True)
     environment = {**os.environ, **environment}
-    # The group has a session of its own, so that Ctrl-C in the terminal reaches only the sweep, which then asks each
-    # point once.
+    # The group has a session of its own, so that Ctrl-C in the terminal reaches only the command that started the job,
+    # which then asks each job once.
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env=environment,
+            env=environment, cwd=job.folder,
         )  # fmt: skip
     except ValueError as error:  # a null character in an option
         raise UserError(str(error)) from error

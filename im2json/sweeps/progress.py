@@ -12,7 +12,7 @@ import click
 from im2json.files import is_locked
 from im2json.report.duration import clock_time
 from im2json.report.table import table
-from im2json.sweeps.jobs import Job
+from im2json.sweeps.jobs import PointJob
 
 HEADERS = ["point", "state", "step", "of", "metric", "left"]
 
@@ -20,7 +20,7 @@ HEADERS = ["point", "state", "step", "of", "metric", "left"]
 class Progress:
     """Show the jobs at each call; a terminal is redrawn once per second at most."""
 
-    def __init__(self, jobs: list[Job], metric: str) -> None:
+    def __init__(self, jobs: list[PointJob], metric: str) -> None:
         self.jobs = jobs
         self.metric = metric
         self.on_terminal = sys.stdout.isatty()
@@ -67,7 +67,7 @@ class Progress:
         self.lines = len(lines)
         click.echo(up + "\n".join(line[: width - 1] for line in lines))
 
-    def _row(self, job: Job) -> list[str]:
+    def _row(self, job: PointJob) -> list[str]:
         """Return the cells under HEADERS."""
         lines = list(job.run.log()) if job.state != "to do" else []
         steps = [line for line in lines if line.split == "train"]
@@ -85,12 +85,12 @@ class Progress:
         return [job.point.name, state, str(step or ""), str(total or ""), value, left]
 
 
-def failure(job: Job) -> str:
+def failure(job: PointJob) -> str:
     """Return the end of a failed point's log, and where the rest is."""
     return f"{job.log_tail()}\n    (the end of {job.log})"
 
 
-def total_steps(job: Job) -> int | None:
+def total_steps(job: PointJob) -> int | None:
     """Return the steps that a point will take: from its options, or else from its log."""
     if job.point.config.train.steps is not None:
         return job.point.config.train.steps

@@ -1,4 +1,4 @@
-"""Run a sweep's jobs on a backend, several at a time, and leave none of them behind."""
+"""Run jobs on a backend, several at a time, and leave none of them behind."""
 
 from __future__ import annotations
 
@@ -42,14 +42,15 @@ class Backend(Protocol):
         """Run a Python program to its end and return its output; its stderr goes to the log."""
 
 
-def run_jobs(jobs: Sequence[Job], backend: Backend, show: Callable[[], None]) -> None:
+def run_jobs(jobs: Sequence[Job], backend: Backend, show: Callable[[], None], notice: str = NOTICE) -> None:
     """Run every job until it is done, paused at its `stop_after`, or failed.
 
     Args:
         show: called after each look at the jobs.
+        notice: printed at the first request to stop.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, once all points have saved and ended. A second request kills them.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once all jobs have saved and ended. A second request kills them.
     """
     with stop_requests() as requests:
         handled = 0
@@ -65,7 +66,7 @@ def run_jobs(jobs: Sequence[Job], backend: Backend, show: Callable[[], None]) ->
                     break
                 if len(requests) > handled:
                     if not handled:  # requests that came since the last look count as one, however many they are
-                        click.echo(NOTICE, err=True)
+                        click.echo(notice, err=True)
                     _stop_all(jobs, backend, at_once=handled > 0)
                     handled = len(requests)
                 time.sleep(POLL_SECONDS)
@@ -114,7 +115,7 @@ def _finish(job: Job, stopping: bool) -> None:
     ours, job.started = job.started > 0, 0.0
     job.process_file.unlink(missing_ok=True)
     job.state = job.state_on_disk()
-    if job.state not in ("done", "paused") and ours and not stopping:
+    if job.state not in ("done", "paused") and ours and not stopping and not job.retry():
         job.state = "failed"
 
 

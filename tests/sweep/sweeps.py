@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from forks import Process
+from forks import FORKING, Process
 from helpers import ROOT, clear_error, wait_for
 
 from im2json.files import append_lines, lock
 from im2json.scoring import StreamingEvaluator
 from im2json.sweeps.grid import Plan, make_plan, read_plan
-from im2json.sweeps.jobs import Job, make_jobs
+from im2json.sweeps.jobs import Job, PointJob, make_jobs
 from im2json.sweeps.leaderboard import Board, make_board
 from im2json.sweeps.processes import launch
 
@@ -86,69 +86,19 @@ def start_sweep(grid: Path, output: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, **pipes)
 
 
-# sweep.py with the programs of its points forked: they do the same, without importing torch twice for each.
-FORKING = """
-import os, signal, subprocess, sys, tempfile, traceback
-import im2json.sweeps.processes as processes
-from forks import use_streams
-from im2json.app import main
-
-class Forked:
-    def __init__(self, arguments, *, stdout, stderr, env, **_):
-        self.pid, self.ended = os.fork(), None
-        if self.pid:
-            return
-        status = 1
-        try:
-            os.setsid()
-            os.environ.update(env)
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            os.dup2(stdout.fileno(), 1)
-            os.dup2(1 if stderr == subprocess.STDOUT else stderr.fileno(), 2)
-            use_streams()
-            main(arguments[arguments.index("im2json") + 1 :])
-        except SystemExit as end:
-            status = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-
-    def poll(self):
-        if self.ended is None and (found := os.waitpid(self.pid, os.WNOHANG))[0]:
-            self.ended = os.waitstatus_to_exitcode(found[1])
-        return self.ended
-
-def run(arguments, *, stderr, **_):
-    with tempfile.TemporaryFile() as printed:
-        _, status = os.waitpid(Forked(arguments, stdout=printed, stderr=stderr, env={}).pid, 0)
-        printed.seek(0)
-        text = printed.read().decode()
-    return subprocess.CompletedProcess(arguments, os.waitstatus_to_exitcode(status), text)
-
-class forking:  # all of subprocess that the sweep uses
-    Popen, run = Forked, run
-    PIPE, DEVNULL, STDOUT = subprocess.PIPE, subprocess.DEVNULL, subprocess.STDOUT
-
-processes.subprocess = forking
-import sweep
-sweep.main()
-"""
+SWEEP = FORKING + "import sweep\nsweep.main()\n"
 
 
 def sweep_to_its_end(grid: Path, output: Path, *flags: str) -> tuple[int, str]:
     """Run sweep.py with forked points, and return its exit status and its output."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    process = Process(FORKING, str(grid), "--output", str(output), "--jobs", "2", *flags, env=environment)
+    process = Process(SWEEP, str(grid), "--output", str(output), "--jobs", "2", *flags, env=environment)
     printed = "".join(process.communicate(timeout=300))
     assert process.returncode is not None
     return process.returncode, printed
 
 
-def jobs_of(grid: Path, sweep: Path, *overrides: str) -> dict[str, Job]:
+def jobs_of(grid: Path, sweep: Path, *overrides: str) -> dict[str, PointJob]:
     """Return the jobs of a sweep by the names of their points."""
     return {job.point.name: job for job in make_jobs(read_plan(grid, overrides).points, sweep)}
 

@@ -12,7 +12,7 @@ from sweeps import clear_error, hold, plan, wait_for
 
 from im2json.files import append_lines, is_locked, lock
 from im2json.sweeps.grid import read_plan
-from im2json.sweeps.jobs import Job, make_jobs, train_command
+from im2json.sweeps.jobs import PointJob, make_jobs
 from im2json.sweeps.local import Local, share_machine
 from im2json.sweeps.processes import signal_group
 from im2json.sweeps.progress import Progress
@@ -49,10 +49,10 @@ def test_dry_run_and_list_start_nothing(cli, tmp_path, monkeypatch):
 def test_a_stopped_point_is_resumed_with_the_options_that_do_not_affect_the_result(tmp_path):
     found = plan(base={"microbatch": 1, "gradient_checkpointing": "on", "workers": None, "steps": 5, "threads": 2})
     (job,) = make_jobs(found.points, tmp_path)
-    assert "--resume" not in train_command(job, 1, 1)
+    assert "--resume" not in job.command(1, 1)
     job.run.path.mkdir(parents=True)
     job.run.config.touch()
-    flags = train_command(job, 1, 1)
+    flags = job.command(1, 1)
     assert flags[flags.index("--resume") + 2 :] == [
         "--microbatch",
         "1",
@@ -153,7 +153,7 @@ def test_each_gpu_has_one_point_and_a_failed_one_leaves_its_gpu_to_the_next(tmp_
     running, most = tmp_path / "running", []
     running.mkdir()
 
-    def program(job: Job) -> list[str]:
+    def program(job: PointJob) -> list[str]:
         end = "exit 1" if job is jobs[1] else f"mkdir {job.run.path} && echo '{{}}' > {job.run.result}"
         mine = f'"{running}/$CUDA_VISIBLE_DEVICES"'
         return ["sh", "-c", f"mkdir {mine} && sleep 0.6; rmdir {mine}; echo on $CUDA_VISIBLE_DEVICES; {end}"]

@@ -23,7 +23,7 @@ from im2json.runs import RunFolder
 from im2json.sweeps.answer import answer, score_test, write_board
 from im2json.sweeps.grid import read_plan
 from im2json.sweeps.halving import Dropped
-from im2json.sweeps.jobs import Job, make_jobs
+from im2json.sweeps.jobs import PointJob, make_jobs
 from im2json.sweeps.leaderboard import WinnerScores, make_board, markdown
 from im2json.sweeps.processes import Output
 
@@ -163,10 +163,10 @@ class AtOnce:
         self.started: list[str] = []
         self.scored: list[list[str]] = []
 
-    def has_capacity(self, running: list[Job]) -> bool:
+    def has_capacity(self, running: list[PointJob]) -> bool:
         return True
 
-    def start(self, job: Job, running: list[Job]) -> bool:
+    def start(self, job: PointJob, running: list[PointJob]) -> bool:
         assert job.stop_after is None
         self.started.append(job.point.name)
         job.log.write_text("Error: on purpose\n")
@@ -174,7 +174,7 @@ class AtOnce:
             write_run(job.run.path, self.answers[job.point.name])
         return True
 
-    def is_running(self, job: Job) -> bool:
+    def is_running(self, job: PointJob) -> bool:
         return False
 
     def run_python(self, arguments: list[str], log: Path) -> Output:
@@ -221,14 +221,14 @@ def test_a_sweep_that_is_stopped_ranks_what_has_finished_and_scores_nothing(cli,
     class Stopped(AtOnce):
         """One point at a time; during the first comes SIGTERM."""
 
-        def has_capacity(self, running: list[Job]) -> bool:
+        def has_capacity(self, running: list[PointJob]) -> bool:
             return not running
 
-        def start(self, job: Job, running: list[Job]) -> bool:
+        def start(self, job: PointJob, running: list[PointJob]) -> bool:
             signal.raise_signal(signal.SIGTERM)
             return super().start(job, running)
 
-        def stop(self, job: Job, at_once: bool) -> None:
+        def stop(self, job: PointJob, at_once: bool) -> None:
             assert not at_once
 
     monkeypatch.setattr("im2json.sweeps.scheduler.POLL_SECONDS", 0)
