@@ -377,11 +377,23 @@ def _read_shard(context: click.Context, parameter: click.Parameter, text: str) -
     callback=_read_shard,
     help="Read only the I-th of N equal parts of the pictures. Their outputs, joined, are that of one job.",
 )
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Workers that share the pictures; 1 on a CPU, else one per GPU. More than one needs --out.",
+)
+@click.option(
+    "--ray",
+    metavar="HOST:PORT",
+    help="Address of a Ray cluster that runs the workers, or auto. All its machines must see the run, the pictures and "
+    "the folder of --out.",
+)
 @option_flags(*EXTRACTION_OPTIONS)
 @click.pass_context
 def extract(
     context: click.Context, run: str, pictures: tuple[str, ...], files_from: Path | None, null: bool,
-    out: Path | None, shard: Shard,
+    out: Path | None, shard: Shard, jobs: int | None, ray: str | None,
 ) -> None:  # fmt: skip
     """Read PICTURES (files, folders, patterns) with the best adapter of RUN: a row of JSON each, in their order.
 
@@ -389,18 +401,21 @@ def extract(
     A picture that cannot be read gets a row that says why, and makes the exit status 1.
 
     With --out, rows are added as they come, and pictures that have one are passed over: the same command goes on where
-    a job was stopped. A picture is known by its name; to have it read again, remove its row.
+    a job was stopped. A picture is known by its name; to have it read again, remove its row. Several workers write to
+    OUT.parts, and their rows are added to OUT once all have finished.
     """
     if not pictures and files_from is None:
         raise click.UsageError("give PICTURES, --files-from, or both")
     if null and files_from is None:
         raise click.UsageError("--null goes with --files-from")
+    if out is None and (ray is not None or (jobs or 1) > 1):
+        raise click.UsageError(f"{'--jobs above 1' if ray is None else '--ray'} needs --out, where the rows are joined")
     with user_errors("the rows so far are kept; the same command goes on" if out else "nothing was kept without --out"):
         from im2json.commands.extract import Selection
         from im2json.commands.extract import extract as extract_rows
 
         selection = Selection(pictures, files_from, null, shard)
-        failed, total = extract_rows(run, selection, out, context.obj or {})
+        failed, total = extract_rows(run, selection, out, context.obj or {}, jobs, ray)
     if failed:
         click.echo(f"{failed} of {total} pictures could not be read; their rows say why", err=True)
         sys.exit(1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,10 +34,20 @@ class RowFile:
         self.file.flush()
         self._count(row)
 
+    def copy(self, rows: Iterable[tuple[bytes, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+        """Add the lines of rows whose pictures have none yet, and yield these rows. All are on disk at the end."""
+        for line, row in rows:
+            if row["id"] not in self.ids:
+                self.file.write(line)
+                self._count(row)
+                yield row
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
     def take_up(self, name: str) -> None:
         """Count the rows of the file, and drop a last one that was cut short when the job was stopped."""
         end = 0
-        for line, row in _whole_rows(self.file, f"--out {name}", self.by):
+        for line, row in whole_rows(self.file, f"--out {name}", self.by):
             self._count(row)
             end += len(line)
         self.file.truncate(end)
@@ -46,7 +57,7 @@ class RowFile:
         self.errors += "error" in row
 
 
-def _whole_rows(file: BinaryIO, where: str, by: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def whole_rows(file: BinaryIO, where: str, by: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield the rows of a file and their lines, without a last one that has no line break.
 
     Raises:
