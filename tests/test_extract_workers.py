@@ -26,7 +26,8 @@ def noting(self, numbered):
 Extractor._load = noting
 """
 
-# Has the worker of the first shard send a signal after its third row, to itself or its parent, the first TIMES times.
+# Has the worker of the first shard send a signal after its third row, the first TIMES times: to itself, or to its
+# parent once the second worker has written a row.
 SIGNALLING = """
 import time
 from im2json.inference.rowfile import RowFile
@@ -38,6 +39,9 @@ def failing(self, row):
         open(f"{marks}/{time.monotonic_ns()}", "w").close()
         if os.environ["WHOM"] == "itself":
             os.kill(os.getpid(), signal.SIGKILL)
+        other = self.file.name.replace("/1.jsonl", "/2.jsonl")
+        while not os.path.exists(other) or b"\\n" not in open(other, "rb").read():
+            time.sleep(0.01)
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(100)
 RowFile.write = failing
@@ -118,13 +122,16 @@ def test_a_stopped_job_goes_on_with_the_shards_it_began_with(finished, many, who
     marks.mkdir()
     given = [finished.path, "--out", out, "--files-from", tmp_path / "list"]
     (tmp_path / "list").write_text("\n".join(many[:25]))
-    stop = dict(before=SIGNALLING, MARKS=str(marks), TIMES="1", WHOM="its parent")
-    status, printed = extract(*given, "--jobs", 3, **stop)
+    signals = dict(before=SIGNALLING, MARKS=str(marks))
+    status, printed = extract(*given, "--jobs", 2, **signals, TIMES="1", WHOM="its parent")
     assert status == 130 and "the same command goes on" in printed and "stopping the workers" in printed, printed
     assert ids((parts / "1.jsonl").read_bytes()) == many[:3] and out.read_bytes() == b""
     assert not list(parts.glob("*.pid"))
     (tmp_path / "list").write_text("\n".join(many))
-    status, printed = extract(*given, "--jobs", 1)
+    with (parts / "1.log").open("a") as log:
+        log.write("Error: of that command\n")
+    status, printed = extract(*given, "--jobs", 3, **signals, TIMES="2", WHOM="itself")
+    assert "worker 1/2 was killed or crashed, and is started again" in printed, printed
     assert out.read_bytes() == whole and not parts.exists(), printed
     assert status == 1 and "reading 30 pictures" in printed and "25 of them read before" in printed
 
@@ -144,7 +151,7 @@ def test_rows_are_joined_once(finished, many, whole, tmp_path):
     assert extract(finished.path, *many, "--out", out)[0] == 1
     assert out.read_bytes() == whole and not parts.exists()
     parts.mkdir()
-    (parts / "2.jsonl").write_bytes(b"".join(lines[10:15]))
+    (parts / "1.jsonl").write_bytes(b"".join(lines[20:25]))
     out.write_bytes(b"".join(lines[:12]))
     assert extract(finished.path, *many, "--out", out, "--jobs", 2)[0] == 1
     assert out.read_bytes() == whole and not parts.exists()
@@ -167,6 +174,7 @@ def test_mistakes(cli, finished, many, tmp_path, monkeypatch):
     parts.mkdir()
     (parts / "notes.txt").touch()
     assert f"{parts}: holds notes.txt, which no job wrote" in error("--jobs", 2)
+    assert out.read_bytes() == b""
     (parts / "job.json").write_text('{"by": "another", "shards": 2, "pictures": 30}')
     assert f"{parts}: was begun with another adapter, base or option (by another" in error()
     assert (parts / "notes.txt").exists()
