@@ -189,22 +189,45 @@ def test_a_mistake_that_a_worker_finds_is_told_once(finished, many, tmp_path):
     assert "Error: worker 1/2 failed; the end of its log" in printed and "started again" not in printed
 
 
-@pytest.mark.slow
-def test_a_worker_on_a_ray_cluster_is_killed(finished, dataset, tmp_path):
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of a Ray cluster that runs two workers at a time."""
     from ray import cluster_utils
 
-    names, out, first = [f"{i}.png" for i in range(200)], tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.parts" / "1"
+    found = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield found.address
+    found.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_cluster", [True, False])
+@pytest.mark.parametrize("end", ["of a worker", "of the command", "asked for"])
+def test_no_row_is_lost_or_read_twice(on_cluster, end, finished, dataset, tmp_path, request):
+    """With workers that are programs of their own, whatever ends in the middle of 200 pictures."""
+    names, out, parts = [f"{i}.png" for i in range(200)], tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.parts"
     for i, name in enumerate(names):
         os.symlink(f"{dataset}/train/{i % 10}.png", tmp_path / name)
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    try:
-        given = ["extract", str(finished.path), *names, "--out", str(out), "--jobs", "2", "--ray", cluster.address]
-        process = Process(MAIN, *given, cwd=tmp_path, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-        rows = first.with_name("1.jsonl")
-        wait_for(lambda: rows.exists() and rows.read_bytes().count(b"\n") >= 10, process)
-        os.kill(int(first.with_name("1.pid").read_text().split()[0]), signal.SIGKILL)
+    flags = ["--out", out.name, "--jobs", "2"]
+    if on_cluster:
+        flags += ["--ray", request.getfixturevalue("cluster")]
+
+    def start() -> Process:
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        return Process(MAIN, "extract", str(finished.path), *names, *flags, cwd=tmp_path, env=environment)
+
+    process, rows = start(), parts / "1.jsonl"
+    wait_for(lambda: rows.exists() and rows.read_bytes().count(b"\n") >= 10, process)
+    if end == "of a worker":
+        os.kill(int((parts / "1.pid").read_text().split()[0]), signal.SIGKILL)
         printed = "".join(process.communicate(timeout=300))
-    finally:
-        cluster.shutdown()
-    assert process.returncode == 0 and "worker 1/2 was killed" in printed, printed
-    assert ids(out.read_bytes()) == names
+        assert "worker 1/2 was killed" in printed, printed
+    else:
+        process.send_signal(signal.SIGTERM if end == "asked for" else signal.SIGKILL)
+        printed = "".join(process.communicate(timeout=300))
+        assert process.returncode == (130 if end == "asked for" else -signal.SIGKILL), printed
+        assert out.read_bytes() == b"" and rows.exists()
+        process = start()
+        printed = "".join(process.communicate(timeout=300))
+        assert "finishing the job" in printed, printed
+    assert process.returncode == 0, printed
+    assert ids(out.read_bytes()) == names and not parts.exists()
