@@ -169,23 +169,25 @@ class Parts:
         Raises:
             UserError: if the folder holds other files.
         """
-        self._remove()  # what a job left that was stopped while it made or removed the folder
-        self.path.mkdir()
+        if self.path.exists():  # a job was stopped while it made or removed the folder
+            self._check_names()
+            self._remove()
+        self.path.mkdir(exist_ok=True)
         with (self.path / "pictures").open("wb") as file:
             file.writelines(os.fsencode(name) + b"\0" for name in pictures)
         write_json(self._record, {"by": self.by, "shards": shards, "pictures": count})
 
-    def _remove(self) -> None:
-        if not self.path.exists():
-            return
-        ours = r"pictures|[0-9]+\.(jsonl|log|pid)|\.?job\.json(\.tmp-[0-9]+)?"
+    def _check_names(self) -> None:
+        ours = r"pictures|[0-9]+\.(jsonl|log|pid)|\.job\.json\.tmp-[0-9]+|\.nfs.*"  # NFS keeps open files as .nfs*
         for name in os.listdir(self.path):
             if not re.fullmatch(ours, name):
                 raise UserError(
-                    f"{self.path}: holds {name}, which no job wrote. Move the folder, or name another --out."
+                    f"{self.path}: holds {name}, which no job wrote. Move the folder, or name another file."
                 )
+
+    def _remove(self) -> None:
         self._record.unlink(missing_ok=True)  # first, because without it the rest is known to be of no use
-        shutil.rmtree(self.path)
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def finish(self, team: Team, reader: Reader, rows: RowFile, tell: Callable[[dict[str, Any]], None]) -> None:
         """Have the workers read what is left, add their rows to `rows`, and remove the folder.
