@@ -60,6 +60,7 @@ TRAINING_EFFECTS = {
     "image_column": Effect("--image-column second", INPUTS, slow=True),
     "target_column": Effect("--target-column note", f"{INPUTS} counts schema", slow=True),
     "letterbox": Effect("--letterbox", f"{INPUTS} reading"),
+    "prefix_mask": Effect("--prefix-mask picture", f"{INPUTS} reading"),
     "prompt": Effect("--prompt read.", f"{INPUTS} reading"),
     "batch_size": Effect("--batch-size 5", f"{INPUTS} steps rates checkpoints"),
     "seed": Effect("--seed 1", INPUTS),
@@ -218,7 +219,6 @@ def test_all_other_options_are_refused_on_resume(train, paths, cli, tmp_path):
     flags |= {"skip_bad": "--skip-bad 1", "max_target_tokens": "--max-target-tokens 99", "adapter": "--adapter {model}"}
     flags |= {
         "trim": "--trim crop",
-        "prefix_mask": "--prefix-mask picture",
         "image_tokens": "--image-tokens 64",
         "dataset_config": "--dataset-config small",
         "revision": "--revision v2",
