@@ -95,7 +95,7 @@ class Collator(ABC):
     lead = ""  # what precedes the JSON of an answer
     longest_prefix: int  # tokens that precede an answer, at most
     last: int  # the token that every prefix ends with
-    both_ways: int | None = None  # tokens at its beginning that attend in both directions, or None for all of them
+    both_ways: int | None = None  # leading prefix tokens that attend in both directions, or None for all of them
     image_token: int  # stands in a prefix for each of a picture's features
     text: str  # picture and prompt, as the processor of transformers takes them
     described: str  # how the model sees a picture, in words

@@ -36,8 +36,8 @@ def family_of(config: Any, name: str = "the model") -> Family:
     family, text = FAMILIES[config.model_type], config.get_text_config().model_type
     if text not in family.text_types:
         raise UserError(
-            f"{name} has a language model of type {text}, which is not supported in a model of type "
-            f"{config.model_type}: {', '.join(family.text_types)} is"
+            f"{name} is of type {config.model_type} with a language model of type {text}, which is not supported. "
+            f"Supported there: {', '.join(family.text_types)}"
         )
     return family
 

@@ -37,8 +37,8 @@ from im2json.scoring.evaluator import Difference, compare
 from im2json.scoring.examples import kept_predictions, score_predictions
 from im2json.text import command_line
 
-MERGE_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
-"""What merged weights may be written in, and its name in the files."""
+SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+"""Types that merged weights may have, with their names in the files."""
 EXAMPLES = 32
 """Validation examples whose answers are compared, at most."""
 BATCH = 8
@@ -53,7 +53,7 @@ class Parity:
 
     same: int  # texts of plain transformers that are the run's
     examples: int
-    field_f1: dict[str, Difference]  # of each form of the exported model and of the run, with the targets; by form
+    field_f1: dict[str, Difference]  # of the run and of each form of the exported model, by form
     lost: int = 0  # validation examples with answers of the run that are no longer what they were
 
     @property
@@ -207,7 +207,7 @@ def check_layout(folder: Path, model: Any, weights: Collection[str], dtype: torc
             written |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     assert written.keys() == set(weights), "weights are missing"
     assert len(written) == len({id(weight) for weight in model.parameters()}), "some weights are not in the layout"
-    assert set(written.values()) == {MERGE_DTYPES[dtype]}
+    assert set(written.values()) == {SAFETENSORS_NAMES[dtype]}
     assert config["architectures"] == [type(model).__name__]
     assert "quantization_config" not in config
 
