@@ -21,6 +21,8 @@ def serve(
 ) -> None:
     """Serve until the process gets SIGINT or SIGTERM, then answer the requests that were accepted and return.
 
+    The port is open while the model loads, so that the first clients wait instead of being refused.
+
     Args:
         run: a run folder, an adapter folder, or an adapter on the hub.
         host, port: where to listen. Port 0 takes a free one.
@@ -54,9 +56,8 @@ def serve(
                 server.should_exit = True
 
             reader = SlotReader(lambda: Extractor.from_config(config), stop)
-        hosts = LOOPBACK if host in LOOPBACK else ["*"]
-        service = Service(reader, megabytes, most, token, hosts)
-        server = uvicorn.Server(uvicorn.Config(service.application(), log_level="warning", access_log=False))
+        service = Service(reader, megabytes, most, token, LOOPBACK if host in LOOPBACK else None)
+        server = uvicorn.Server(uvicorn.Config(service.application(), log_level="warning", access_log=False, ws="none"))
         name = f"[{host}]" if ":" in host else host
         click.echo(f"serving {run} at http://{name}:{listening.getsockname()[1]}", err=True)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after a graceful stop
@@ -69,4 +70,5 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise UserError(f"cannot listen at --host {host}, --port {port}: {error.strerror}") from None
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # which would name the address once more
+        raise UserError(f"cannot listen at --host {host}, --port {port}: {reason}") from None

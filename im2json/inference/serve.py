@@ -11,11 +11,10 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.resources import files
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
@@ -84,8 +83,8 @@ class SlotReader:
         try:
             while arrived.wait():
                 for number, answer in extractor.decoder.answers(arrived, limit, len(extractor.draft)):
-                    job = arrived.taken.pop(number)
-                    job.row.set_result(extractor.row(job.loaded, answer))
+                    row = extractor.row(arrived.taken[number].loaded, answer)
+                    arrived.taken.pop(number).row.set_result(row)
         except BaseException as error:
             self.failure = error
             for job in arrived.taken.values():
@@ -101,7 +100,7 @@ class SlotReader:
 
 
 class _Arrived:
-    """Iterate over the pictures that wait. The iterator ends when none does, and yields again when one has arrived."""
+    """Iterate over the waiting pictures. Iteration stops when none waits, and continues after more have arrived."""
 
     def __init__(self, waiting: queue.SimpleQueue[_Job | None], limit: int, draft: Sequence[int]) -> None:
         self.taken: dict[int, _Job] = {}  # by the request's number in the present call of Decoder.answers
@@ -151,12 +150,12 @@ class Service:
         megabytes: size limit of a picture file, in 10^6 bytes.
         most: limit on the requests that are worked on at the same time. Others are refused.
         token: the secret that clients must send, or None to require none.
-        hosts: accepted values of the Host header, `*` for any. With the names of loopback alone, another site's page
-            cannot reach a server on loopback through its own host name (DNS rebinding).
+        hosts: names that the Host header of a request may have, or None for any. With the names of loopback alone,
+            another site's page cannot have a picture read through a host name of its own (DNS rebinding).
     """
 
     def __init__(
-        self, reader: SlotReader, megabytes: float, most: int, token: str | None, hosts: Sequence[str]
+        self, reader: SlotReader, megabytes: float, most: int, token: str | None, hosts: Sequence[str] | None
     ) -> None:
         self.reader = reader
         self.megabytes = megabytes
@@ -169,17 +168,18 @@ class Service:
 
     def application(self) -> Starlette:
         """Return the ASGI application."""
-        return Starlette(
+        application = Starlette(
             routes=[
                 Route("/", self._show_page),
                 Route("/health", self._health),
                 Route("/openapi.json", self._describe),
                 Route("/extract", self._extract, methods=["POST"]),
             ],
-            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=self.hosts, www_redirect=False)],
             exception_handlers={HTTPException: _refusal, ClientDisconnect: _gone},
             lifespan=self._lifespan,
         )
+        application.router.redirect_slashes = False  # it would send clients to whatever host they name
+        return application
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -203,6 +203,7 @@ class Service:
 
     async def _extract(self, request: Request) -> Response:
         """Read the picture in the body of a request."""
+        self._check_host(request)
         self._check_token(request)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not kind.startswith("image/") and kind != "application/octet-stream":
@@ -220,7 +221,7 @@ class Service:
         try:
             data = await self._body(request)
             loaded = await asyncio.get_running_loop().run_in_executor(
-                self.pool, self.reader.extractor.load, "the picture", data
+                self.pool, self.reader.extractor.load, "the body", data
             )
             row = self.reader.submit(loaded)
         except TooManyPixels as error:
@@ -230,7 +231,10 @@ class Service:
         except UserError as error:
             raise HTTPException(422, str(error)) from None
         else:
-            await asyncio.wait([asyncio.wrap_future(row)])
+            try:
+                await asyncio.wait([asyncio.wrap_future(row)])
+            finally:
+                row.cancel()  # a picture that nobody waits for any more is not read
         finally:
             self.under_way -= 1
         if row.exception() is not None:
@@ -253,6 +257,17 @@ class Service:
             raise HTTPException(408, f"the picture took more than {SECONDS:g} s to arrive") from None
         return bytes(data)
 
+    def _check_host(self, request: Request) -> None:
+        given = request.headers.get("host")
+        if given is None or self.hosts is None:
+            return
+        try:
+            host = urlsplit(f"//{given}").hostname
+        except ValueError:
+            host = None
+        if host not in self.hosts:
+            raise HTTPException(400, f"the Host header is {given}, and must be one of {', '.join(self.hosts)}")
+
     def _check_token(self, request: Request) -> None:
         if self.token is None:
             return
@@ -264,11 +279,12 @@ class Service:
 def openapi(megabytes: float, token: bool) -> dict[str, Any]:
     """Return the description of the service in OpenAPI 3.1."""
     refusals = {
+        "400": "The Host header is not a name of this machine, of a server that only this machine reaches.",
         "401": "The token is missing or wrong.",
         "408": f"The picture took more than {SECONDS:g} s to arrive.",
         "413": f"The picture is larger than {megabytes:g} MB, or has too many pixels.",
         "415": "The body is not a picture, or not of a supported format.",
-        "422": "The picture is damaged or cut short.",
+        "422": "The picture is empty, damaged or cut short.",
         "429": "The server is busy with as many requests as it accepts; try again later.",
         "503": "The server has failed and stops.",
     }
