@@ -498,12 +498,19 @@ def serve(
     show_default=True,
     help="Type of the merged weights. Take fp32 where rounding to bf16 changes too many answers.",
 )
+@click.option(
+    "--quant",
+    type=click.Choice(["none", "nf4"]),
+    default="none",
+    show_default=True,
+    help="Storage of the merged linear layers. nf4: 4 bits, which bitsandbytes loads without the original base.",
+)
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Name of a new model on the hub to upload it as.")
 @click.option("--private", is_flag=True, help="Make the uploaded model visible to you alone.")
 @click.option("--dry-run", is_flag=True, help="Only print the model card.")
 def export(
-    run: Path, out: Path, adapter_only: bool, parity: float | None, merge_dtype: str, push_to_hub: str | None,
-    private: bool, dry_run: bool,
+    run: Path, out: Path, adapter_only: bool, parity: float | None, merge_dtype: str, quant: str,
+    push_to_hub: str | None, private: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Write the model of RUN to a folder for others: merged weights and processor, as transformers and vLLM load them,
     with a model card.
@@ -514,8 +521,9 @@ def export(
     """
     if adapter_only and parity is not None:
         raise click.UsageError("--parity goes with merged weights: the adapter alone is a copy")
-    if adapter_only and merge_dtype != "bf16":
-        raise click.UsageError("--merge-dtype goes with merged weights: the adapter alone is a copy")
+    for name, chosen in (("--merge-dtype", merge_dtype != "bf16"), ("--quant", quant != "none")):
+        if adapter_only and chosen:
+            raise click.UsageError(f"{name} goes with merged weights: the adapter alone is a copy")
     with user_errors("nothing was exported"):
         from im2json.commands.export import export as write_export
         from im2json.commands.export import print_card
@@ -524,4 +532,4 @@ def export(
         if dry_run:
             print_card(RunFolder(run), title, adapter_only)
         else:
-            write_export(RunFolder(run), out, title, adapter_only, parity, merge_dtype, push_to_hub, private)
+            write_export(RunFolder(run), out, title, adapter_only, parity, merge_dtype, quant, push_to_hub, private)

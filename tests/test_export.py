@@ -104,6 +104,26 @@ def test_merged_weights_in_fp32(export, in_process, finished, tmp_path):
     assert "--merge-dtype goes with merged weights: the adapter alone is a copy" in refused.output
 
 
+def test_merged_weights_in_nf4(export, in_process, finished, tmp_path):
+    """They load without the base, and what they stand for is the merged weights up to a step of NF4."""
+    result = export(tmp_path / "out", "--quant", "nf4", "--merge-dtype", "fp32", "--parity", 0)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (config["bnb_4bit_quant_type"], config["bnb_4bit_use_double_quant"]) == ("nf4", True)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto")
+    assert loaded.generation_config.max_new_tokens == 6
+    merged = im2json.Extractor.from_run(finished.path).decoder.model.state_dict()
+    in_4_bits = [name for name, weight in loaded.named_parameters() if weight.dtype == torch.uint8]
+    assert sum("language_model.layers" in name for name in in_4_bits) == 7 * loaded.config.text_config.num_hidden_layers
+    for name, weight in loaded.dequantize(torch.float32).state_dict().items():
+        wanted = merged[name]
+        if name not in in_4_bits:
+            assert torch.equal(weight.float(), wanted.bfloat16().float()), name
+        else:
+            assert (weight - wanted).abs().max() < 0.2 * wanted.abs().max() and not torch.equal(weight, wanted), name
+    assert "--quant goes with merged weights" in export(tmp_path / "x", "--adapter-only", "--quant", "nf4").output
+
+
 def test_a_run_with_a_causal_prompt(export, in_process, train, finished, tmp_path):
     """Its adapter records the mask, and plain transformers gives its answers if it is told the prompt's type."""
     run = train(tmp_path / "run", "--prefix-mask", "picture")

@@ -25,7 +25,7 @@ def print_card(run: RunFolder, title: str, adapter_only: bool) -> None:
 
 def export(
     run: RunFolder, out: Path, title: str, adapter_only: bool, parity: float | None, merge_dtype: str,
-    push_to_hub: str | None, private: bool,
+    quant: str, push_to_hub: str | None, private: bool,
 ) -> None:  # fmt: skip
     """Write the model of a run to a new folder, and upload it with --push-to-hub.
 
@@ -34,6 +34,7 @@ def export(
         adapter_only: copy the adapter instead of merging it.
         parity: share of the run's validation answers that the exported weights have to repeat.
         merge_dtype: of the merged weights, bf16 or fp32.
+        quant: storage of their linear layers, none or nf4.
         push_to_hub: the name of a new model on the hub.
 
     Raises:
@@ -48,7 +49,8 @@ def export(
         from im2json.inference.export import LEAST, export_run
         from im2json.model.base import DTYPES
     click.echo(f"copying the adapter of {run.path}" if adapter_only else f"merging {run.path} into its base model")
-    found = export_run(run, out, adapter_only, LEAST if parity is None else parity, title, DTYPES[merge_dtype])
+    least = LEAST if parity is None else parity
+    found = export_run(run, out, adapter_only, least, title, DTYPES[merge_dtype], quant == "nf4")
     if found is not None:
         click.echo(f"plain transformers on the exported folder: {found}")
     click.echo(f"exported  {out}")

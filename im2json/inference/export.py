@@ -27,6 +27,8 @@ from im2json.errors import UserError
 from im2json.families import family_of
 from im2json.files import fresh_folder, write_json
 from im2json.inference.extract import Extractor
+from im2json.model.base import load_base
+from im2json.model.loading import choose_device
 from im2json.options import TrainConfig
 from im2json.records import Prediction, SplitRecord
 from im2json.report.modelcard import model_card
@@ -77,7 +79,13 @@ def interval_text(found: Difference) -> str:
 
 
 def export_run(
-    run: RunFolder, out: Path, adapter_alone: bool, least: float, title: str, dtype: torch.dtype = torch.bfloat16
+    run: RunFolder,
+    out: Path,
+    adapter_alone: bool,
+    least: float,
+    title: str,
+    dtype: torch.dtype = torch.bfloat16,
+    nf4: bool = False,
 ) -> Parity | None:
     """Write a finished run's model to a folder with a model card; merged weights only if they answer as the run did.
 
@@ -86,6 +94,7 @@ def export_run(
         least: share of the validation examples whose text has to be the run's.
         title: the model's name in its model card.
         dtype: of the merged weights.
+        nf4: store the merged weights of linear layers in 4 bits.
 
     Raises:
         UserError: if the run is not finished or has no answers to compare with, the folder is there already, or the
@@ -103,7 +112,7 @@ def export_run(
                 if (run.path / name).exists():
                     shutil.copy(run.path / name, aside)
         else:
-            collator, texts = write_merged(run, aside, asked, dtype)
+            collator, texts = write_merged(run, aside, asked, dtype, nf4)
             torch.cuda.empty_cache()  # the model is gone; another process is about to load its own
             found = parity(asked, {
                 "merged weights": texts, "plain generate": _plain_answers(aside, collator, asked.images)
@@ -160,7 +169,9 @@ def validation_answers(run: RunFolder) -> list[Prediction]:
     return list(answers.values())
 
 
-def write_merged(run: RunFolder, folder: Path, asked: Asked, dtype: torch.dtype) -> tuple[Collator, list[str]]:
+def write_merged(
+    run: RunFolder, folder: Path, asked: Asked, dtype: torch.dtype, nf4: bool
+) -> tuple[Collator, list[str]]:
     """Write the weights that the run's answers come from, laid out as the hub has those of the base, with processor and
     generation config.
 
@@ -194,8 +205,24 @@ def write_merged(run: RunFolder, folder: Path, asked: Asked, dtype: torch.dtype)
         name: getattr(config.data, name) for name in ("prompt", "letterbox", "trim", "image_tokens", "prefix_mask")
     })  # fmt: skip
     check_layout(folder, model, names, dtype)
+    if nf4:
+        model = quantize(folder)
     rows = Extractor(model, collator, extractor.settings)(asked.images)
     return collator, [row["text"] for row in rows]
+
+
+def quantize(folder: Path) -> Any:
+    """Store the linear layers of a model in NF4, in bitsandbytes' own format, which loads without the original base.
+
+    Returns:
+        The model, with the weights that the 4-bit ones stand for.
+    """
+    model = load_base(str(folder), "bf16", "nf4", choose_device())
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.save_pretrained(folder)
+    return model.dequantize(torch.bfloat16).eval()
 
 
 def check_layout(folder: Path, model: Any, weights: Collection[str], dtype: torch.dtype) -> None:

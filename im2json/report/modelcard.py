@@ -204,7 +204,7 @@ def _limits(run: RunFolder, config: TrainConfig, scorecard: Scorecard, adapter_a
         )
     if parity:
         prepared = "" if config.data.trim == "off" else ", pictures trimmed as in training"
-        limits.append(f"Rounded to bf16 and loaded by transformers: {parity} (validation{prepared}).")
+        limits.append(f"Loaded by plain transformers: {parity} (validation{prepared}).")
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
