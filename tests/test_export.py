@@ -386,7 +386,7 @@ def test_extract_peft_and_export_agree(export, train, dataset, tmp_path):
     )
     base = PaliGemmaForConditionalGeneration.from_pretrained(options.model, quantization_config=quantised)
     model = PeftModel.from_pretrained(base, str(run.adapter)).eval()
-    exported = plain.answers(str(tmp_path / "out"), "extract JSON.", pictures, 1)
+    exported = plain.answers(str(tmp_path / "out"), "extract JSON.", pictures, 1, causal_prompt=False)
     processor = AutoProcessor.from_pretrained(options.model)
     for row, other in zip(im2json.Extractor.from_run(run.path)(pictures), exported):
         inputs = processor(images=Image.open(row["id"]), text="<image>extract JSON.", return_tensors="pt")
