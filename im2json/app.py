@@ -519,9 +519,8 @@ def export(
     enough of the answers are the run's, nothing is exported. The field F1 of the run, of the merged weights and of
     plain transformers is printed, with the 95 % interval of each difference from the run.
     """
-    if adapter_only and parity is not None:
-        raise click.UsageError("--parity goes with merged weights: the adapter alone is a copy")
-    for name, chosen in (("--merge-dtype", merge_dtype != "bf16"), ("--quant", quant != "none")):
+    merging = {"--parity": parity is not None, "--merge-dtype": merge_dtype != "bf16", "--quant": quant != "none"}
+    for name, chosen in merging.items():
         if adapter_only and chosen:
             raise click.UsageError(f"{name} goes with merged weights: the adapter alone is a copy")
     with user_errors("nothing was exported"):

@@ -29,12 +29,11 @@ from im2json.text import command_line
 PATHS = {"model": "tiny", "dataset": "receipts", "adapter": None, "schema": None}
 """The options that may be paths, each with the one value that is none."""
 WARM_START_OPTIONS = ("prompt", "letterbox", "trim", "image_tokens", "prefix_mask")
-"""What --adapter takes from the adapter unless it is given."""
+"""Options that are kept with the adapter, and taken from it unless they are given."""
 SHOWN = 5
 """Examples that an error names."""
 READING_OPTIONS = (
-    "model", "quant", "precision", "prompt", "letterbox", "trim", "image_tokens", "prefix_mask", "max_new_tokens",
-    "constrain", "check_sum",
+    "model", "quant", "precision", *WARM_START_OPTIONS, "max_new_tokens", "constrain", "check_sum",
 )  # fmt: skip
 """The options that decide what is read in a picture, besides the adapter."""
 
@@ -44,11 +43,7 @@ EVALUATION_OPTIONS = ("precision", "constrain", "schema", "eval_batch_size", "ch
 EXTRACTION_OPTIONS = (
     "model",
     "quant",
-    "prompt",
-    "letterbox",
-    "trim",
-    "image_tokens",
-    "prefix_mask",
+    *WARM_START_OPTIONS,
     "max_new_tokens",
     *EVALUATION_OPTIONS,
 )

@@ -39,7 +39,7 @@ from im2json.model.memory import SLOTS, Setting, free_bytes
 from im2json.model.replay import Forward, make_forward
 from im2json.options import DataOptions, TrainConfig
 from im2json.records import Content
-from im2json.resume import check_end, check_unchanged, trained_contents
+from im2json.resume import WARM_START_OPTIONS, check_end, check_unchanged, trained_contents
 from im2json.runs import RunFolder
 from im2json.scoring.checks import parse_checks
 from im2json.scoring.schema import Schema, induce, read_schema
@@ -77,11 +77,7 @@ class Workspace:
         """The settings that inference needs besides the weights. They are saved next to the adapter."""
         return {
             "model_type": self.model.config.model_type,
-            "prompt": self.config.data.prompt,
-            "letterbox": self.config.data.letterbox,
-            "trim": self.config.data.trim,
-            "image_tokens": self.config.data.image_tokens,
-            "prefix_mask": self.config.data.prefix_mask,
+            **{name: getattr(self.config.data, name) for name in WARM_START_OPTIONS},
             "quant": self.config.model.quant,
             "max_new_tokens": self.settings.max_new_tokens,
             "text": self.collator.text,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -179,7 +180,8 @@ def test_fields_of_the_two_models_are_compared(export, finished, tmp_path, monke
     run.predictions_file.write_text("".join(json.dumps(row) + "\n" for row in lines))
     texts = ['{"a": "1", "b": "2"}', '{"b": "2", "a": "1"}', '{"a": "1", "b": "3"}', "nothing"]
     collator = open_collator(run.read_config().model.model, "extract JSON.")
-    monkeypatch.setattr("im2json.inference.export.write_merged", lambda *_: (collator, texts[:2] * 2))
+    written = Mock(return_value=[{"text": text} for text in texts[:2] * 2], **{"decoder.collator": collator})
+    monkeypatch.setattr("im2json.inference.export.write_merged", lambda *_: written)
     monkeypatch.setattr(
         "im2json.inference.export.subprocess.run",
         lambda *_, **__: types.SimpleNamespace(returncode=0, stdout=json.dumps(texts)),

@@ -32,7 +32,7 @@ from im2json.model.loading import choose_device
 from im2json.options import TrainConfig
 from im2json.records import Prediction, SplitRecord
 from im2json.report.modelcard import model_card
-from im2json.resume import reading_config
+from im2json.resume import WARM_START_OPTIONS, reading_config
 from im2json.runs import ADAPTER_COMPANIONS, USAGE, RunFolder, adapter_folder, check_folder
 from im2json.scoring import StreamingEvaluator
 from im2json.scoring.evaluator import Difference, compare
@@ -84,8 +84,8 @@ def export_run(
     adapter_alone: bool,
     least: float,
     title: str,
-    dtype: torch.dtype = torch.bfloat16,
-    nf4: bool = False,
+    dtype: torch.dtype,
+    nf4: bool,
 ) -> Parity | None:
     """Write a finished run's model to a folder with a model card; merged weights only if they answer as the run did.
 
@@ -112,7 +112,9 @@ def export_run(
                 if (run.path / name).exists():
                     shutil.copy(run.path / name, aside)
         else:
-            collator, texts = write_merged(run, aside, asked, dtype, nf4)
+            extractor = write_merged(run, aside, dtype, nf4)
+            texts, collator = [row["text"] for row in extractor(asked.images)], extractor.decoder.collator
+            del extractor
             torch.cuda.empty_cache()  # the model is gone; another process is about to load its own
             found = parity(asked, {
                 "merged weights": texts, "plain generate": _plain_answers(aside, collator, asked.images)
@@ -169,9 +171,7 @@ def validation_answers(run: RunFolder) -> list[Prediction]:
     return list(answers.values())
 
 
-def write_merged(
-    run: RunFolder, folder: Path, asked: Asked, dtype: torch.dtype, nf4: bool
-) -> tuple[Collator, list[str]]:
+def write_merged(run: RunFolder, folder: Path, dtype: torch.dtype, nf4: bool) -> Extractor:
     """Write the weights that the run's answers come from, laid out as the hub has those of the base, with processor and
     generation config.
 
@@ -179,7 +179,7 @@ def write_merged(
     that the evaluation generates with, bit by bit.
 
     Returns:
-        The collator of the run, and the answers of the written weights.
+        An extractor that reads with the written weights.
 
     Raises:
         UserError: if base and adapter do not fit each other.
@@ -201,14 +201,11 @@ def write_merged(
     names = set(weights)
     model.save_pretrained(folder, state_dict=weights, save_original_format=False)
     collator.processor.save_pretrained(folder)
-    write_json(folder / USAGE, {
-        name: getattr(config.data, name) for name in ("prompt", "letterbox", "trim", "image_tokens", "prefix_mask")
-    })  # fmt: skip
+    write_json(folder / USAGE, {name: getattr(config.data, name) for name in WARM_START_OPTIONS})
     check_layout(folder, model, names, dtype)
     if nf4:
         model = quantize(folder)
-    rows = Extractor(model, collator, extractor.settings)(asked.images)
-    return collator, [row["text"] for row in rows]
+    return Extractor(model, collator, extractor.settings)
 
 
 def quantize(folder: Path) -> Any:
