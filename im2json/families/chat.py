@@ -19,11 +19,11 @@ from transformers import AutoTokenizer
 
 from im2json.data.collate import Collator, Pictures
 from im2json.errors import UserError, first_line
-from im2json.families.base import PictureFeatures, as_on_hub, check_processor
+from im2json.families.base import PictureFeatures, as_on_hub, check_processor, refuse
 from im2json.families.reader import TextReader
 from im2json.files import write_json
 from im2json.model.base import from_pretrained
-from im2json.options import Trim
+from im2json.options import DataOptions, Trim
 
 # B examples, S positions, P prefix positions, I image tokens, D hidden.
 Grid = tuple[int, ...]
@@ -37,8 +37,9 @@ FILES = (
 """Files that transformers makes a processor from."""
 
 
-PREFIX_MASK = "it is PaliGemma's, whose prompt attends in both directions"
-"""Why chat models refuse --prefix-mask."""
+def refuse_in_chat(options: DataOptions, **reasons: str) -> None:
+    """Refuse options that mean nothing to a family, as `refuse` does, and what only PaliGemma knows."""
+    refuse(options, prefix_mask="it is PaliGemma's, whose prompt attends in both directions", **reasons)
 
 
 class ChatProcessor:

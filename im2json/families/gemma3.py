@@ -10,9 +10,8 @@ from PIL import Image
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from im2json.data.collate import Collator, Pictures
-from im2json.families.base import PictureFeatures, Squares, own_head, refuse
+from im2json.families.base import PictureFeatures, Squares, own_head
 from im2json.families.chat import (
-    PREFIX_MASK,
     ChatCollator,
     ChatFamily,
     ChatProcessor,
@@ -20,6 +19,7 @@ from im2json.families.chat import (
     Grid,
     Seen,
     normalised,
+    refuse_in_chat,
 )
 from im2json.families.paligemma import PaliGemma
 from im2json.model.memory import Sizes, Tower
@@ -65,7 +65,7 @@ class Gemma3(ChatFamily):
             UserError: if prompt or template cannot be used, or a number of image tokens is asked for.
         """
         tokens = f"every picture takes {processor.features} image tokens with this model"
-        refuse(options, image_tokens=tokens, prefix_mask=PREFIX_MASK)
+        refuse_in_chat(options, image_tokens=tokens)
         return Gemma3Collator(processor, options.prompt, options.trim, options.letterbox)
 
     def look(self, model: Any, pictures: Pictures) -> Seen:

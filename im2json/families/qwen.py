@@ -13,9 +13,8 @@ from transformers import AttentionInterface
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from im2json.data.collate import Collator, Pictures
-from im2json.families.base import Cache, own_head, refuse
+from im2json.families.base import Cache, own_head
 from im2json.families.chat import (
-    PREFIX_MASK,
     ChatCollator,
     ChatFamily,
     ChatProcessor,
@@ -23,6 +22,7 @@ from im2json.families.chat import (
     Grid,
     Seen,
     normalised,
+    refuse_in_chat,
 )
 from im2json.model.attention import attention_by_segments
 from im2json.model.memory import Sizes, Tower
@@ -79,7 +79,7 @@ class Qwen(ChatFamily):
         Raises:
             UserError: if prompt or template cannot be used, or `letterbox` is asked for.
         """
-        refuse(options, letterbox="this model sees pictures in their own shape", prefix_mask=PREFIX_MASK)
+        refuse_in_chat(options, letterbox="this model sees pictures in their own shape")
         processor.limit(options.image_tokens or IMAGE_TOKENS)
         return self.collator_class(processor, options.prompt, options.trim)
 

@@ -12,8 +12,8 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 
 from im2json.data.collate import Collator, Pictures
 from im2json.errors import UserError
-from im2json.families.base import own_head, refuse
-from im2json.families.chat import PREFIX_MASK, ChatCollator, ChatFamily, ChatProcessor, Grid, Seen, normalised
+from im2json.families.base import own_head
+from im2json.families.chat import ChatCollator, ChatFamily, ChatProcessor, Grid, Seen, normalised, refuse_in_chat
 from im2json.model.memory import Sizes, Tower
 from im2json.options import DataOptions, Trim
 
@@ -65,7 +65,7 @@ class Tiles(ChatFamily):
         Raises:
             UserError: if prompt or template cannot be used, `letterbox` is asked for, or too few image tokens are.
         """
-        refuse(options, letterbox="this model sees pictures in nearly their own shape", prefix_mask=PREFIX_MASK)
+        refuse_in_chat(options, letterbox="this model sees pictures in nearly their own shape")
         return TilesCollator(processor, options.prompt, options.trim, options.image_tokens)
 
     def look(self, model: Any, pictures: Pictures) -> Seen:
