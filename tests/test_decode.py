@@ -166,7 +166,7 @@ def test_texts_are_those_of_transformers(model, collator, pixels, expected, slot
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed rows"])
 def test_texts_with_a_causal_prompt_are_those_of_transformers(model, small_model, pixels, expected, fixed):
-    """Where the prompt has type 1, as vLLM computes PaliGemma."""
+    """Compare where the prompt has type 1, as vLLM computes PaliGemma."""
     collator = open_collator(small_model, "extract JSON.", prefix_mask="picture")
     wanted = oracle(model, collator, pixels)
     assert wanted != expected
@@ -315,7 +315,7 @@ def test_answers_come_as_they_are_finished_and_slots_are_given_on(model, collato
 @pytest.mark.parametrize("held", [False, True], ids=["", "held to a grammar"])
 @pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed rows"])
 def test_requests_that_come_later_join_those_being_written(model, collator, pixels, grammar, monkeypatch, fixed, held):
-    """What has ended is asked again, as long as an answer is being written."""
+    """Ask an iterator that has ended again, as long as an answer is being written."""
     monkeypatch.setattr("im2json.inference.slots.FEWEST", 1)
     grammar = grammar if held else None
     expected = [answer.tokens for answer in make_decoder(model, collator, grammar)(shown(pixels), NEW)]

@@ -43,27 +43,14 @@ class Answer(NamedTuple):
         return json.loads(self.body)
 
 
-class Server:
-    """A service that listens on a free port, in a thread of this process."""
+class Client:
+    """Sends requests to a server on this machine, each on a connection of its own."""
 
-    def __init__(self, extractor: Extractor, **settings: Any) -> None:
-        chosen = {"megabytes": 1.0, "most": 64, "token": None, "hosts": LOOPBACK} | settings
-        self.failed = threading.Event()
-        self.reader = SlotReader(lambda: extractor, self.failed.set)
-        self.service = Service(self.reader, **chosen)  # type: ignore[arg-type]
-        listening = socket.create_server(("127.0.0.1", 0))
-        self.port = listening.getsockname()[1]
-        self.server = uvicorn.Server(uvicorn.Config(self.service.application(), log_level="warning", access_log=False))
-        self.thread = threading.Thread(target=self.server.run, args=[[listening]])
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(60)
-        assert not self.thread.is_alive()
+    def __init__(self, port: int) -> None:
+        self.port = port
 
     def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] = PNG) -> Answer:
-        """Send a request on a connection of its own. A body that is iterated over is sent in chunks."""
+        """Send a request. A body that is iterated over is sent in chunks."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         with contextlib.closing(connection):
             connection.request(method, path, body, headers)
@@ -81,6 +68,26 @@ class Server:
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(4096), b""))
+
+
+class Server(Client):
+    """A service that listens on a free port, in a thread of this process."""
+
+    def __init__(self, extractor: Extractor, **settings: Any) -> None:
+        chosen = {"megabytes": 1.0, "most": 64, "token": None, "hosts": LOOPBACK} | settings
+        self.failed = threading.Event()
+        self.reader = SlotReader(lambda: extractor, self.failed.set)
+        self.service = Service(self.reader, **chosen)  # type: ignore[arg-type]
+        listening = socket.create_server(("127.0.0.1", 0))
+        super().__init__(listening.getsockname()[1])
+        self.server = uvicorn.Server(uvicorn.Config(self.service.application(), log_level="warning", access_log=False))
+        self.thread = threading.Thread(target=self.server.run, args=[[listening]])
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(60)
+        assert not self.thread.is_alive()
 
 
 @contextlib.contextmanager
@@ -411,17 +418,20 @@ main(sys.argv[1:])
 """
 
 
-def test_the_command_serves_until_it_is_stopped(finished, files, expected):
-    process = Process(SERVE, "serve", str(finished.path), "--port", "0", "--constrain")
+def started(program: str, run: Path, *flags: str) -> tuple[Process, Client]:
+    """Start the command in a process of its own, and return a client of it once it serves."""
+    process = Process(program, "serve", str(run), "--port", "0", *flags)
     said = ""
-    while "http://" not in said:
+    while f"serving {run} at http://127.0.0.1:" not in said:
         line = process.stderr.readline()
         assert line, said
         said += line
-    server = Server.__new__(Server)
-    server.port = int(said.rpartition(":")[2])
-    assert f"serving {finished.path} at http://127.0.0.1:" in said
-    assert_answers(server.post(files[0]), expected[0])
+    return process, Client(int(said.rpartition(":")[2]))
+
+
+def test_the_command_serves_until_it_is_stopped(finished, files, expected):
+    process, client = started(SERVE, finished.path, "--constrain")
+    assert_answers(client.post(files[0]), expected[0])
     process.send_signal(signal.SIGTERM)
     printed = process.communicate(timeout=60)
     assert process.returncode == 0, printed
@@ -430,14 +440,8 @@ def test_the_command_serves_until_it_is_stopped(finished, files, expected):
 
 def test_a_failure_ends_the_command_with_its_traceback(finished, files):
     broken = "from im2json.inference.slots import Slots\nSlots.advance = lambda *_: 1 / 0\n"
-    process = Process(broken + SERVE, "serve", str(finished.path), "--port", "0")
-    line = ""
-    while "http://" not in line:
-        line = process.stderr.readline()
-        assert line
-    server = Server.__new__(Server)
-    server.port = int(line.rpartition(":")[2])
-    assert server.post(files[0]).status == 503
+    process, client = started(broken + SERVE, finished.path)
+    assert client.post(files[0]).status == 503
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "ZeroDivisionError" in said

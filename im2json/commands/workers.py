@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from im2json.inference.rowfile import RowFile
 
 RETRIES = 3
-"""How often a worker that was killed is started again."""
+"""Limit on the times that a killed worker is started again."""
 NOTICE = "stopping the workers: their rows so far are kept; once more kills them"
 BLOCK = 1 << 20
 """Bytes of a part that are counted at once."""
