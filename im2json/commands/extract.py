@@ -22,6 +22,7 @@ from im2json.report.table import counted
 from im2json.runs import RunFolder
 
 if TYPE_CHECKING:
+    from im2json.inference.extract import Extractor
     from im2json.inference.rowfile import RowFile
 
 
@@ -120,18 +121,27 @@ def extract(
 def _read(missing: Missing, rows: RowFile, config: TrainConfig, total: int, done: int) -> None:
     """Read the pictures in this process."""
     with quick_start():
-        import torch
-
-        from im2json.inference.extract import Extractor
-
-        if config.train.threads is not None:
-            torch.set_num_threads(config.train.threads)
-        extractor = Extractor.from_config(config)
+        extractor = load_extractor(config)
     with progress_bar(total, "extract", "pic", done=done) as bar:
         for row in extractor(missing):
             rows.write(row)
             _tell(row)
             bar.update()
+
+
+def load_extractor(config: TrainConfig) -> Extractor:
+    """Load the adapter of settled options, and set the CPU threads that they say.
+
+    Raises:
+        UserError: as Extractor.from_config.
+    """
+    import torch
+
+    from im2json.inference.extract import Extractor
+
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    return Extractor.from_config(config)
 
 
 def _tell(row: dict[str, Any]) -> None:

@@ -43,19 +43,15 @@ def serve(
     config = reading_config(adapter_path(run), options)
     with _listening(host, port) as listening:
         with quick_start():
-            import torch
             import uvicorn
 
-            from im2json.inference.extract import Extractor
+            from im2json.commands.extract import load_extractor
             from im2json.inference.serve import Service, SlotReader
-
-            if config.train.threads is not None:
-                torch.set_num_threads(config.train.threads)
 
             def stop() -> None:
                 server.should_exit = True
 
-            reader = SlotReader(lambda: Extractor.from_config(config), stop)
+            reader = SlotReader(lambda: load_extractor(config), stop)
         service = Service(reader, megabytes, most, token, LOOPBACK if host in LOOPBACK else None)
         server = uvicorn.Server(uvicorn.Config(service.application(), log_level="warning", access_log=False, ws="none"))
         name = f"[{host}]" if ":" in host else host
