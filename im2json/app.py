@@ -359,7 +359,7 @@ def _read_shard(context: click.Context, parameter: click.Parameter, text: str) -
     "--files-from",
     type=UserPath(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
     metavar="PATH",
-    help="Text file with the name of a picture on each line, or - for the standard input. Names are taken literally.",
+    help="Text file with the name of a picture on each line, or - for the standard input. No patterns.",
 )
 @click.option(
     "--null", is_flag=True, help="Names in --files-from end with a NUL character, as `find -print0` writes them."
@@ -375,13 +375,13 @@ def _read_shard(context: click.Context, parameter: click.Parameter, text: str) -
     default="1/1",
     metavar="I/N",
     callback=_read_shard,
-    help="Read only the I-th of N equal parts of the pictures. Their outputs, joined, are that of one job.",
+    help="Read only the I-th of N equal parts of the pictures. Joined in order, the outputs equal that of one job.",
 )
 @click.option(
     "--jobs",
     type=click.IntRange(1),
     metavar="N",
-    help="Workers that share the pictures; 1 on a CPU, else one per GPU. More than one needs --out.",
+    help="Processes that share the pictures. More than one needs --out. Default: one per GPU, or 1 on a CPU.",
 )
 @click.option(
     "--ray",
